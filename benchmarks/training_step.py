@@ -1,0 +1,253 @@
+"""A whole training step: the Performer against ConvTasNet.
+
+    python benchmarks/training_step.py [--seconds 3 10 30] [--device cuda]
+
+A step is: separate the sum of two mixtures of noise into 8 outputs, our MixIT
+loss (for all candidates, so that only the model differs), backward, AdamW.
+Candidates, built from hparams/*.yaml: the Performer of performer_mixit.yaml
+with FAVOR+ and with `attention: auto`, SpeechBrain's ConvTasNet and Asteroid's
+TDConvNet at kernel 88 and stride 44, and the latter at Asteroid's defaults,
+kernel 16 and stride 8. Float32, without mixture consistency.
+
+Memory first: each candidate in a fresh process makes 2 steps (the second with
+the optimizer's state); recorded is the largest extra memory beyond the built
+model. A candidate that needs more than --skip_above_gb or --time_limit is
+stopped and recorded as such. Times then: those that passed, in one process,
+turn by turn after a short warm-up, medians. Slow ones (above 10 s a step in
+the memory run) make --slow_repetitions steps. The record is written after
+every length.
+"""
+
+import argparse
+import functools
+import io
+import pathlib
+import statistics
+import warnings
+from typing import NamedTuple
+
+import torch
+from common import (
+    Record,
+    add_arguments,
+    in_fresh_process,
+    interleave,
+    limit_memory,
+    peak_extra_mb,
+    say,
+    spread,
+    table,
+    timed,
+    verdict,
+)
+from hyperpyyaml import load_hyperpyyaml, resolve_references
+from ruamel.yaml import YAML
+
+from trackformer_sb.inference.separation import separate
+from trackformer_sb.objectives.mixit import mixit_loss
+
+HPARAMS = pathlib.Path(__file__).resolve().parents[1] / "hparams"
+SAMPLE_RATE = 44100
+SLOW_SECONDS = 10.0
+NODES = ("Encoder", "MaskNet", "Decoder")
+
+FAVOR = "Performer, favor"
+ASTEROID, DEFAULTS = "Asteroid, kernel 88", "Asteroid, kernel 16"
+CANDIDATES = {
+    FAVOR: ("performer_mixit.yaml", {"attention": "favor"}),
+    "Performer, auto": ("performer_mixit.yaml", {"attention": "auto"}),
+    "SpeechBrain, kernel 88": ("convtasnet_mixit.yaml", {}),
+    ASTEROID: ("asteroid_convtasnet_mixit.yaml", {}),
+    DEFAULTS: ("asteroid_convtasnet_mixit.yaml", {"kernel_size": 16}),
+}
+
+# Against the Performer at 3 s: times faster, times less memory.
+TARGETS = {ASTEROID: (4.5, 2.5), DEFAULTS: (30, 8)}
+
+
+class Cost(NamedTuple):
+    """What the memory run found out."""
+
+    memory: float  # MB
+    seconds: float  # of the second step
+    parameters: int
+
+
+def build(name, num_spks, device):
+    """Encoder, masknet and decoder of a candidate."""
+    file, overrides = CANDIDATES[name]
+    overrides = {**overrides, "num_spks": num_spks}
+    with open(HPARAMS / file, encoding="utf-8") as yaml:
+        resolved = YAML().load(resolve_references(yaml, overrides))
+    text = io.StringIO()
+    YAML().dump({key: resolved[key] for key in NODES}, text)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hparams = load_hyperpyyaml(text.getvalue())
+    modules = torch.nn.ModuleList(hparams[key] for key in NODES)
+    return modules.to(device)
+
+
+def make_mixtures(batch_size, seconds, device):
+    """Noise [batch, 2, time]: the cost does not depend on the music."""
+    generator = torch.Generator().manual_seed(0)
+    time = round(seconds * SAMPLE_RATE)
+    noise = torch.randn(batch_size, 2, time, generator=generator)
+    return 0.1 * noise.to(device)
+
+
+def train_step(modules, optimizer, mixtures):
+    """One step of MixIT training."""
+    encoder, masknet, decoder = modules
+    optimizer.zero_grad(set_to_none=True)
+    est_source, _ = separate(mixtures.sum(1), encoder, masknet, decoder)
+    mixit_loss(est_source, mixtures)[0].mean().backward()
+    optimizer.step()
+
+
+def make_step(name, num_spks, device):
+    """A function of mixtures that makes a step, and its modules."""
+    modules = build(name, num_spks, device)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-4)
+    return functools.partial(train_step, modules, optimizer), modules
+
+
+def cost_of(name, args, seconds):
+    """Cost of a candidate; runs in a process of its own."""
+    step, modules = make_step(name, args.num_spks, args.device)
+    mixtures = make_mixtures(args.batch_size, seconds, args.device)
+    limit_memory(args.skip_above_gb, args.device)
+    times = []
+
+    def two_steps():
+        for _ in range(2):
+            times.append(timed(lambda: step(mixtures), args.device))
+
+    memory = peak_extra_mb(two_steps, args.device)
+    parameters = sum(p.numel() for p in modules.parameters())
+    return Cost(memory, times[-1], parameters)
+
+
+def costs_at(args, seconds):
+    """Cost, or the reason why there is none, of each candidate."""
+    costs, reasons = {}, {}
+    for name in args.candidates:
+        cost, reason = in_fresh_process(
+            cost_of, name, args, seconds, timeout=args.time_limit
+        )
+        if reason and "memory" in reason:
+            reason = f"needs more than {args.skip_above_gb:g} GB"
+        if reason:
+            reasons[name] = reason
+            say(f"{seconds:g} s, {name}: skipped, {reason}")
+        else:
+            costs[name] = cost
+            say(
+                f"{seconds:g} s, {name}: {cost.memory:.0f} MB, about "
+                f"{cost.seconds:.2f} s a step"
+            )
+    return costs, reasons
+
+
+def times_at(args, seconds, costs):
+    """Seconds of each step, interleaved."""
+    mixtures = make_mixtures(args.batch_size, seconds, args.device)
+    # SpeechBrain's ConvTasNet takes no less than 0.13 s
+    short = make_mixtures(args.batch_size, 0.2, args.device)
+    calls, repetitions = {}, {}
+    for name, cost in costs.items():
+        step, _ = make_step(name, args.num_spks, args.device)
+        step(short)
+        calls[name] = functools.partial(step, mixtures)
+        slow = cost.seconds > SLOW_SECONDS
+        repetitions[name] = args.slow_repetitions if slow else args.repetitions
+    return interleave(calls, repetitions, args.device)
+
+
+def report(seconds, costs, reasons, times):
+    """Table of one length, and the targets if it has any."""
+    medians = {name: statistics.median(times[name]) for name in times}
+    rows, lines = [], []
+    for name in CANDIDATES:
+        if name in reasons:
+            rows.append([name, *["-"] * 6, reasons[name]])
+        if name not in costs:
+            continue
+        ratios = ["-", "-"]
+        if FAVOR in costs:
+            faster = medians[name] / medians[FAVOR]
+            smaller = costs[name].memory / costs[FAVOR].memory
+            ratios = [f"{faster:.2f}", f"{smaller:.2f}"]
+            if seconds == 3 and name in TARGETS:
+                lines += [
+                    verdict(f"{name}: {what}", measured, target)
+                    for what, measured, target in zip(
+                        ("times slower", "times the memory"),
+                        (faster, smaller),
+                        TARGETS[name],
+                        strict=True,
+                    )
+                ]
+        rows.append(
+            [
+                name,
+                f"{costs[name].parameters / 1e6:.1f}",
+                len(times[name]),
+                spread(times[name]),
+                f"{costs[name].memory:.0f}",
+                *ratios,
+                "",
+            ]
+        )
+    header = [
+        "candidate",
+        "million parameters",
+        "steps",
+        "ms a step, median (range)",
+        "extra memory, MB",
+        "times slower than favor",
+        "times its memory",
+        "",
+    ]
+    blocks = [f"## {seconds:g} s", table(header, rows)]
+    return [*blocks, "\n".join(lines)] if lines else blocks
+
+
+def main():
+    """Measures each length and writes the record after each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, "training_step")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[3, 10, 30])
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--num_spks", type=int, default=8)
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--slow_repetitions", type=int, default=2)
+    parser.add_argument("--skip_above_gb", type=float, default=18.0)
+    parser.add_argument(
+        "--time_limit",
+        type=float,
+        default=300.0,
+        help="seconds for a memory run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--candidates", nargs="+", default=list(CANDIDATES), metavar="NAME"
+    )
+    args = parser.parse_args()
+    unknown = set(args.candidates) - set(CANDIDATES)
+    if unknown:
+        parser.error(f"expected candidates of {list(CANDIDATES)}")
+    record = Record("Training step", __doc__, args.output, args.device)
+    setting = f"Batch {args.batch_size}, {args.num_spks} outputs, 44.1 kHz."
+    blocks = [setting]
+    for seconds in args.seconds:
+        costs, reasons = costs_at(args, seconds)
+        times = times_at(args, seconds, costs)
+        blocks += report(seconds, costs, reasons, times)
+        record.write(*blocks)
+        say(*blocks[1:], sep="\n\n")
+        say(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

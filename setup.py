@@ -1,0 +1,56 @@
+"""Package metadata of trackformer_sb; tool settings are in pyproject.toml."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+here = pathlib.Path(__file__).parent
+version = "0.1.0"
+
+setup(
+    name="trackformer_sb",
+    version=version,
+    description=(
+        "Music separation without labelled stems: Performer separators "
+        "trained with MixIT, for SpeechBrain and Asteroid"
+    ),
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["trackformer_sb", "trackformer_sb.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        # torch and torchaudio must be of one release line: torchaudio 2.11 is
+        # the last one, and fails to import beside a newer torch
+        "torch>=2.7,<2.12",
+        "torchaudio>=2.7,<2.12",
+        "speechbrain>=1.1.2",
+        "hyperpyyaml>=1.2.3",
+        "soundfile>=0.12",
+        "numpy",
+        "scipy",
+        "tqdm",
+        "matplotlib",
+        "tensorboard",
+        "torchmetrics>=0.11",
+    ],
+    extras_require={
+        "asteroid": ["asteroid>=0.7,<0.8"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis",
+            "ruff",
+            "yamllint",
+            "codespell",
+            "pre-commit",
+        ],
+    },
+    entry_points={
+        "console_scripts": ["trackformer=trackformer_sb.cli:main"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Multimedia :: Sound/Audio :: Analysis",
+    ],
+)

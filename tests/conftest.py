@@ -1,0 +1,40 @@
+"""Settings of the whole test suite."""
+
+import hypothesis
+import pytest
+import torch
+from speechbrain.utils.importutils import LazyModule
+
+# hypothesis asks every loaded module for its file, which SpeechBrain's lazy
+# modules answer by an import that fails
+LazyModule.__file__ = None
+
+# no deadline: the machine may be busy; the same examples in every run
+hypothesis.settings.register_profile(
+    "suite", deadline=None, max_examples=25, derandomize=True, database=None
+)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", default="cpu", help="where the networks run: cpu, cuda"
+    )
+
+
+def pytest_configure():
+    # the tensors are small: more threads gain nothing, and on a busy machine
+    # they wait for each other (2 threads: 20 times as long)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """Where tensors and modules of a test live."""
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers whatever ran before."""
+    torch.manual_seed(0)

@@ -1,0 +1,431 @@
+"""Training items: two songs, decided by seed, epoch, segment and rank alone."""
+
+import itertools
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trackformer_sb.data import mixtures as mixtures_module
+from trackformer_sb.data.audio import UnreadableAudio
+from trackformer_sb.data.mixtures import MixtureOfMixtures, read_tracks
+
+REAL_MUSIC = Path(__file__).parents[2] / "shared" / "data"
+RATE = 100
+SECONDS = 0.5
+SEGMENTS = {"a": 4, "b": 1, "c": 3, "d": 8}  # of every song
+STEMS = ("bass", "drums", "vocals")
+
+
+def level(song, stem, segment):
+    """Every stem of every segment has its own constant level.
+
+    In units of 1/512 the fraction is .25, that of a sum of three stems .75.
+    """
+    song, stem = sorted(SEGMENTS).index(song), STEMS.index(stem)
+    return (1.25 + segment + 8 * stem + 32 * song) / 512
+
+
+def make_rows(folder, segments=SEGMENTS, stems=STEMS):
+    """A manifest and its files, constant over a segment."""
+    rows = {}
+    for song, count in segments.items():
+        tracks = {}
+        for stem in stems:
+            tracks[stem] = str(folder / f"{song}_{stem}.wav")
+            levels = [level(song, stem, segment) for segment in range(count)]
+            sig = np.repeat(levels, round(SECONDS * RATE))
+            soundfile.write(tracks[stem], sig, RATE, subtype="FLOAT")
+        for segment in range(count):
+            rows[f"{song}_{segment:04d}"] = {
+                "song": song,
+                "tracks": tracks,
+                "start": segment * SECONDS,
+                "duration": SECONDS,
+                "has_stems": len(stems) > 1,
+            }
+    return rows
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return make_rows(tmp_path_factory.mktemp("rows"))
+
+
+def make(rows, seed=0, **options):
+    return MixtureOfMixtures(rows, RATE, seed, **options)
+
+
+def segment_at(mixture):
+    """The song and segment whose stems sum to this constant mixture."""
+    for song, count in SEGMENTS.items():
+        for i in range(count):
+            total = sum(level(song, stem, i) for stem in STEMS)
+            if abs(mixture[0].item() - total) < 1e-6:
+                return song, i
+    raise AssertionError(f"{mixture[0].item()} is no mixture of stems")
+
+
+def partners(rows, keys=None, epoch=0, **options):
+    make_item = make(rows, **options)
+    make_item.set_epoch(epoch)
+    return [segment_at(make_item(key)[0][1]) for key in keys or rows]
+
+
+def same(item, other):
+    return item[2] == other[2] and all(
+        torch.equal(a, b) for a, b in zip(item[:2], other[:2])
+    )
+
+
+def test_tracks_are_read_in_order(rows):
+    tracks = read_tracks(rows["d_0005"], RATE)
+    assert tracks.shape == (3, 50)
+    assert tracks.dtype == torch.float32
+    expected = torch.tensor([level("d", stem, 5) for stem in STEMS])
+    assert torch.equal(tracks, expected[:, None].expand(3, 50))
+
+
+def test_an_item_is_a_segment_and_a_partner(rows):
+    make_item = make(rows)
+    for key, row in rows.items():
+        mixtures, stems, skipped = make_item(key)
+        assert mixtures.shape == (2, 50)
+        assert stems.shape == (0, 50)
+        assert skipped == []
+        assert segment_at(mixtures[0]) == (row["song"], int(key[-4:]))
+        assert segment_at(mixtures[1])[0] != row["song"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.integers(1, 6), min_size=2, max_size=6),
+    st.integers(0, 2**64),
+    st.integers(0, 1000),
+)
+def test_partner_is_always_of_another_song(counts, seed, epoch):
+    segments = {f"song{i}": count for i, count in enumerate(counts)}
+    rows = {
+        f"{song}_{i}": {"song": song, "i": i}
+        for song, count in segments.items()
+        for i in range(count)
+    }
+    make_item = make(rows, seed)
+    draws = [0.0, 0.5, np.nextafter(1, 0)]
+    for index, key in enumerate(make_item._ids):
+        for draw in draws:
+            partner = make_item._ids[make_item._partner(index, draw)]
+            assert rows[partner]["song"] != rows[key]["song"]
+
+
+def test_every_segment_of_the_other_songs_is_as_likely(rows):
+    make_item = make(rows)
+    index = make_item._ids.index("c_0001")
+    draws = (np.arange(1300) + 0.5) / 1300
+    found = [make_item._ids[make_item._partner(index, d)] for d in draws]
+    others = {key for key, row in rows.items() if row["song"] != "c"}
+    assert {key: found.count(key) for key in found} == dict.fromkeys(
+        others, 100
+    )
+
+
+def test_partners_of_many_epochs_cover_all_other_songs(rows):
+    drawn = {partners(rows, ["b_0000"], epoch)[0] for epoch in range(200)}
+    others = {(s, i) for s in "acd" for i in range(SEGMENTS[s])}
+    assert drawn == others
+
+
+# ---------------------------------------------------------------- determinism
+
+
+def test_same_seed_epoch_index_and_rank_make_the_same_item(rows):
+    options = {
+        "seed": 3,
+        "rank": 1,
+        "gain_db": 6,
+        "single_stem_share": 0.4,
+        "silent_share": 0.2,
+    }
+    first, resumed = make(rows, **options), make(rows, **options)
+    first.set_epoch(7)
+    expected = {key: first(key) for key in rows}
+    resumed.set_epoch(7)
+    keys = list(rows) * 2
+    random.Random(0).shuffle(keys)
+    assert all(same(resumed(key), expected[key]) for key in keys)
+    copied = pickle.loads(pickle.dumps(first))
+    assert all(same(copied(key), expected[key]) for key in rows)
+
+
+def test_order_of_the_manifest_does_not_matter(rows):
+    keys = sorted(rows)
+    shuffled = dict(random.Random(1).sample(list(rows.items()), len(rows)))
+    assert partners(rows, keys) == partners(shuffled, keys)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}, {"rank": 1}])
+def test_seed_epoch_and_rank_each_change_partners(rows, change):
+    before, after = partners(rows), partners(rows, **change)
+    changed = sum(a != b for a, b in zip(before, after, strict=True))
+    assert changed > len(rows) / 2
+
+
+def test_segments_of_a_song_draw_different_partners(rows):
+    keys = [key for key in rows if key.startswith("d")]
+    assert len(set(partners(rows, keys))) > 2
+
+
+def test_evaluation_stays_in_epoch_0(rows):
+    fixed = partners(rows, with_stems=True)
+    assert partners(rows, with_stems=True, epoch=5) == fixed
+    make_item = make(rows, with_stems=True)
+    make_item.set_epoch(5)
+    assert make_item.epoch == 0
+
+
+def test_gain_and_shares_leave_partners_alone(rows):
+    """Experiments that differ in one option stay comparable."""
+    silent = make(rows, silent_share=0.5)
+    for key, partner in zip(rows, partners(rows), strict=True):
+        mixtures = silent(key)[0]
+        if mixtures[1].any():
+            assert segment_at(mixtures[1]) == partner
+    louder = make(rows, gain_db=6)
+    plain = make(rows)
+    for key in rows:
+        ratio = louder(key)[0] / plain(key)[0]
+        assert torch.allclose(ratio, ratio[:, :1].expand_as(ratio))
+
+
+# -------------------------------------------------------- gains, stems, silence
+
+
+def test_gains_are_uniform_in_decibels_and_independent(rows):
+    plain, scaled = make(rows), make(rows, gain_db=6)
+    gains = []
+    for epoch in range(20):
+        plain.set_epoch(epoch)
+        scaled.set_epoch(epoch)
+        for key in rows:
+            gains.append((scaled(key)[0] / plain(key)[0])[:, 0])
+    decibels = 20 * torch.stack(gains).log10()
+    assert decibels.abs().max() <= 6 + 1e-4
+    # 320 draws uniform in -6..6: deviation 3.46, mean 0 within 4 errors.
+    assert decibels.mean(dim=0).abs().max() < 4 * 3.46 / 320**0.5
+    assert (decibels.std(dim=0) - 3.46).abs().max() < 0.5
+    assert torch.corrcoef(decibels.T)[0, 1].abs() < 0.2
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0, 30), st.integers(0, 1000))
+def test_mixture_is_the_sum_of_its_stems(rows, gain_db, seed):
+    make_item = make(rows, seed, gain_db=gain_db, with_stems=True)
+    for key in ("a_0001", "d_0007"):
+        mixtures, stems, _ = make_item(key)
+        assert stems.shape == (3, 50)
+        torch.testing.assert_close(stems.sum(dim=0), mixtures[0])
+        ratio = stems[:, 0] / read_tracks(rows[key], RATE)[:, 0]
+        torch.testing.assert_close(ratio, ratio[:1].expand(3))
+
+
+def test_mixtures_have_no_stems(tmp_path):
+    rows = make_rows(tmp_path, stems=("bass",))
+    make_item = make(rows, with_stems=True, single_stem_share=1.0)
+    mixtures, stems, _ = make_item("a_0000")
+    assert stems.shape == (0, 50)
+    assert mixtures[0][0] == pytest.approx(level("a", "bass", 0))
+    assert mixtures[1].abs().min() > 0
+
+
+def test_share_of_silent_and_single_stem_partners(rows):
+    make_item = make(rows, single_stem_share=0.3, silent_share=0.2)
+    stem_of_level = {
+        level(song, stem, i) * 512: (song, stem)
+        for song, count in SEGMENTS.items()
+        for stem, i in itertools.product(STEMS, range(count))
+    }
+    kinds = {0.0: [], 0.25: [], 0.75: []}
+    for epoch, (key, row) in itertools.product(range(100), rows.items()):
+        make_item.set_epoch(epoch)
+        mixtures = make_item(key)[0]
+        assert segment_at(mixtures[0])[0] == row["song"]
+        value = mixtures[1][0].item() * 512
+        assert torch.equal(mixtures[1] * 512, torch.full((50,), value))
+        kinds[value % 1].append((row["song"], value))
+    single = [(song, *stem_of_level[value]) for song, value in kinds[0.25]]
+    assert not any(song == partner for song, partner, _ in single)
+    assert {stem for _, _, stem in single} == set(STEMS)
+    assert not any(value for _, value in kinds[0.0])
+    # Of 1600 draws; 0.04 and 0.046 are four standard errors.
+    items = sum(map(len, kinds.values()))
+    assert len(kinds[0.0]) / items == pytest.approx(0.2, abs=0.04)
+    assert len(kinds[0.25]) / items == pytest.approx(0.3, abs=0.046)
+
+
+def test_single_stem_sounds_if_one_does(tmp_path):
+    rows = make_rows(tmp_path)
+    for song, stem in itertools.product("abd", ("bass", "vocals")):
+        path = rows[f"{song}_0000"]["tracks"][stem]
+        soundfile.write(path, np.full(1000, 2e-5), RATE, subtype="FLOAT")
+    make_item = make(rows, single_stem_share=1.0)
+    drums = {
+        round(level(song, "drums", i) * 512)
+        for song in "abd"
+        for i in range(SEGMENTS[song])
+    }
+    for epoch in range(30):
+        make_item.set_epoch(epoch)
+        value = make_item("c_0000")[0][1][0].item() * 512
+        assert round(value) in drums
+
+
+def test_silent_songs_stay_finite(tmp_path):
+    rows = make_rows(tmp_path)
+    for path in {p for row in rows.values() for p in row["tracks"].values()}:
+        soundfile.write(path, np.zeros(1000), RATE)
+    make_item = make(rows, gain_db=6, single_stem_share=0.5, silent_share=0.2)
+    for key in rows:
+        mixtures, _, skipped = make_item(key)
+        assert torch.equal(mixtures, torch.zeros(2, 50))
+        assert skipped == []
+
+
+# ------------------------------------------------------------ unreadable files
+
+
+def test_unreadable_segment_is_replaced_and_named(tmp_path):
+    rows = make_rows(tmp_path)
+    broken = Path(rows["d_0000"]["tracks"]["drums"])
+    sig, _ = soundfile.read(broken)
+    sig[150:200] = np.nan  # segment 3 of 8
+    soundfile.write(broken, sig, RATE, subtype="FLOAT")
+    make_item = make(rows, with_stems=True)
+    mixtures, stems, skipped = make_item("d_0003")
+    assert len(skipped) == 1
+    assert "d_drums.wav: NaN or infinite samples" in skipped[0]
+    assert segment_at(mixtures[0]) != ("d", 3)
+    torch.testing.assert_close(stems.sum(dim=0), mixtures[0])
+    assert same(make_item("d_0003"), (mixtures, stems, skipped))
+
+    make_item = make(rows)
+    total = 0
+    for epoch, key in itertools.product(range(20), rows):
+        make_item.set_epoch(epoch)
+        mixtures, _, skipped = make_item(key)
+        total += len(skipped)
+        songs = [segment_at(mixture)[0] for mixture in mixtures]
+        assert songs[0] != songs[1]
+        assert skipped or songs[0] == rows[key]["song"]
+    # Twenty times as item 0, and as partner of some of the 8 others' items.
+    assert 20 < total < 100
+
+
+def test_unreadable_partner_keeps_the_item(tmp_path):
+    rows = make_rows(tmp_path)
+    for song in "bcd":
+        Path(rows[f"{song}_0000"]["tracks"]["bass"]).write_bytes(b"")
+    soundfile.write(rows["b_0000"]["tracks"]["bass"], np.full(50, 0.125), RATE)
+    mixtures, stems, skipped = make(rows, with_stems=True, max_failures=500)(
+        "a_0002"
+    )
+    assert segment_at(mixtures[0]) == ("a", 2)
+    assert stems.shape == (3, 50)
+    b_total = 0.125 + level("b", "drums", 0) + level("b", "vocals", 0)
+    assert mixtures[1][0].item() == pytest.approx(b_total)
+    assert all("the file is empty" in reason for reason in skipped)
+
+
+def test_nothing_readable(tmp_path):
+    rows = make_rows(tmp_path)
+    for path in {p for row in rows.values() for p in row["tracks"].values()}:
+        Path(path).write_bytes(b"")
+    match = (
+        r"no readable segment found after 20 tries: .*_bass\.wav: "
+        "the file is empty"
+    )
+    with pytest.raises(UnreadableAudio, match=match) as error:
+        make(rows)("a_0000")
+    # Every file once, not once a try.
+    assert str(error.value).count("a_bass.wav") == 1
+
+
+# ------------------------------------------------------------------- the rest
+
+
+@pytest.mark.parametrize("segments", [{}, {"a": 3}])
+def test_one_song_has_no_partner(tmp_path, segments):
+    rows = make_rows(tmp_path, segments)
+    match = f"at least 2 songs, got {len(rows)} segments of {len(segments)}"
+    with pytest.raises(ValueError, match=match):
+        make(rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"silent_share": -0.1}, "0 to 1 in sum, got 0.0 and -0.1"),
+        ({"silent_share": 0.6, "single_stem_share": 0.6}, "got 0.6 and 0.6"),
+        ({"gain_db": -1}, "gain_db and seed from 0, got -1 and 0"),
+        ({"seed": -1}, "gain_db and seed from 0, got 0.0 and -1"),
+    ],
+)
+def test_impossible_options(rows, options, match):
+    with pytest.raises(ValueError, match=match):
+        make(rows, **options)
+
+
+def test_files_are_read_once_and_no_longer_than_a_segment(rows, monkeypatch):
+    reads = []
+    read_segment = mixtures_module.read_segment
+
+    def counting(path, start, duration, sample_rate):
+        reads.append((path, duration))
+        return read_segment(path, start, duration, sample_rate)
+
+    monkeypatch.setattr(mixtures_module, "read_segment", counting)
+    make(rows)("a_0000")
+    assert len(reads) == len(set(reads)) == 2 * len(STEMS)
+    assert {duration for _, duration in reads} == {SECONDS}
+    reads.clear()
+    make(rows, silent_share=1.0)("a_0000")
+    assert len(reads) == len(STEMS)
+
+
+def test_in_workers_of_a_loader(rows):
+    make_item = make(rows, gain_db=6)
+    loader = torch.utils.data.DataLoader(
+        sorted(rows), batch_size=None, num_workers=1, collate_fn=make_item
+    )
+    for key, item in zip(sorted(rows), loader, strict=True):
+        assert same(item, make_item(key))
+
+
+@pytest.mark.skipif(
+    not REAL_MUSIC.is_dir(), reason=f"no real music at {REAL_MUSIC}"
+)
+def test_real_music():
+    rows = {}
+    for song in ("Hydrogen", "Rubidium"):
+        paths = sorted((REAL_MUSIC / "stems" / song).glob("*.ogg"))
+        tracks = {path.stem: str(path) for path in paths}
+        for start in (30.0, 60.0):
+            rows[f"{song}_{start}"] = {
+                "song": song,
+                "tracks": tracks,
+                "start": start,
+                "duration": 2.0,
+                "has_stems": True,
+            }
+    make_item = MixtureOfMixtures(rows, 44100, seed=0, with_stems=True)
+    mixtures, stems, skipped = make_item("Hydrogen_60.0")
+    assert skipped == []
+    assert stems.shape == (3, 88200)
+    assert mixtures.abs().amax(dim=1).min() > 0.01
+    torch.testing.assert_close(stems.sum(dim=0), mixtures[0])
+    assert torch.corrcoef(mixtures)[0, 1].abs() < 0.5

@@ -1,0 +1,436 @@
+"""FAVOR+ against exact attention: how near, and what must hold exactly."""
+
+import itertools
+
+import pytest
+import references
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from trackformer_sb.nnet.favor import (
+    causal_favor_attention,
+    draw_projection,
+    favor_attention,
+    positive_features,
+    softmax_attention,
+)
+
+HEAD_DIM = 64
+
+
+def clustered_frames(generator, temperature=1.0, frames=160, groups=8):
+    """Queries, keys and values of frames that sound like one of 8 chords.
+
+    Queries and keys have the norms that SelfAttention gives them. The mean of
+    all values is wrong everywhere, that of the same chord is about right.
+    """
+    owner = torch.randint(groups, (frames,), generator=generator)
+    centre = torch.randn(groups, HEAD_DIM, generator=generator)[owner]
+    noise = torch.randn(3, 1, 2, frames, HEAD_DIM, generator=generator)
+    query, key = temperature**0.5 * F.normalize(
+        centre + 0.5 * noise[:2], dim=-1
+    )
+    value = torch.randn(groups, HEAD_DIM, generator=generator)[owner]
+    return query, key, value + 0.5 * noise[2]
+
+
+def relative_error(estimate, exact):
+    return float((estimate - exact).norm() / exact.norm())
+
+
+def mean_errors(n_features, temperature, orthogonal=True, **kwargs):
+    """Errors of FAVOR+ and of averaging all values, over 30 draws."""
+    errors = []
+    for draw in range(30):
+        generator = torch.Generator().manual_seed(draw)
+        query, key, value = clustered_frames(generator, temperature, **kwargs)
+        projection = draw_projection(
+            n_features, HEAD_DIM, generator, orthogonal
+        )
+        exact = softmax_attention(query, key, value)
+        errors.append(
+            (
+                relative_error(
+                    favor_attention(query, key, value, projection), exact
+                ),
+                relative_error(value.mean(-2, keepdim=True), exact),
+            )
+        )
+    return torch.tensor(errors).mean(0).tolist()
+
+
+def random_frames(frames=20, value_dim=6, batch=2, dtype=torch.float32):
+    """Small unstructured queries, keys, values and a projection."""
+    query, key = torch.randn(2, batch, 2, frames, 8, dtype=dtype) * 0.3
+    value = torch.randn(batch, 2, frames, value_dim, dtype=dtype)
+    return query, key, value, draw_projection(16, 8).to(dtype)
+
+
+# -- exact attention
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_softmax_attention_equals_the_loop(causal, padded, device):
+    query, key, value, _ = random_frames(frames=9)
+    mask = None
+    if padded:
+        mask = torch.zeros(2, 9, dtype=torch.bool)
+        mask[0, 6:] = mask[1, 4] = True
+    expected = references.softmax_attention(query, key, value, mask, causal)
+    result = softmax_attention(
+        *(x.to(device) for x in (query, key, value)),
+        None if mask is None else mask.to(device),
+        causal,
+    )
+    torch.testing.assert_close(result.cpu(), expected, atol=1e-5, rtol=1e-5)
+
+
+# -- the estimate
+
+
+@pytest.mark.parametrize(
+    "temperature, measured, averaging",
+    [
+        (1.0, {64: 0.20, 256: 0.085, 1024: 0.058}, 0.35),
+        (2.0, {64: 0.38, 256: 0.23, 1024: 0.18}, 0.65),
+    ],
+)
+def test_error_falls_with_the_features_and_is_below_averaging(
+    temperature, measured, averaging
+):
+    errors = {}
+    for n_features in measured:
+        errors[n_features], mean = mean_errors(n_features, temperature)
+    assert errors == pytest.approx(measured, rel=0.15)
+    assert mean == pytest.approx(averaging, rel=0.1)
+    assert errors[256] < 0.7 * errors[64]
+    assert errors[1024] < 0.8 * errors[256]
+    assert errors[256] < 0.5 * mean
+
+
+def test_orthogonal_directions_beat_independent_ones():
+    # every frame for itself: the estimate of each single weight matters
+    kwargs = {"frames": 200, "groups": 200}
+    orthogonal, _ = mean_errors(256, 1.0, **kwargs)
+    independent, _ = mean_errors(256, 1.0, False, **kwargs)
+    assert orthogonal == pytest.approx(0.09, rel=0.15)
+    assert independent == pytest.approx(0.134, rel=0.15)
+    assert orthogonal < 0.8 * independent
+
+
+def test_unnormalised_queries_cannot_be_estimated():
+    """Why SelfAttention normalises: standard deviation 1 is out of reach."""
+    errors = {}
+    for deviation in (1.0, 0.25):
+        total = 0.0
+        for draw in range(4):
+            generator = torch.Generator().manual_seed(draw)
+            query, key, value = torch.randn(
+                3, 1, 2, 200, HEAD_DIM, generator=generator
+            )
+            # the usual 1 / sqrt(head_dim), half of it for each
+            scale = deviation * HEAD_DIM**-0.25
+            query, key = scale * query, scale * key
+            projection = draw_projection(256, HEAD_DIM, generator)
+            total += relative_error(
+                favor_attention(query, key, value, projection),
+                softmax_attention(query, key, value),
+            )
+        errors[deviation] = total / 4
+    assert errors[1.0] > 0.8
+    assert errors[0.25] < 0.1
+
+
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_kernel_is_unbiased(orthogonal):
+    generator = torch.Generator().manual_seed(1)
+    query, key = 0.8 * F.normalize(
+        torch.randn(2, 5, 8, generator=generator), dim=-1
+    )
+    draws = torch.stack(
+        [
+            positive_features(query, projection)
+            @ positive_features(key, projection).T
+            for projection in (
+                draw_projection(16, 8, generator, orthogonal)
+                for _ in range(2000)
+            )
+        ]
+    )
+    standard_error = draws.std(0) / 2000**0.5
+    deviation = (draws.mean(0) - (query @ key.T).exp()) / standard_error
+    assert deviation.abs().max() < 4
+    assert standard_error.max() < 0.03
+
+
+def test_causal_error_falls_with_the_features():
+    errors = []
+    for n_features in (64, 256, 1024):
+        total = 0.0
+        for draw in range(12):
+            generator = torch.Generator().manual_seed(draw)
+            query, key, value = clustered_frames(generator)
+            projection = draw_projection(n_features, HEAD_DIM, generator)
+            result, _ = causal_favor_attention(query, key, value, projection)
+            exact = softmax_attention(query, key, value, causal=True)
+            total += relative_error(result, exact)
+        errors.append(total / 12)
+    assert errors[1] < 0.7 * errors[0]
+    assert errors[2] < 0.8 * errors[1]
+    assert errors[1] < 0.12
+
+
+def test_causal_favor_equals_its_own_quadratic_form(device):
+    query, key, value, projection = random_frames(frames=300)
+    weights = (
+        positive_features(query, projection)
+        @ positive_features(key, projection).mT
+    ).tril()
+    expected = weights @ value / weights.sum(-1, keepdim=True)
+    result, _ = causal_favor_attention(
+        *(x.to(device) for x in (query, key, value, projection))
+    )
+    torch.testing.assert_close(result.cpu(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_stabilisers_cancel(device):
+    query, key, value, projection = random_frames()
+    weights = (
+        positive_features(query, projection)
+        @ positive_features(key, projection).mT
+    )
+    expected = weights @ value / weights.sum(-1, keepdim=True)
+    result = favor_attention(
+        *(x.to(device) for x in (query, key, value, projection))
+    )
+    torch.testing.assert_close(result.cpu(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_large_queries_and_keys_do_not_overflow():
+    query, key, value, projection = random_frames()
+    result = favor_attention(60 * query, 60 * key, value, projection)
+    assert result.isfinite().all()
+    # a convex combination of the values
+    assert (result.abs() <= value.abs().amax(-2, keepdim=True) + 1e-4).all()
+
+
+# -- the directions
+
+
+def test_directions_have_the_lengths_of_gaussian_rows():
+    generator = torch.Generator().manual_seed(0)
+    projection = draw_projection(4096, HEAD_DIM, generator)
+    squares = projection.square().sum(1)
+    assert float(squares.mean()) == pytest.approx(HEAD_DIM, rel=0.02)
+    assert float(squares.var()) == pytest.approx(2 * HEAD_DIM, rel=0.1)
+    covariance = projection.T @ projection / 4096
+    torch.testing.assert_close(
+        covariance, torch.eye(HEAD_DIM), atol=0.12, rtol=0
+    )
+
+
+@pytest.mark.parametrize("n_features", [1, 7, 8, 100, 256])
+def test_directions_are_orthogonal_in_blocks_and_mirrored(n_features):
+    projection = draw_projection(n_features, 16)
+    half = (n_features + 1) // 2
+    assert projection.shape == (n_features, 16)
+    assert torch.equal(projection[half:], -projection[: n_features - half])
+    for start in range(0, half, 16):
+        block = projection[start : min(start + 16, half)]
+        gram = block @ block.T
+        torch.testing.assert_close(
+            gram, gram.diagonal().diag(), atol=1e-4, rtol=0
+        )
+
+
+def test_directions_depend_on_the_generator_only():
+    first = draw_projection(32, 8, torch.Generator().manual_seed(3))
+    torch.rand(5)
+    again = draw_projection(32, 8, torch.Generator().manual_seed(3))
+    other = draw_projection(32, 8, torch.Generator().manual_seed(4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_no_features_are_refused():
+    with pytest.raises(ValueError, match="n_features must be at least 1, got"):
+        draw_projection(0, 8)
+
+
+# -- what must hold exactly
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_equals_dropping_the_frames(causal, device):
+    query, key, value, projection = (
+        x.to(device) for x in random_frames(frames=12)
+    )
+    mask = torch.zeros(2, 12, dtype=torch.bool, device=device)
+    mask[:, 3] = mask[:, 9:] = True
+    keep = ~mask[0]
+
+    def attend(*args):
+        result = (causal_favor_attention if causal else favor_attention)(*args)
+        return result[0] if causal else result
+
+    expected = attend(*(x[:, :, keep] for x in (query, key, value)), projection)
+    # whatever is in the padding
+    key[:, :, ~keep], value[:, :, ~keep] = 0.5, 100.0
+    result = attend(query, key, value, projection, mask)[:, :, keep]
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_later_inputs_do_not_change_earlier_outputs():
+    query, key, value, projection = random_frames(frames=300)
+    before, _ = causal_favor_attention(query, key, value, projection)
+    changed = [x.clone() for x in (query, key, value)]
+    for x in changed:
+        x[:, :, 200:] = 3 * torch.randn_like(x[:, :, 200:])
+    after, _ = causal_favor_attention(*changed, projection)
+    assert torch.equal(after[:, :, :200], before[:, :, :200])
+    assert not torch.allclose(after[:, :, 200:], before[:, :, 200:])
+
+
+@given(
+    cuts=st.lists(st.integers(0, 70), max_size=5),
+    chunk_size=st.integers(1, 80),
+)
+def test_a_stream_in_any_pieces_equals_one_call(cuts, chunk_size):
+    torch.manual_seed(0)
+    query, key, value, projection = random_frames(frames=70)
+    expected, final = causal_favor_attention(query, key, value, projection)
+    pieces, state = [], None
+    bounds = [0, *sorted(cuts), 70]
+    for start, end in itertools.pairwise(bounds):
+        piece, state = causal_favor_attention(
+            *(x[:, :, start:end] for x in (query, key, value)),
+            projection,
+            state=state,
+            chunk_size=chunk_size,
+        )
+        pieces.append(piece)
+    torch.testing.assert_close(
+        torch.cat(pieces, 2), expected, atol=1e-5, rtol=1e-4
+    )
+    for part, whole in zip(state, final):
+        torch.testing.assert_close(part, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_size_of_the_chunks_does_not_matter():
+    query, key, value, projection = random_frames(frames=130)
+    expected, _ = causal_favor_attention(query, key, value, projection)
+    for chunk_size in (1, 64, 65, 1000):
+        result, _ = causal_favor_attention(
+            query, key, value, projection, chunk_size=chunk_size
+        )
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_permuted_frames_give_permuted_outputs():
+    query, key, value, projection = random_frames()
+    order = torch.randperm(query.shape[2])
+    expected = favor_attention(query, key, value, projection)[:, :, order]
+    result = favor_attention(
+        *(x[:, :, order] for x in (query, key, value)), projection
+    )
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_batch_neighbours_do_not_matter(causal):
+    query, key, value, projection = random_frames(batch=3)
+    # a common stabiliser would be far from that of the louder item
+    query[1], key[1], value[1] = 40 * query[1], 40 * key[1], 1e3 * value[1]
+    attend = causal_favor_attention if causal else favor_attention
+    together = attend(query, key, value, projection)
+    together = together[0] if causal else together
+    for i in range(2):
+        item = slice(i, i + 1)
+        alone = attend(query[item], key[item], value[item], projection)
+        alone = alone[0] if causal else alone
+        torch.testing.assert_close(together[item], alone, atol=1e-6, rtol=1e-5)
+    assert causal or together[1].any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_equal_difference_quotients(causal):
+    *inputs, projection = random_frames(
+        frames=5, value_dim=3, batch=1, dtype=torch.float64
+    )
+    inputs = [x.requires_grad_() for x in inputs]
+    mask = torch.tensor([[False, False, True, False, False]])
+
+    def attend(query, key, value):
+        if causal:
+            return causal_favor_attention(
+                query, key, value, projection, mask, chunk_size=2
+            )[0]
+        return favor_attention(query, key, value, projection, mask)
+
+    assert attend(*inputs).dtype == torch.float64
+    assert torch.autograd.gradcheck(attend, inputs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_frames_without_any_key_give_zeros_and_no_gradient(causal):
+    query, key, value, projection = random_frames()
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    mask = torch.zeros(2, 20, dtype=torch.bool)
+    # the first item sees nothing; the second, if causal, nothing at first
+    mask[0], mask[1, :4] = True, True
+    if causal:
+        result, _ = causal_favor_attention(*inputs, projection, mask)
+        assert not result[1, :, :4].any()
+    else:
+        result = favor_attention(*inputs, projection, mask)
+    assert not result[0].any()
+    assert result[1, :, 4:].all()
+    (1e3 * result).sum().backward()
+    for x in inputs:
+        assert x.grad.isfinite().all()
+        assert not x.grad[0].any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_kernel_is_single_precision_under_autocast(causal, device):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        x.to(device, torch.bfloat16) for x in clustered_frames(generator, 2.0)
+    ]
+    projection = draw_projection(256, HEAD_DIM, generator).to(device)
+    attend = causal_favor_attention if causal else favor_attention
+
+    def unpack(result):
+        return result[0] if causal else result
+
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        result = unpack(attend(*inputs, projection))
+    expected = unpack(attend(*(x.float() for x in inputs), projection))
+    assert result.dtype == torch.bfloat16
+    # only the result is rounded
+    assert torch.equal(result, expected.to(torch.bfloat16))
+    # a bfloat16 kernel errs more than that
+    query, key, value = inputs
+    rounded = projection.to(torch.bfloat16)
+    weights = (
+        positive_features(query, rounded) @ positive_features(key, rounded).mT
+    )
+    weights = weights.tril() if causal else weights
+    coarse = weights @ value / weights.sum(-1, keepdim=True)
+    assert relative_error(coarse.float(), expected) > 1.7 * relative_error(
+        result.float(), expected
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_inputs_are_left_alone(causal):
+    inputs = random_frames()
+    mask = torch.zeros(2, 20, dtype=torch.bool)
+    mask[:, 15:] = True
+    before = [x.clone() for x in (*inputs, mask)]
+    (causal_favor_attention if causal else favor_attention)(*inputs, mask)
+    for x, y in zip((*inputs, mask), before):
+        assert torch.equal(x, y)

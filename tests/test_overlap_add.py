@@ -1,0 +1,391 @@
+"""Streams: sums, seams, orders, memory, and files that are no music."""
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchaudio.functional import lowpass_biquad
+
+from trackformer_sb.inference import overlap_add
+from trackformer_sb.inference.overlap_add import (
+    best_order,
+    crossfade_weights,
+    distribute_residual,
+    separate_stream,
+    write_sources,
+)
+
+MINUS_80_DB = 1e-4
+
+
+def halves(mix):
+    """Two outputs of half of the mixture each."""
+    return torch.stack([mix / 2, mix / 2], dim=1)
+
+
+def identity(mix):
+    """One output, which is the mixture."""
+    return mix.unsqueeze(1)
+
+
+def low_and_high(mix, sample_rate=8000):
+    """Splits at 1 kHz."""
+    low = lowpass_biquad(mix, sample_rate, 1000.0)
+    return torch.stack([low, mix - low], dim=1)
+
+
+def opened(sig, rate, subtype="FLOAT"):
+    """An open file that holds sig [channels, time]."""
+    file = io.BytesIO()
+    soundfile.write(file, sig.T.numpy(), rate, subtype, format="WAV")
+    return soundfile.SoundFile(io.BytesIO(file.getvalue()))
+
+
+def separated(sig, rate, separator, sample_rate, **options):
+    """All blocks of a stream, [sources, channels, time]."""
+    reader = opened(sig, rate)
+    blocks = separate_stream(reader, separator, sample_rate, **options)
+    return torch.cat(list(blocks), dim=-1)
+
+
+def noise(channels, frames, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(channels, frames, generator=generator) * 0.2
+
+
+def sine(frequency, rate, frames):
+    """A tone, [1, time]."""
+    phase = 2 * torch.pi * frequency / rate * torch.arange(frames).double()
+    return phase.sin().float().unsqueeze(0)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 7, 1000])
+def test_crossfade_rises_and_sums_to_one(length):
+    weights = crossfade_weights(length)
+    assert len(weights) == length
+    assert torch.equal(weights + (1 - weights), torch.ones(length))
+    # faded out is faded in, seen backwards
+    assert torch.allclose(weights.flip(0), 1 - weights, atol=1e-6)
+    assert bool((weights.diff() > 0).all())
+
+
+@given(
+    frames=st.integers(1, 500),
+    chunk=st.integers(1, 120),
+    overlap=st.sampled_from([0.0, 0.1, 0.25, 0.49, 0.5]),
+    channels=st.integers(1, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_identity_at_one_rate_returns_the_input_bit_by_bit(
+    frames, chunk, overlap, channels
+):
+    sig = noise(channels, frames)
+    est_source = separated(
+        sig, 100, identity, 100, chunk_seconds=chunk / 100, overlap=overlap
+    )
+    assert torch.equal(est_source, sig.unsqueeze(0))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000, 96000])
+def test_outputs_sum_to_the_file_at_any_rate(rate, channels):
+    sig = noise(channels, rate + 123)
+    est_source = separated(
+        sig, rate, low_and_high, 44100, chunk_seconds=0.4, overlap=0.25
+    )
+    assert est_source.shape == (2, channels, rate + 123)
+    error = (est_source.sum(0) - sig).norm() / sig.norm()
+    # far below the -80 dB that are promised: rounding is all that is left
+    assert error < MINUS_80_DB / 100
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 48000, 96000])
+def test_resampling_there_and_back_keeps_the_band(rate):
+    """A tone both rates can represent comes back where and as it was."""
+    tone = sine(1000, rate, 2 * rate)
+
+    def first_of_four(mix):
+        return torch.stack([mix, 0 * mix, 0 * mix, 0 * mix], dim=1)
+
+    est_source = separated(tone, rate, first_of_four, 44100, chunk_seconds=0.5)
+    edge = rate // 100
+    inner = est_source[:, 0, edge:-edge]
+    assert torch.allclose(inner[0], tone[0, edge:-edge], atol=1e-5)
+    assert inner[1:].abs().max() < 1e-5
+
+
+def test_what_the_model_rate_cannot_represent_is_shared_evenly():
+    tone = sine(15000, 44100, 44100)
+
+    def first_of_two(mix):
+        return torch.stack([mix, 0 * mix], dim=1)
+
+    est_source = separated(tone, 44100, first_of_two, 16000)
+    inner = slice(441, -441)
+    for source in est_source:
+        assert torch.allclose(source[:, inner], tone[:, inner] / 2, atol=1e-4)
+
+
+def test_almost_equal_rates_take_no_giant_filter(monkeypatch):
+    asked = []
+    resample = overlap_add.resample
+
+    def counted(sig, orig_freq, new_freq, **options):
+        asked.append((orig_freq, new_freq))
+        return resample(sig, orig_freq, new_freq, **options)
+
+    monkeypatch.setattr(overlap_add, "resample", counted)
+    sig = noise(1, 4400)
+    est_source = separated(sig, 11026, halves, 44100)
+    assert max(max(pair) for pair in asked) <= 4 * overlap_add.MAX_RATIO_TERM
+    assert torch.allclose(est_source.sum(0), sig, atol=1e-6)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 99, 399, 400, 401, 1000])
+def test_short_files(frames):
+    sig = noise(2, frames)
+    est_source = separated(sig, 8000, low_and_high, 16000, chunk_seconds=0.05)
+    assert est_source.shape == (2, 2, frames)
+    assert torch.allclose(est_source.sum(0), sig, atol=1e-6)
+
+
+def test_short_chunks_are_padded_for_learned_encoders():
+    lengths = []
+
+    def recorded(mix):
+        lengths.append(mix.shape[-1])
+        return halves(mix)
+
+    separated(noise(1, 1), 8000, recorded, 8000)
+    assert lengths == [800]
+
+
+def test_silence_gives_silence():
+    est_source = separated(
+        torch.zeros(2, 3000), 8000, low_and_high, 16000, chunk_seconds=0.1
+    )
+    assert torch.equal(est_source, torch.zeros(2, 2, 3000))
+
+
+def test_best_order_undoes_every_permutation():
+    sources = noise(8, 150).view(4, 2, 150)
+    for permutation in itertools.permutations(range(4)):
+        shuffled = sources[list(permutation)]
+        order = best_order(sources, shuffled)
+        assert torch.equal(shuffled[order], sources)
+
+
+def test_best_order_minimises_the_squared_difference():
+    for seed in range(20):
+        previous = noise(4, 60, seed).unsqueeze(1)
+        current = noise(4, 60, seed + 100).unsqueeze(1)
+
+        def cost(order, previous=previous, current=current):
+            return float((previous - current[list(order)]).square().sum())
+
+        best = min(itertools.permutations(range(4)), key=cost)
+        assert best_order(previous, current).tolist() == list(best)
+
+
+def test_best_order_keeps_what_cannot_be_told_apart():
+    sources = noise(1, 100).expand(5, 1, 100)
+    assert best_order(sources, sources).tolist() == [0, 1, 2, 3, 4]
+    empty = torch.zeros(3, 2, 0)
+    assert best_order(empty, empty).tolist() == [0, 1, 2]
+    # one loud output, the others silent
+    silent = torch.cat([noise(1, 100).unsqueeze(0), torch.zeros(3, 1, 100)])
+    assert best_order(silent, silent * 0.1).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("level", [1.0, 1e-6])
+@pytest.mark.parametrize("frames", [10000, 10007, 12345])
+def test_a_separator_that_swaps_its_outputs_is_aligned(frames, level):
+    generator = torch.Generator().manual_seed(3)
+    swapped = []
+
+    def shuffling(mix):
+        est_source = low_and_high(mix)
+        swapped.append(bool(torch.rand(1, generator=generator) < 0.5))
+        return est_source.flip(1) if swapped[-1] else est_source
+
+    sig = noise(2, frames) * level
+    options = {"chunk_seconds": 0.25, "overlap": 0.25}
+    steady = separated(sig, 8000, low_and_high, 8000, **options)
+    shuffled = separated(sig, 8000, shuffling, 8000, **options)
+    assert len(set(swapped)) == 2
+    if swapped[0]:
+        shuffled = shuffled.flip(0)
+    assert torch.allclose(shuffled, steady, atol=1e-6 * level)
+
+
+def test_chunks_leave_no_seam():
+    """Outputs that jump between chunks are joined by a smooth fade."""
+    gains = itertools.cycle([0.2, 0.8])
+
+    def jumping(mix):
+        gain = next(gains)
+        return torch.stack([gain * mix, (1 - gain) * mix * 1e-3], dim=1)
+
+    sig = torch.ones(1, 8000)
+    est_source = separated(
+        sig, 1000, jumping, 1000, chunk_seconds=2.0, overlap=0.25
+    )
+    # the fade takes 500 samples, a cut would be a step of 0.3
+    assert est_source[0].max() - est_source[0].min() > 0.2
+    assert est_source[0].diff().abs().max() < 3e-3
+
+
+def test_chunks_equal_the_whole_for_a_local_separator():
+    sig = noise(2, 30000)
+    whole = separated(sig, 8000, low_and_high, 8000, chunk_seconds=10.0)
+    parts = separated(sig, 8000, low_and_high, 8000, chunk_seconds=1.0)
+    # the filter forgets within a chunk's fade
+    assert torch.allclose(parts, whole, atol=2e-3)
+
+
+@pytest.mark.parametrize("seconds", [3, 30])
+def test_memory_does_not_depend_on_the_length(seconds, tmp_path):
+    """No block read, separated or written is longer than a chunk."""
+    separated_lengths, written_lengths = [], []
+
+    def recorded(mix):
+        separated_lengths.append(mix.shape[-1])
+        return halves(mix)
+
+    def blocks(reader):
+        for block in separate_stream(reader, recorded, 4000, 1.0, 0.25):
+            written_lengths.append(block.shape[-1])
+            yield block
+
+    with opened(noise(1, seconds * 8000 + 17), 8000) as reader:
+        write_sources(blocks(reader), reader, tmp_path, "long")
+        assert reader.tell() == seconds * 8000 + 17
+    assert max(separated_lengths) == 4000
+    assert max(written_lengths) <= 8000
+    assert len(separated_lengths) >= seconds
+    assert sum(written_lengths) == seconds * 8000 + 17
+
+
+def test_last_chunk_is_as_long_as_the_others():
+    lengths = []
+
+    def recorded(mix):
+        lengths.append(mix.shape[-1])
+        return identity(mix)
+
+    # 8000 + 2 * 6000 samples and a single one
+    separated(noise(1, 20001), 8000, recorded, 8000, chunk_seconds=1.0)
+    assert lengths == [8000] * 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunk_seconds": 0.0},
+        {"chunk_seconds": -1.0},
+        {"overlap": -0.1},
+        {"overlap": 0.51},
+        {"overlap": float("nan")},
+    ],
+)
+def test_options_out_of_range(options):
+    with pytest.raises(ValueError, match=r"expected chunk_seconds > 0 and"):
+        separated(noise(1, 100), 8000, identity, 8000, **options)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_no_numbers(tmp_path, value):
+    sig = noise(2, 20000).numpy().T.copy()
+    sig[15000, 1] = value
+    path = tmp_path / "broken.wav"
+    soundfile.write(path, sig, 8000, "FLOAT")
+    with (
+        soundfile.SoundFile(path) as reader,
+        pytest.raises(ValueError, match=r"broken\.wav: NaN or infinite"),
+    ):
+        list(separate_stream(reader, identity, 8000, chunk_seconds=0.5))
+
+
+def test_outputs_that_are_no_numbers():
+    def broken(mix):
+        return halves(mix) / 0 * 0
+
+    with pytest.raises(ValueError, match="the model returned NaN"):
+        separated(noise(1, 100), 8000, broken, 8000)
+
+
+def test_outputs_of_another_shape():
+    with pytest.raises(ValueError, match=r"expected .*\[1, sources, 2, 800\]"):
+        separated(noise(2, 800), 8000, lambda mix: mix, 8000)
+    with pytest.raises(ValueError, match=r"got \[1, 2, 2, 799\]"):
+        separated(noise(2, 800), 8000, lambda mix: halves(mix)[..., 1:], 8000)
+
+
+def test_empty_file():
+    with pytest.raises(ValueError, match="holds no samples"):
+        separated(torch.zeros(1, 0), 8000, identity, 8000)
+
+
+def test_file_shorter_than_its_header_says():
+    class Truncated(soundfile.SoundFile):
+        @property
+        def frames(self):
+            return super().frames + 500
+
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(300), 8000, format="WAV")
+    reader = Truncated(io.BytesIO(file.getvalue()))
+    with pytest.raises(ValueError, match="truncated, 300 of 800 samples"):
+        list(separate_stream(reader, identity, 8000))
+
+
+def test_distribute_residual_leaves_its_arguments():
+    mix, est_source = noise(2, 50), noise(6, 50, seed=1).view(3, 2, 50)
+    before = mix.clone(), est_source.clone()
+    total = distribute_residual(mix, est_source).sum(0)
+    assert torch.allclose(total, mix, atol=1e-6)
+    assert torch.equal(mix, before[0])
+    assert torch.equal(est_source, before[1])
+
+
+def test_write_sources_is_all_or_nothing(tmp_path):
+    def interrupted():
+        yield torch.zeros(2, 1, 100)
+        assert len(list(tmp_path.glob(".*/song_source*.wav"))) == 2
+        assert not list(tmp_path.glob("song*"))
+        raise KeyboardInterrupt
+
+    with opened(noise(1, 200), 8000) as reader:
+        with pytest.raises(KeyboardInterrupt):
+            write_sources(interrupted(), reader, tmp_path, "song")
+        assert list(tmp_path.iterdir()) == []
+        paths = write_sources([torch.ones(2, 1, 9)], reader, tmp_path, "song")
+    assert [path.name for path in paths] == [
+        "song_source0.wav",
+        "song_source1.wav",
+    ]
+    assert sorted(tmp_path.iterdir()) == paths
+    assert soundfile.info(paths[1]).subtype == "FLOAT"
+    assert soundfile.read(paths[1])[0].tolist() == [1.0] * 9
+
+
+def test_wav_beyond_4_gb_becomes_rf64():
+    # three hours of 6 channels at 44.1 kHz are 11 GB
+    assert overlap_add._wav_format(3 * 3600 * 44100, 6) == "RF64"
+    assert overlap_add._wav_format(overlap_add.UNKNOWN_FRAMES, 1) == "RF64"
+    assert overlap_add._wav_format(3600 * 44100, 2) == "WAV"
+
+
+def test_written_rf64_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(overlap_add, "MAX_WAV_BYTES", 10)
+    sig = noise(2, 100)
+    with opened(sig, 8000) as reader:
+        paths = write_sources([sig.unsqueeze(0)], reader, tmp_path, "long")
+    assert soundfile.info(paths[0]).format == "RF64"
+    read, _ = soundfile.read(paths[0], dtype="float32")
+    assert torch.equal(torch.from_numpy(read).T, sig)

@@ -1,0 +1,467 @@
+"""The training recipe with every yaml, as a user runs it."""
+
+import csv
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from speechbrain.utils.run_opts import RunOptions
+
+from trackformer_sb.inference.interfaces import PerformerSeparation
+
+ROOT = pathlib.Path(__file__).parents[1]
+SEPARATION_YAMLS = (
+    "performer_mixit.yaml",
+    "demo.yaml",
+    "convtasnet_mixit.yaml",
+    "asteroid_convtasnet_mixit.yaml",
+)
+RATE = 8000
+
+
+def load_recipe(name="train"):
+    path = ROOT / "recipes" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+recipe = load_recipe()
+
+
+def write_songs(folder, num_songs=7, seconds=1.2, stems=True):
+    """Tones and noise: songs with two stems, or finished mixtures."""
+    rng = np.random.default_rng(0)
+    time = np.arange(int(seconds * RATE)) / RATE
+    for number in range(num_songs):
+        tone = 0.3 * np.sin(2 * np.pi * (200 + 60 * number) * time)
+        noise = 0.1 * rng.standard_normal(len(time))
+        if stems:
+            song = folder / f"song {number}"
+            song.mkdir(parents=True)
+            soundfile.write(song / "tone.wav", tone, RATE)
+            soundfile.write(song / "noise.wav", noise, RATE)
+        else:
+            folder.mkdir(exist_ok=True)
+            soundfile.write(folder / f"{number}.wav", tone + noise, RATE)
+    return folder
+
+
+def tiny(yaml_name, data_folder, output_folder, **more):
+    """A command line that trains a tiny model on short segments."""
+    keys = {
+        "data_folder": data_folder,
+        "dataset": "stems",
+        "output_folder": output_folder,
+        "sample_rate": RATE,
+        "segment_seconds": 0.3,
+        "num_workers": 0,
+        "batch_size": 2,
+        "num_spks": 3,
+        "number_of_epochs": 1,
+        "device": "cpu",
+        "noprogressbar": True,
+    }
+    if "convtasnet" in yaml_name:
+        keys |= {"num_channels": 16, "kernel_size": 4}
+    else:
+        keys |= {"n_fft": 128, "hop_length": 32, "num_layers": 1}
+        keys |= {"d_model": 16, "nhead": 2, "n_features": 16}
+    keys |= more
+    return [
+        str(ROOT / "hparams" / yaml_name),
+        *(f"--{key}={value}" for key, value in keys.items()),
+    ]
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory):
+    return write_songs(tmp_path_factory.mktemp("songs"))
+
+
+def read_results(folder):
+    with open(folder / "test_results.csv", encoding="utf-8") as file:
+        *rows, average = csv.DictReader(file)
+    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+    return rows, average, metrics
+
+
+@pytest.mark.parametrize("yaml_name", SEPARATION_YAMLS)
+def test_yaml_trains_and_leaves_all_results(yaml_name, songs, tmp_path):
+    if "asteroid" in yaml_name:
+        pytest.importorskip("asteroid")
+    out = tmp_path / "run"
+    recipe.main(tiny(yaml_name, songs, out))
+    for name in ("train_log.txt", "hyperparams.yaml", "env.log"):
+        assert (out / name).stat().st_size > 0, name
+    assert len(list((out / "save").glob("CKPT*"))) == 1
+    assert list((out / "tensorboard").glob("events*"))
+    for name in ("training_curves", "test_item"):
+        assert (out / "figures" / f"{name}.png").stat().st_size > 10_000
+    rows, average, metrics = read_results(out)
+    assert average["id"] == "avg"
+    assert list(average) == ["id", *recipe.COLUMNS]
+    for name in recipe.COLUMNS:
+        values = [float(row[name]) for row in rows]
+        assert np.isfinite(values).all(), name
+        assert float(average[name]) == pytest.approx(np.mean(values))
+        assert metrics[name] == pytest.approx(np.mean(values))
+    for name in ("epoch_seconds", "total_seconds", "peak_memory_mb"):
+        assert metrics[name] > 0, name
+    separator = PerformerSeparation.from_hparams(out / "separator")
+    mix = torch.randn(2, 1000)
+    est_source = separator.separate_batch(mix)
+    assert est_source.shape == (2, 1000, 3)
+    torch.testing.assert_close(est_source.sum(-1), mix, atol=1e-4, rtol=1e-4)
+
+
+def test_paper_values():
+    text = (ROOT / "hparams" / "performer_mixit.yaml").read_text("utf-8")
+    paper = {
+        "sample_rate": "44100",
+        "segment_seconds": "3.0",
+        "n_fft": "1024",
+        "hop_length": "256",
+        "num_layers": "12",
+        "n_features": "256",
+        "num_spks": "8",
+        "batch_size": "4",
+        "number_of_epochs": "100",
+        "early_stop_epochs": "10",
+        "lr": "0.0001",
+        "lr_final": "0.00001",
+        "weight_decay": "0.01",
+        "dropout": "0.1",
+        "lambda_diversity": "0.1",
+        "lambda_sparsity": "0.1",
+    }
+    for key, value in paper.items():
+        assert re.search(rf"^{key}: {value}(\s|$)", text, re.M), key
+
+
+@pytest.mark.parametrize("yaml_name", SEPARATION_YAMLS)
+def test_every_key_is_used(yaml_name):
+    text = (ROOT / "hparams" / yaml_name).read_text("utf-8")
+    source = (ROOT / "recipes" / "train.py").read_text("utf-8")
+    keys = re.findall(r"^(\w+):", text, re.M)
+    assert len(keys) > 40
+    assert len(keys) == len(set(keys))
+    used_elsewhere = {"mixture_consistency", *RunOptions().as_dict()}
+    unused = [
+        key
+        for key in keys
+        if f"<{key}>" not in text
+        and f'"{key}"' not in source
+        and f"hparams.{key}" not in source
+        and key not in used_elsewhere
+        and not key.startswith("__")
+        and not key.startswith("lambda_")
+    ]
+    assert unused == []
+    for key in ("lambda_diversity", "lambda_sparsity"):
+        assert f"hparams.{key}" in source
+
+
+def test_songs_without_stems_leave_stem_columns_empty(tmp_path):
+    songs = write_songs(tmp_path / "music", stems=False)
+    out = tmp_path / "run"
+    recipe.main(tiny("performer_mixit.yaml", songs, out, dataset="mixtures"))
+    rows, average, metrics = read_results(out)
+    for row in (*rows, average):
+        assert row["si_snri"] == row["sdr"] == row["si_snr"] == ""
+        assert np.isfinite(float(row["mixture_si_snr"]))
+    assert metrics["si_snri"] is None
+
+
+def test_training_on_one_folder_and_testing_on_another(songs, tmp_path):
+    music = write_songs(tmp_path / "music", stems=False)
+    out = tmp_path / "run"
+    recipe.main(
+        tiny(
+            "performer_mixit.yaml",
+            music,
+            out,
+            dataset="mixtures",
+            test_folder=songs,
+        )
+    )
+    _, average, _ = read_results(out)
+    assert np.isfinite(float(average["si_snri"]))
+    train = (out / "manifests" / "train.json").read_text("utf-8")
+    assert str(songs) not in train
+
+
+def test_training_lowers_the_loss(songs, tmp_path):
+    out = tmp_path / "run"
+    recipe.main(
+        tiny(
+            "performer_mixit.yaml",
+            songs,
+            out,
+            number_of_epochs=8,
+            lr=0.01,
+            dropout=0.0,
+        )
+    )
+    history = read_results(out)[2]["history"]
+    assert history[-1]["train_loss"] < history[0]["train_loss"] - 1.0
+    # the schedule reached its end
+    assert history[-1]["lr"] == pytest.approx(1e-5)
+
+
+class Killed(BaseException):
+    """Stands in for a signal: nothing catches it."""
+
+
+def interrupted(argv, monkeypatch, stop_at):
+    """Runs the recipe until a given optimizer step."""
+    step = recipe.Separation.on_fit_batch_end
+
+    def stop(self, *args):
+        step(self, *args)
+        if self.optimizer_step == stop_at:
+            raise Killed
+
+    with monkeypatch.context() as context:
+        context.setattr(recipe.Separation, "on_fit_batch_end", stop)
+        with pytest.raises(Killed):
+            recipe.main(argv)
+
+
+def weights(out):
+    return torch.load(out / "separator" / "masknet.ckpt", weights_only=True)
+
+
+def test_resumed_run_equals_uninterrupted_one(songs, tmp_path, monkeypatch):
+    def command(out):
+        return tiny(
+            "performer_mixit.yaml",
+            songs,
+            out,
+            number_of_epochs=3,
+            dropout=0.0,
+            redraw_interval=3,
+            ckpt_interval_minutes=0,
+            ckpt_interval_steps=1,
+        )
+
+    recipe.main(command(tmp_path / "whole"))
+    # 5 songs of 4 segments in batches of 2: 10 steps an epoch
+    interrupted(command(tmp_path / "cut"), monkeypatch, stop_at=14)
+    recipe.main(command(tmp_path / "cut"))
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    for key in whole:
+        torch.testing.assert_close(cut[key], whole[key], msg=key)
+    assert len(read_results(tmp_path / "cut")[2]["history"]) == 3
+
+
+def test_redraw_is_the_same_for_equal_seed_and_step(songs, tmp_path):
+    for name, interval in (("a", 5), ("b", 5), ("c", 0)):
+        recipe.main(
+            tiny(
+                "performer_mixit.yaml",
+                songs,
+                tmp_path / name,
+                redraw_interval=interval,
+            )
+        )
+    key = "encoder.layers.0.attention.projection"
+    a, b, c = (weights(tmp_path / name)[key] for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize(
+    "more",
+    (
+        {"precision": "bf16"},
+        {"grad_accumulation_factor": 2, "max_grad_norm": -1},
+        {"mixit_objective": "mse", "assign_by": "si_snr"},
+        {"single_stem_share": 0.5, "silent_share": 0.5, "gain_db": 6},
+    ),
+)
+def test_options_train_to_finite_figures(more, songs, tmp_path):
+    out = tmp_path / "run"
+    recipe.main(tiny("performer_mixit.yaml", songs, out, **more))
+    _, _, metrics = read_results(out)
+    assert np.isfinite(metrics["history"][0]["train_loss"])
+    assert all(torch.isfinite(w).all() for w in weights(out).values())
+
+
+def test_negative_gradient_norm_does_not_turn_the_gradient(songs, tmp_path):
+    out = tmp_path / "run"
+    recipe.main(
+        tiny(
+            "performer_mixit.yaml",
+            songs,
+            out,
+            number_of_epochs=8,
+            lr=0.01,
+            dropout=0.0,
+            max_grad_norm=-1,
+        )
+    )
+    history = read_results(out)[2]["history"]
+    assert history[-1]["train_loss"] < history[0]["train_loss"] - 1.0
+
+
+def test_file_that_fails_in_training_is_named_once(tmp_path, caplog):
+    songs = write_songs(tmp_path / "songs", num_songs=12)
+    broken = songs / "song 3" / "tone.wav"
+    sig, _ = soundfile.read(broken)
+    sig[len(sig) // 2 :] = np.nan
+    soundfile.write(broken, sig, RATE, "FLOAT")
+    out = tmp_path / "run"
+    recipe.main(tiny("performer_mixit.yaml", songs, out, number_of_epochs=2))
+    metrics = read_results(out)[2]
+    assert metrics["unreadable_segments"] >= 2
+    log = (out / "log.txt").read_text("utf-8")
+    named = [line for line in log.splitlines() if "skipped from now" in line]
+    assert 1 <= len(named) <= 2  # one per half of the song
+    assert "song 3" in named[0] and "tone.wav" in named[0]
+
+
+def test_all_files_failing_stops(tmp_path):
+    songs = write_songs(tmp_path / "songs")
+    for path in songs.rglob("*.wav"):
+        sig, _ = soundfile.read(path)
+        soundfile.write(path, np.full_like(sig, np.nan), RATE, "FLOAT")
+    with pytest.raises(Exception, match=r"song \d"):
+        recipe.main(tiny("performer_mixit.yaml", songs, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    (
+        ({"data_folder": "/no/such/folder"}, "data_folder.*/no/such/folder"),
+        ({"dataset": "musik"}, "dataset.*musik.*demo.*stems.*mixtures"),
+        ({"segment_seconds": 60}, "segment_seconds"),
+        ({"learning_rate": 1}, "learning_rate.*hparams"),
+        ({"batch_size": 1000}, "batch_size"),
+        ({"mask_activation": "tanh"}, "mask_activation.*softmax.*tanh"),
+        ({"mixit_objective": "sdr"}, "objective.*snr.*sdr"),
+    ),
+)
+def test_bad_input_is_named(more, message, songs, tmp_path):
+    argv = tiny("performer_mixit.yaml", songs, tmp_path / "run")
+    argv += [f"--{key}={value}" for key, value in more.items()]
+    with pytest.raises(Exception, match=f"(?s){message}"):
+        recipe.main(argv)
+
+
+def test_checkpoint_of_another_architecture(songs, tmp_path):
+    out = tmp_path / "run"
+    recipe.main(tiny("performer_mixit.yaml", songs, out))
+    before = weights(out)
+    argv = tiny("performer_mixit.yaml", songs, out, d_model=32)
+    with pytest.raises(ValueError, match=r"other sizes.*output_folder"):
+        recipe.main(argv)
+    assert weights(out).keys() == before.keys()
+
+
+def test_test_only_needs_a_checkpoint(songs, tmp_path):
+    out = tmp_path / "run"
+    argv = [*tiny("performer_mixit.yaml", songs, out), "--test_only"]
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        recipe.main(argv)
+
+
+def test_wrong_path_exits_with_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "recipes" / "train.py")]
+    result = subprocess.run(
+        [*command, "hparams/no_such.yaml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert "no hyperparameter file hparams/no_such.yaml" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def torchrun(script, *arguments):
+    """Two processes on CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--nproc_per_node=2", "--standalone", str(script)]
+    result = subprocess.run(
+        [*command, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_ddp_step_equals_joined_batch(songs, tmp_path):
+    torchrun(ROOT / "tests" / "ddp_step.py", tmp_path)
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        import ddp_step
+    finally:
+        sys.path.pop(0)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    single = ddp_step.one_step(tmp_path / "single", ddp_step.mixtures())
+    assert single["gradient"].keys() == ranks[0]["gradient"].keys()
+    for part in ("weights", "gradient"):
+        for key, value in single[part].items():
+            assert torch.equal(ranks[0][part][key], ranks[1][part][key]), key
+            torch.testing.assert_close(
+                ranks[0][part][key], value, atol=1e-5, rtol=1e-4, msg=key
+            )
+    moved = [
+        not torch.equal(single["weights"][key], single["before"][key])
+        for key in single["gradient"]
+    ]
+    assert all(moved)
+
+
+@pytest.mark.slow
+def test_torchrun_trains(songs, tmp_path):
+    argv = tiny("performer_mixit.yaml", songs, tmp_path / "run")
+    argv = [word for word in argv if word != "--noprogressbar=True"]
+    torchrun(
+        ROOT / "recipes" / "train.py",
+        *argv,
+        "--distributed_backend=gloo",
+    )
+    rows, average, _ = read_results(tmp_path / "run")
+    assert rows and np.isfinite(float(average["si_snri"]))
+    assert (tmp_path / "run" / "separator" / "masknet.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_compiled_training(songs, tmp_path):
+    out = tmp_path / "run"
+    recipe.main([*tiny("performer_mixit.yaml", songs, out), "--compile"])
+    keys = weights(out).keys()
+    assert not any("_orig_mod" in key for key in keys)
+
+
+def test_readme_and_yaml_headers_name_existing_files():
+    text = (ROOT / "README.md").read_text("utf-8")
+    text += "".join(
+        (ROOT / "hparams" / name).read_text("utf-8")
+        for name in SEPARATION_YAMLS
+    )
+    folders = "recipes|hparams|benchmarks"
+    for name in set(re.findall(rf"\b(?:{folders})/\w+\.\w+", text)):
+        assert (ROOT / name).is_file(), name
+
+
+def test_run_is_listed_in_the_resolved_yaml(songs, tmp_path):
+    out = tmp_path / "run"
+    recipe.main(tiny("performer_mixit.yaml", songs, out))
+    text = (out / "hyperparams.yaml").read_text("utf-8")
+    plain = re.sub(r"!\w+:\S+|!ref|!apply:\S+|!new:\S+", "", text)
+    assert yaml.safe_load(plain)["num_spks"] == 3

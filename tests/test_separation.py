@@ -1,0 +1,221 @@
+"""Encode, mask, decode: sums, shapes, stereo, SpeechBrain's own loop."""
+
+import pytest
+import torch
+from speechbrain.lobes.models.dual_path import Decoder, Encoder
+from torch.nn import functional as F
+
+from trackformer_sb.inference.separation import separate
+from trackformer_sb.nnet.masknet import PerformerMaskNet
+from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
+
+
+def stft_modules(activation="softmax", num_spks=4):
+    masknet = PerformerMaskNet(
+        33,
+        num_spks,
+        d_model=16,
+        nhead=2,
+        num_layers=1,
+        n_features=16,
+        mask_activation=activation,
+    )
+    return STFTEncoder(64, 16), masknet.eval(), STFTDecoder(64, 16)
+
+
+def learned_modules(num_spks=3):
+    """SpeechBrain's learned encoder and decoder, kernel 16, stride 8."""
+    encoder = Encoder(kernel_size=16, out_channels=20)
+    masknet = PerformerMaskNet(
+        20,
+        num_spks,
+        d_model=16,
+        nhead=2,
+        num_layers=1,
+        n_features=16,
+        mask_activation="relu",
+    )
+    decoder = Decoder(20, 1, kernel_size=16, stride=8, bias=False)
+    return encoder, masknet.eval(), decoder
+
+
+def stock_loop(mix, encoder, masknet, decoder, num_spks):
+    """As in SpeechBrain's SepformerSeparation.separate_batch."""
+    mix_w = encoder(mix)
+    est_mask = masknet(mix_w)
+    mix_w = torch.stack([mix_w] * num_spks)
+    sep_h = mix_w * est_mask
+    est_source = torch.cat(
+        [decoder(sep_h[i]).unsqueeze(-1) for i in range(num_spks)], dim=-1
+    )
+    t_origin, t_est = mix.size(1), est_source.size(1)
+    if t_origin > t_est:
+        est_source = F.pad(est_source, (0, 0, 0, t_origin - t_est))
+    return est_source[:, :t_origin, :]
+
+
+@pytest.mark.parametrize("shape", [(2, 500), (1, 1), (3, 2, 500), (1, 1, 7)])
+def test_softmax_masks_give_sources_that_sum_to_the_mixture(shape, device):
+    modules = [module.to(device) for module in stft_modules()]
+    mix = torch.randn(shape, device=device)
+    before = mix.clone()
+    est_source, est_mask = separate(mix, *modules)
+    assert est_source.shape == (shape[0], 4, *shape[1:])
+    assert est_mask.shape[:3] == (4, shape[0], 33)
+    torch.testing.assert_close(est_source.sum(1), mix, atol=1e-5, rtol=0)
+    assert torch.equal(mix, before)
+    # and not each of them a quarter
+    if shape[-1] > 1:
+        assert not torch.allclose(est_source[:, 0], mix / 4, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: stft_modules("relu", 3), learned_modules]
+)
+@pytest.mark.parametrize("shape", [(2, 503), (2, 2, 503)])
+def test_consistency_makes_any_sources_sum_to_the_mixture(make, shape):
+    modules = make()
+    mix = torch.randn(shape)
+    plain, _ = separate(mix, *modules)
+    est_source, _ = separate(mix, *modules, mixture_consistency=True)
+    assert not torch.allclose(plain.sum(1), mix, atol=0.1)
+    torch.testing.assert_close(est_source.sum(1), mix, atol=1e-5, rtol=0)
+    # every source is moved by the same
+    moved = est_source - plain
+    torch.testing.assert_close(moved[:, 0], moved[:, 1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "make, num_spks", [(stft_modules, 4), (learned_modules, 3)]
+)
+@pytest.mark.parametrize("batch", [2, 3])
+@pytest.mark.parametrize("time", [500, 504, 507])
+def test_equals_the_stock_loop(make, num_spks, batch, time):
+    modules = make()
+    mix = torch.randn(batch, time)
+    est_source, _ = separate(mix, *modules)
+    expected = stock_loop(mix, *modules, num_spks)
+    torch.testing.assert_close(est_source.mT, expected)
+
+
+def test_equals_the_stock_loop_for_one_item():
+    # SpeechBrain's decoder squeezes a batch of one away, ours does not
+    modules = learned_modules()
+    mix = torch.randn(2, 500)
+    expected, _ = separate(mix, *modules)
+    alone, _ = separate(mix[:1], *modules)
+    torch.testing.assert_close(alone, expected[:1])
+    modules = learned_modules(num_spks=1)
+    alone, _ = separate(mix[:1], *modules)
+    assert alone.shape == (1, 1, 500)
+
+
+def test_a_shorter_decoder_output_is_padded_with_zeros():
+    encoder, masknet, decoder = learned_modules()
+    mix = torch.randn(2, 503)
+    est_source, _ = separate(mix, encoder, masknet, decoder)
+    # whole strides of 8: 496 of 503 samples
+    assert est_source.shape == (2, 3, 503)
+    assert not est_source[..., 496:].any()
+    assert est_source[..., 400:496].any()
+
+
+def test_a_longer_decoder_output_is_cut():
+    def longer(spectrum):
+        return F.pad(decoder(spectrum), (0, 100), value=9.0)
+
+    encoder, masknet, decoder = stft_modules()
+    mix = torch.randn(2, 500)
+    expected, _ = separate(mix, encoder, masknet, decoder)
+    est_source, _ = separate(mix, encoder, masknet, longer)
+    torch.testing.assert_close(est_source, expected)
+
+
+# -- channels
+
+
+def test_a_panned_mixture_gives_panned_sources():
+    mono = torch.randn(2, 500)
+    pan = torch.tensor([0.8, 0.2])
+    mix = mono.unsqueeze(1) * pan[:, None]
+    modules = stft_modules()
+    est_source, _ = separate(mix, *modules)
+    torch.testing.assert_close(
+        est_source[:, :, 0] * 0.2, est_source[:, :, 1] * 0.8, atol=1e-5, rtol=0
+    )
+    # and those of the mono mixture
+    expected, _ = separate(mono, *modules)
+    torch.testing.assert_close(
+        est_source[:, :, 0], 0.8 * expected, atol=1e-3, rtol=0
+    )
+
+
+def test_each_source_keeps_its_place_between_the_channels():
+    """A low tone to the left and a high one to the right, split by bins."""
+
+    def split(mix_w):
+        low = torch.zeros(mix_w.shape)
+        low[:, :10] = 1.0
+        return torch.stack([low, 1 - low])
+
+    time = torch.arange(2000) * 2 * torch.pi / 64
+    low, high = torch.sin(4 * time), torch.sin(20 * time)
+    mix = torch.stack([low + 0.1 * high, 0.1 * low + high]).unsqueeze(0)
+    encoder, _, decoder = stft_modules()
+    est_source, est_mask = separate(mix, encoder, split, decoder)
+    assert est_source.shape == (1, 2, 2, 2000)
+    assert est_mask.shape == (2, 1, 33, 125)
+    expected = torch.stack(
+        [torch.stack([low, 0.1 * low]), torch.stack([0.1 * high, high])]
+    )
+    # away from the borders, where tones begin and end
+    inner = slice(100, -100)
+    torch.testing.assert_close(
+        est_source[0, ..., inner], expected[..., inner], atol=1e-3, rtol=0
+    )
+
+
+def test_items_and_channels_are_not_confused():
+    mix = torch.randn(3, 2, 300)
+    modules = stft_modules()
+    together, _ = separate(mix, *modules)
+    for i in range(3):
+        alone, _ = separate(mix[i : i + 1], *modules)
+        torch.testing.assert_close(
+            together[i : i + 1], alone, atol=1e-5, rtol=0
+        )
+
+
+def test_one_channel_equals_mono():
+    mix = torch.randn(2, 300)
+    modules = stft_modules()
+    stereo, _ = separate(mix.unsqueeze(1), *modules)
+    mono, _ = separate(mix, *modules)
+    torch.testing.assert_close(stereo.squeeze(2), mono)
+
+
+# -- training and errors
+
+
+def test_gradient_reaches_encoder_masknet_and_decoder():
+    modules = learned_modules()
+    est_source, _ = separate(torch.randn(2, 300), *modules)
+    est_source.square().sum().backward()
+    for module in modules:
+        for parameter in module.parameters():
+            assert parameter.grad.isfinite().all()
+    assert modules[0].conv1d.weight.grad.any()
+    assert modules[1].head.weight.grad.any()
+    assert modules[2].weight.grad.any()
+
+
+def test_silence_separates_into_silence():
+    est_source, est_mask = separate(torch.zeros(1, 300), *stft_modules())
+    assert not est_source.any()
+    assert est_mask.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(300,), (1, 2, 3, 300)])
+def test_another_number_of_dimensions_is_refused(shape):
+    with pytest.raises(ValueError, match=r"\[batch, channels, time\], got"):
+        separate(torch.zeros(shape), *stft_modules())

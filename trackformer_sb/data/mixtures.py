@@ -1,0 +1,261 @@
+"""Mixtures of mixtures: the two segments of a MixIT training item.
+
+MixIT (arXiv 2006.12701) trains on the sum of two mixtures. Here they are
+segments of two songs, drawn so that an item depends on seed, epoch, segment and
+rank alone: not on the order of items, the worker, or an interrupted run.
+"""
+
+import numpy as np
+import torch
+
+from trackformer_sb.data.audio import UnreadableAudio, read_segment
+
+# Root mean square below which a stem counts as silent: -80 dB full scale,
+# above the noise that lossy codecs leave in a rest.
+SILENCE_RMS = 1e-4
+
+
+def read_tracks(row, sample_rate):
+    """Reads all tracks of a segment.
+
+    Arguments
+    ---------
+    row : dict
+        An entry of a manifest: "tracks", "start" and "duration" are used.
+    sample_rate : int
+        Rate of the result in Hz.
+
+    Returns
+    -------
+    torch.Tensor
+        [tracks, time], mono, in the order of row["tracks"].
+
+    Raises
+    ------
+    UnreadableAudio
+        If a track cannot be read.
+
+    Example
+    -------
+    >>> import tempfile, soundfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     names = ("bass", "drums")
+    ...     tracks = {name: f"{folder}/{name}.wav" for name in names}
+    ...     soundfile.write(tracks["bass"], np.full(8, 0.5), 4)
+    ...     soundfile.write(tracks["drums"], np.full(6, 0.25), 4)
+    ...     row = {"tracks": tracks, "start": 1.0, "duration": 1.0}
+    ...     read_tracks(row, sample_rate=4)
+    tensor([[0.5000, 0.5000, 0.5000, 0.5000],
+            [0.2500, 0.2500, 0.0000, 0.0000]])
+    """
+    time = round(row["duration"] * sample_rate)
+    tracks = torch.empty(len(row["tracks"]), time)
+    for track, path in zip(tracks, row["tracks"].values(), strict=True):
+        track.copy_(_read_track(row, path, sample_rate))
+    return tracks
+
+
+def _read_track(row, path, sample_rate):
+    return read_segment(path, row["start"], row["duration"], sample_rate)
+
+
+class MixtureOfMixtures:
+    """Makes an item of two mixtures from a segment and a drawn partner.
+
+    Mixture 0 is the segment asked for. Mixture 1, its partner, is a segment of
+    another song, every segment of the other songs being equally likely. A
+    segment that cannot be read is replaced by a drawn one.
+
+    All choices come from a generator seeded by (seed, epoch, index of the
+    segment among the sorted rows, rank), always drawn in the same order:
+    another `gain_db` leaves the partners as they are.
+
+    Arguments
+    ---------
+    rows : dict
+        A manifest: segment id -> row.
+    sample_rate : int
+        Rate of the mixtures in Hz.
+    seed : int
+        Seed of all choices, from 0.
+    rank : int
+        Process number in distributed training, so that ranks draw differently.
+    gain_db : float
+        Each mixture is scaled by a gain uniform in -gain_db..gain_db.
+    single_stem_share : float
+        Share of items, 0 to 1, whose partner is a single stem, one that sounds
+        in the segment if there is any. Without stems it stays a mixture.
+        Such 1+1 and N+1 items help MixIT to separate within a song.
+    silent_share : float
+        Share of items, 0 to 1, whose partner is silence. The two shares add up
+        to 1 at most.
+    with_stems : bool
+        For evaluation: returns the stems of mixture 0 and ignores `set_epoch`.
+    max_failures : int
+        Unreadable segments tolerated in one item.
+
+    Raises
+    ------
+    ValueError
+        If rows hold fewer than two songs or an argument is out of range.
+
+    Example
+    -------
+    >>> import tempfile, soundfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> rows = {}
+    >>> for song, level in (("loud", 0.5), ("soft", 0.125)):
+    ...     path = f"{folder.name}/{song}.wav"
+    ...     soundfile.write(path, np.full(4, level), 4)
+    ...     rows[song] = {"song": song, "tracks": {"mixture": path}}
+    ...     rows[song].update(start=0.0, duration=1.0, has_stems=False)
+    >>> make_item = MixtureOfMixtures(rows, sample_rate=4, seed=0)
+    >>> mixtures, stems, skipped = make_item("soft")
+    >>> mixtures
+    tensor([[0.1250, 0.1250, 0.1250, 0.1250],
+            [0.5000, 0.5000, 0.5000, 0.5000]])
+    >>> folder.cleanup()
+    """
+
+    def __init__(
+        self,
+        rows,
+        sample_rate,
+        seed,
+        rank=0,
+        gain_db=0.0,
+        single_stem_share=0.0,
+        silent_share=0.0,
+        with_stems=False,
+        max_failures=20,
+    ):
+        shares = (single_stem_share, silent_share)
+        if min(shares) < 0 or sum(shares) > 1:
+            raise ValueError(
+                "expected single_stem_share and silent_share from 0 to 1 in "
+                f"sum, got {single_stem_share} and {silent_share}"
+            )
+        if gain_db < 0 or seed < 0:
+            raise ValueError(
+                f"expected gain_db and seed from 0, got {gain_db} and {seed}"
+            )
+        self.rows = rows
+        self.sample_rate = sample_rate
+        self.seed = seed
+        self.rank = rank
+        self.gain_db = gain_db
+        self.single_stem_share = single_stem_share
+        self.silent_share = silent_share
+        self.with_stems = with_stems
+        self.max_failures = max_failures
+        self.epoch = 0
+
+        # Sorted by song, the segments of one song are a range of indices.
+        self._ids = sorted(rows, key=lambda item: (rows[item]["song"], item))
+        self._index = {item: i for i, item in enumerate(self._ids)}
+        self._range = {}
+        for i, item in enumerate(self._ids):
+            first, _ = self._range.setdefault(rows[item]["song"], (i, i))
+            self._range[rows[item]["song"]] = first, i + 1
+        if len(self._range) < 2:
+            raise ValueError(
+                "mixtures of mixtures need segments of at least 2 songs, got "
+                f"{len(rows)} segments of {len(self._range)} songs"
+            )
+
+    def set_epoch(self, epoch):
+        """Other partners and gains from here on, except in evaluation.
+
+        Call it before the workers of the epoch start: each has its own copy.
+
+        Arguments
+        ---------
+        epoch : int
+            Number of the epoch, from 0.
+        """
+        if not self.with_stems:
+            self.epoch = epoch
+
+    def __call__(self, segment_id):
+        """Makes the item of a segment.
+
+        Arguments
+        ---------
+        segment_id : str
+            A key of the rows.
+
+        Returns
+        -------
+        mixtures : torch.Tensor
+            [2, time]: the segment and its partner, with their gains.
+        stems : torch.Tensor
+            [tracks, time], summing to mixture 0; [0, time] without
+            `with_stems` or if the row has none.
+        skipped : list of str
+            File and reason of every segment replaced.
+
+        Raises
+        ------
+        UnreadableAudio
+            After `max_failures` unreadable segments.
+        """
+        index = self._index[segment_id]
+        rng = np.random.default_rng((self.seed, self.epoch, index, self.rank))
+        partner_draw, kind = rng.random(2)
+        gains = 10 ** (rng.uniform(-self.gain_db, self.gain_db, size=2) / 20)
+        skipped = []
+        index, tracks = self._read_or_replace(
+            index,
+            lambda: int(rng.integers(len(self._ids))),
+            lambda row: read_tracks(row, self.sample_rate),
+            skipped,
+        )
+        tracks *= gains[0]
+        mixtures = torch.zeros(2, tracks.shape[1])
+        torch.sum(tracks, dim=0, out=mixtures[0])
+        if kind >= self.silent_share:
+            single = kind < self.silent_share + self.single_stem_share
+            _, partner = self._read_or_replace(
+                self._partner(index, partner_draw),
+                lambda: self._partner(index, rng.random()),
+                lambda row: self._read_partner(row, single, rng),
+                skipped,
+            )
+            torch.sum(partner, dim=0, out=mixtures[1])
+            mixtures[1] *= gains[1]
+        has_stems = self.rows[self._ids[index]]["has_stems"]
+        if not (self.with_stems and has_stems):
+            tracks = tracks.new_zeros(0, tracks.shape[1])
+        return mixtures, tracks, skipped
+
+    def _partner(self, index, draw):
+        """Index of a segment of another song for a draw in [0, 1)."""
+        first, end = self._range[self.rows[self._ids[index]]["song"]]
+        own = end - first
+        partner = int(draw * (len(self._ids) - own))
+        return partner if partner < first else partner + own
+
+    def _read_or_replace(self, index, draw, read, skipped):
+        """What `read` makes of row `index`, or of the first readable draw."""
+        while True:
+            try:
+                return index, read(self.rows[self._ids[index]])
+            except UnreadableAudio as error:
+                skipped.append(str(error))
+                if len(skipped) >= self.max_failures:
+                    raise UnreadableAudio(
+                        f"no readable segment found after {len(skipped)} "
+                        f"tries: {'; '.join(dict.fromkeys(skipped))}"
+                    ) from error
+            index = draw()
+
+    def _read_partner(self, row, single, rng):
+        """[tracks, time] of the row, or [1, time] of one stem that sounds."""
+        if not (single and row["has_stems"]):
+            return read_tracks(row, self.sample_rate)
+        paths = list(row["tracks"].values())
+        for i in rng.permutation(len(paths)):
+            stem = _read_track(row, paths[i], self.sample_rate)
+            if stem.square().mean().sqrt() > SILENCE_RMS:
+                break
+        return stem.unsqueeze(0)

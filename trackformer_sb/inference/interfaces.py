@@ -1,0 +1,346 @@
+"""Trained separators, ready for use.
+
+``PerformerSeparation`` loads what ``export_separator`` writes, or a separator
+of three modules from the hub.
+"""
+
+import os
+import re
+from contextlib import ExitStack
+from pathlib import Path
+
+import soundfile
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.inference.interfaces import Pretrained
+from speechbrain.utils.fetching import (
+    FetchConfig,
+    FetchFrom,
+    LocalStrategy,
+    fetch,
+    guess_source,
+)
+from tqdm import tqdm
+
+from trackformer_sb.inference.overlap_add import (
+    UNKNOWN_FRAMES,
+    separate_stream,
+    write_sources,
+)
+from trackformer_sb.inference.separation import separate
+from trackformer_sb.inference.weights import load_weights
+
+# A hub id is owner/name. Anything else that is no folder is a mistyped one.
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+PROGRESS = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
+
+
+def _fetched_hparams(source, hparams_file, **how):
+    """The local path of the yaml of a separator."""
+    fetch_from, place = guess_source(source)
+    if fetch_from == FetchFrom.LOCAL:
+        path = Path(place) / hparams_file
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} not found: expected a separator folder with "
+                f"{hparams_file} and its weights, as export_separator and "
+                "training write it"
+            )
+        return path
+    if fetch_from == FetchFrom.HUGGING_FACE and (
+        not HUB_ID.fullmatch(place) or Path(place).parent.is_dir()
+    ):
+        raise FileNotFoundError(
+            f"{place} not found: expected a separator folder with "
+            f"{hparams_file}, or the owner/name of a model on the hub"
+        )
+    try:
+        return fetch(hparams_file, source, **how)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{place} is no folder, and as a model on the hub it could not be "
+            f"fetched: {error}"
+        ) from error
+
+
+def _check_covered(pretrainer, modules, path):
+    """Refuses a yaml that leaves a module with the weights it was born with."""
+    loaded = [id(module) for module in pretrainer.loadables.values()]
+    untrained = [
+        name
+        for name, module in modules.items()
+        if module.state_dict() and id(module) not in loaded
+    ]
+    if untrained:
+        raise ValueError(
+            f"{path}: the pretrainer loads no weights for "
+            f"{', '.join(untrained)}"
+        )
+
+
+class PerformerSeparation(Pretrained):
+    """A ready-to-use separator of music, of any three modules.
+
+    The outputs have no names and come in the order of the model; those of
+    ``separate_file`` sum to the file. Nothing is normalised.
+
+    Arguments
+    ---------
+    modules : dict
+        ``encoder``, ``masknet`` and ``decoder``, as in ``separate``.
+    hparams : dict
+        ``sample_rate`` in Hz and ``num_spks``; ``mixture_consistency`` if the
+        outputs do not sum to the mixture by themselves.
+    **kwargs : dict
+        ``run_opts`` and ``freeze_params`` of ``Pretrained``.
+
+    Raises
+    ------
+    ValueError
+        If a module or a hyperparameter is missing.
+
+    Example
+    -------
+    >>> from trackformer_sb.nnet.masknet import PerformerMaskNet
+    >>> from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
+    >>> separator = PerformerSeparation(
+    ...     modules={
+    ...         "encoder": STFTEncoder(),
+    ...         "masknet": PerformerMaskNet(513, 4, d_model=32, num_layers=1),
+    ...         "decoder": STFTDecoder(),
+    ...     },
+    ...     hparams={"sample_rate": 44100, "num_spks": 4},
+    ...     run_opts={"device": "cpu"},
+    ... )
+    >>> mix = torch.randn(2, 5000)
+    >>> est_source = separator.separate_batch(mix)
+    >>> est_source.shape
+    torch.Size([2, 5000, 4])
+    >>> torch.allclose(est_source.sum(-1), mix, atol=1e-5)
+    True
+    """
+
+    MODULES_NEEDED = ("encoder", "masknet", "decoder")
+    HPARAMS_NEEDED = ("sample_rate", "num_spks")
+
+    def __init__(self, modules=None, hparams=None, **kwargs):
+        missing = [
+            name for name in self.MODULES_NEEDED if name not in (modules or {})
+        ]
+        if missing:
+            raise ValueError(
+                f"expected the modules {', '.join(self.MODULES_NEEDED)}, "
+                f"missing {', '.join(missing)}"
+            )
+        super().__init__(modules=modules, hparams=hparams, **kwargs)
+
+    @classmethod
+    def from_hparams(
+        cls,
+        source,
+        hparams_file="hyperparams.yaml",
+        savedir=None,
+        overrides=None,
+        overrides_must_match=True,
+        local_strategy=LocalStrategy.COPY,
+        fetch_config=None,
+        **kwargs,
+    ):
+        """Loads a separator from a folder or the hub, with strict weights.
+
+        A local folder is read where it is; nothing is copied or linked. The
+        yaml of a separator can run any code: only load what you trust.
+
+        Arguments
+        ---------
+        source : str or Path or FetchSource
+            Folder as written by ``export_separator``, or an id on the hub.
+        hparams_file : str
+            Name of the yaml in it.
+        savedir : str or Path, optional
+            Where to put the files of a model on the hub; by default they stay
+            in the cache.
+        overrides : dict, optional
+            Changes to the yaml.
+        overrides_must_match : bool
+            Whether each override must replace a key.
+        local_strategy : LocalStrategy
+            How files get from the cache to ``savedir``.
+        fetch_config : FetchConfig, optional
+            Revision, token and network access for the hub.
+        **kwargs : dict
+            ``run_opts={"device": ...}`` and ``freeze_params``.
+
+        Returns
+        -------
+        PerformerSeparation
+            The separator, in evaluation mode.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the folder, its yaml or its weights do not exist.
+        ValueError
+            If the weights are damaged or do not fit the modules exactly.
+        """
+        if isinstance(source, os.PathLike):
+            source = os.fspath(source)
+        collect_in = savedir
+        if guess_source(source)[0] == FetchFrom.LOCAL:
+            collect_in = None
+        how = {
+            "local_strategy": local_strategy,
+            "fetch_config": fetch_config or FetchConfig(),
+        }
+        path = _fetched_hparams(source, hparams_file, savedir=collect_in, **how)
+        with open(path, encoding="utf-8") as file:
+            hparams = load_hyperpyyaml(file, overrides, overrides_must_match)
+        for key in ("modules", "pretrainer"):
+            if key not in hparams:
+                raise ValueError(f"{path}: expected the key {key}")
+        # From here on as pretrained_from_hparams, which is not strict.
+        hparams["savedir"] = savedir
+        pretrainer = hparams["pretrainer"]
+        pretrainer.add_custom_hooks(
+            {
+                name: load_weights
+                for name, loadable in pretrainer.loadables.items()
+                if isinstance(loadable, torch.nn.Module)
+                and name not in pretrainer.custom_hooks
+            }
+        )
+        _check_covered(pretrainer, hparams["modules"], path)
+        pretrainer.set_collect_in(collect_in)
+        pretrainer.collect_files(default_source=source, **how)
+        pretrainer.load_collected()
+        return cls(modules=hparams["modules"], hparams=hparams, **kwargs)
+
+    def _separate(self, mix):
+        est_source, _ = separate(
+            mix.to(self.device),
+            self.mods.encoder,
+            self.mods.masknet,
+            self.mods.decoder,
+            getattr(self.hparams, "mixture_consistency", False),
+        )
+        return est_source
+
+    def separate_batch(self, mix):
+        """Separates a batch of mixtures at the rate of the model.
+
+        Arguments
+        ---------
+        mix : torch.Tensor
+            [batch, time].
+
+        Returns
+        -------
+        torch.Tensor
+            [batch, time, sources], as of ``SepformerSeparation``.
+        """
+        if mix.dim() != 2:
+            raise ValueError(
+                f"expected mix [batch, time], got {list(mix.shape)}"
+            )
+        return self._separate(mix).transpose(1, 2)
+
+    def separate_channels(self, mix):
+        """Separates mixtures of several channels, which share the masks.
+
+        Arguments
+        ---------
+        mix : torch.Tensor
+            [batch, channels, time], at the rate of the model.
+
+        Returns
+        -------
+        torch.Tensor
+            [batch, sources, channels, time].
+        """
+        if mix.dim() != 3:
+            raise ValueError(
+                f"expected mix [batch, channels, time], got {list(mix.shape)}"
+            )
+        return self._separate(mix)
+
+    @torch.no_grad()
+    def separate_file(
+        self,
+        path,
+        out_folder=None,
+        chunk_seconds=10.0,
+        overlap=0.25,
+        progressbar=True,
+    ):
+        """Separates a file of any length at its own rate and channels.
+
+        Arguments
+        ---------
+        path : str or Path
+            Audio file that libsndfile reads.
+        out_folder : str or Path, optional
+            Where to write one float wav per output: ``<stem>_source0.wav`` and
+            so on. They appear when all of them are whole. Memory then does
+            not depend on the length.
+        chunk_seconds : float
+            Length of what the model sees at once, in seconds.
+        overlap : float
+            Share of a chunk that overlaps with the next, in [0, 0.5].
+        progressbar : bool
+            Whether to show one.
+
+        Returns
+        -------
+        torch.Tensor or list of Path
+            [sources, channels, time] at the rate of the file; with
+            ``out_folder``, the written files. Their sum is the file.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is empty, truncated or holds NaN or infinite samples,
+            or an argument is out of its range.
+        soundfile.LibsndfileError
+            If the file is no audio.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such audio file")
+        with ExitStack() as stack:
+            reader = stack.enter_context(soundfile.SoundFile(path))
+            known = reader.frames != UNKNOWN_FRAMES
+            bar = tqdm(
+                total=reader.frames / reader.samplerate if known else None,
+                desc=path.name,
+                disable=not progressbar,
+                bar_format=PROGRESS if known else None,
+            )
+            stack.enter_context(bar)
+            blocks = _counted(
+                separate_stream(
+                    reader,
+                    self.separate_channels,
+                    self.hparams.sample_rate,
+                    chunk_seconds,
+                    overlap,
+                ),
+                bar,
+                reader.samplerate,
+            )
+            if out_folder is None:
+                return torch.cat(list(blocks), dim=-1)
+            return write_sources(blocks, reader, Path(out_folder), path.stem)
+
+    def forward(self, mix):
+        """Separates a batch, see ``separate_batch``."""
+        return self.separate_batch(mix)
+
+
+def _counted(blocks, bar, sample_rate):
+    """Moves the progress bar as blocks pass by."""
+    for block in blocks:
+        yield block
+        bar.update(block.shape[-1] / sample_rate)

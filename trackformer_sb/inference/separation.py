@@ -1,0 +1,86 @@
+"""Encode, mask, decode: the one path from a mixture to its sources."""
+
+from torch.nn import functional as F
+
+
+def _fit_length(sig, length):
+    """Cuts or zero-pads the last dimension."""
+    if sig.shape[-1] < length:
+        return F.pad(sig, (0, length - sig.shape[-1]))
+    return sig[..., :length]
+
+
+def separate(mix, encoder, masknet, decoder, mixture_consistency=False):
+    """Separates mixtures with any three-module separator of SpeechBrain.
+
+    The encoded mixture is multiplied by one mask per source and decoded, all
+    sources in one pass. Channels share the masks, which are predicted from
+    their mean, so that each source keeps its place between the channels.
+
+    Arguments
+    ---------
+    mix : torch.Tensor
+        [batch, time] or [batch, channels, time].
+    encoder : callable
+        [batch, time] -> [batch, channels, frames], real or complex.
+    masknet : callable
+        [batch, channels, frames] -> [num_spks, batch, channels, frames].
+    decoder : callable
+        [batch, channels, frames] -> [batch, time].
+    mixture_consistency : bool
+        Whether to distribute what the sources lack of the mixture evenly over
+        them (arXiv 1811.08521, equation 3), so that they sum to it. Softmax
+        masks on an STFT sum to it by themselves.
+
+    Returns
+    -------
+    est_source : torch.Tensor
+        [batch, sources, time] or [batch, sources, channels, time].
+    est_mask : torch.Tensor
+        [num_spks, batch, channels, frames].
+
+    Raises
+    ------
+    ValueError
+        If ``mix`` has another number of dimensions.
+
+    Example
+    -------
+    >>> import torch
+    >>> from trackformer_sb.nnet.masknet import PerformerMaskNet
+    >>> from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
+    >>> masknet = PerformerMaskNet(513, 4, d_model=32, num_layers=1)
+    >>> mix = torch.randn(2, 5000)
+    >>> est_source, _ = separate(mix, STFTEncoder(), masknet, STFTDecoder())
+    >>> est_source.shape
+    torch.Size([2, 4, 5000])
+    >>> torch.allclose(est_source.sum(1), mix, atol=1e-5)
+    True
+    """
+    if mix.dim() not in (2, 3):
+        raise ValueError(
+            "expected mix [batch, time] or [batch, channels, time], got "
+            f"{list(mix.shape)}"
+        )
+    length = mix.shape[-1]
+    if mix.dim() == 2:
+        mix_w = encoder(mix)
+        est_mask = masknet(mix_w)
+        # [num_spks, batch, channels, frames]
+        sep_w = mix_w.unsqueeze(0) * est_mask
+    else:
+        batch, num_channels, _ = mix.shape
+        est_mask = masknet(encoder(mix.mean(1)))
+        mix_w = encoder(mix.flatten(0, 1)).unflatten(0, (batch, num_channels))
+        # [num_spks, batch * audio channels, channels, frames]
+        sep_w = (mix_w.unsqueeze(0) * est_mask.unsqueeze(2)).flatten(1, 2)
+    est_source = decoder(sep_w.flatten(0, 1))
+    est_source = _fit_length(est_source.view(*sep_w.shape[:2], -1), length)
+    est_source = est_source.transpose(0, 1)
+    if mix.dim() == 3:
+        est_source = est_source.unflatten(0, (batch, num_channels))
+        est_source = est_source.transpose(1, 2)
+    if mixture_consistency:
+        missing = mix - est_source.sum(1)
+        est_source = est_source + missing.unsqueeze(1) / est_source.shape[1]
+    return est_source, est_mask

@@ -1,0 +1,91 @@
+"""Strict loading of weights, the hook of an exported separator."""
+
+import pickle
+
+import torch
+
+# What torch.load raises for a file that is cut, empty or something else.
+DAMAGED = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    KeyError,
+    pickle.UnpicklingError,
+)
+
+
+def _listed(names, limit=5):
+    """The first names, for an error message."""
+    rest = len(names) - limit
+    words = ", ".join(names[:limit])
+    return f"{words} and {rest} more" if rest > 0 else words
+
+
+def load_weights(module, path):
+    """Loads a file of weights that fits a module exactly.
+
+    The exported yaml names this function as the hook of its Pretrainer, so
+    that it also protects ``SepformerSeparation`` and every other interface.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        Where the weights belong; unchanged on error.
+    path : str or Path
+        File of a state dict.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is damaged or holds no state dict, or if keys are missing,
+        unexpected or of another shape.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = f"{folder}/masknet.ckpt"
+    ...     torch.save({"weight": torch.ones(1, 2)}, path)
+    ...     try:
+    ...         load_weights(torch.nn.Linear(2, 1), path)
+    ...     except ValueError as error:
+    ...         print(str(error).replace(folder, "folder"))
+    folder/masknet.ckpt does not fit Linear: missing bias
+    """
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except DAMAGED as error:
+            raise ValueError(
+                f"{path}: no readable file of weights ({error})"
+            ) from error
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"{path}: expected a dict of tensors, got {type(state).__name__}"
+        )
+    expected = module.state_dict()
+    misshapen = [
+        f"{key} (expected {list(expected[key].shape)}, got "
+        f"{list(getattr(state[key], 'shape', []))})"
+        for key in expected
+        if key in state
+        and getattr(state[key], "shape", None) != expected[key].shape
+    ]
+    problems = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [str(key) for key in state if key not in expected],
+        "misshapen": misshapen,
+    }
+    if any(problems.values()):
+        raise ValueError(
+            f"{path} does not fit {type(module).__name__}: "
+            + "; ".join(
+                f"{problem} {_listed(keys)}"
+                for problem, keys in problems.items()
+                if keys
+            )
+        )
+    module.load_state_dict(state)

@@ -1,0 +1,271 @@
+"""FAVOR+ attention: linear in the number of frames.
+
+Softmax attention weighs values by ``exp(q . k)``. FAVOR+ ("Rethinking
+Attention with Performers", arXiv 2009.14794, lemma 1) writes that kernel as
+the expectation of a product of positive features of ``q`` and of ``k``, so
+that the sum over keys can be taken once for all queries.
+
+All functions work on [batch, heads, frames, head_dim] and expect queries and
+keys that already carry the softmax temperature: there is no division by
+``sqrt(head_dim)`` in here. The variance of the estimate grows with
+``exp(|q + k|^2)``: keep the norms small, see ``performer.SelfAttention``.
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def draw_projection(n_features, head_dim, generator=None, orthogonal=True):
+    """Draws the random directions of FAVOR+.
+
+    Orthogonal directions lower the variance of the estimate (section 2.4 of
+    the paper). Each block of ``head_dim`` rows is the orthogonal factor of a
+    Gaussian matrix; rows are given the lengths of independent Gaussian rows,
+    so that each row alone is a standard normal vector. The second half of the
+    directions is the first one negated, which makes the features those with
+    the hyperbolic cosine of lemma 1, of lower variance again.
+
+    Arguments
+    ---------
+    n_features : int
+        Number of directions, at least 1.
+    head_dim : int
+        Dimension of queries and keys.
+    generator : torch.Generator, optional
+        Source of randomness (CPU); the global one if not given.
+    orthogonal : bool
+        False draws independent rows.
+
+    Returns
+    -------
+    torch.Tensor
+        Directions, [n_features, head_dim].
+
+    Raises
+    ------
+    ValueError
+        If no features are asked for.
+
+    Example
+    -------
+    >>> projection = draw_projection(8, 4, torch.Generator().manual_seed(0))
+    >>> gram = projection @ projection.T
+    >>> torch.allclose(gram[:4, :4], gram[:4, :4].diagonal().diag(), atol=1e-5)
+    True
+    >>> bool((projection[:4] == -projection[4:]).all())
+    True
+    """
+    if n_features < 1:
+        raise ValueError(f"n_features must be at least 1, got {n_features}")
+    half = (n_features + 1) // 2
+    rows = torch.randn(half, head_dim, generator=generator)
+    if orthogonal:
+        lengths = rows.norm(dim=1, keepdim=True)
+        blocks = []
+        for start in range(0, half, head_dim):
+            square = torch.randn(head_dim, head_dim, generator=generator)
+            block, upper = torch.linalg.qr(square)
+            # with these signs the block is uniform over rotations
+            block = block * upper.diagonal().sign()
+            blocks.append(block[: half - start])
+        rows = torch.cat(blocks) * lengths
+    return torch.cat([rows, -rows])[:n_features]
+
+
+def positive_features(x, projection, stabiliser=None):
+    """Positive random features, lemma 1 of arXiv 2009.14794.
+
+    ``phi(x) = exp(W x - |x|^2 / 2 - c) / sqrt(n_features)``; the expectation
+    of ``phi(q) . phi(k)`` is ``exp(q . k)`` up to the stabilisers ``c``.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        Queries or keys, [batch, heads, frames, head_dim].
+    projection : torch.Tensor
+        Directions, [n_features, head_dim].
+    stabiliser : str, optional
+        "frame" subtracts the largest exponent of each frame, "sequence" that
+        of each sequence and head. Both cancel in normalised attention, the
+        first for queries only, the second for keys too.
+
+    Returns
+    -------
+    torch.Tensor
+        Features, [batch, heads, frames, n_features], positive.
+    """
+    exponent = x @ projection.T
+    offset = x.square().sum(-1, keepdim=True) / 2
+    if stabiliser is not None:
+        dims = {"frame": -1, "sequence": (-1, -2)}[stabiliser]
+        offset = offset + (exponent - offset).detach().amax(dims, keepdim=True)
+    return (exponent - offset).exp() * projection.shape[0] ** -0.5
+
+
+def _normalise(numerator, denominator):
+    """Divides by the sum of weights; a frame that sees no key gives zero."""
+    # by one rather than by something tiny, whose gradient would overflow
+    tiny = torch.finfo(denominator.dtype).tiny
+    denominator = denominator.where(denominator >= tiny, 1.0)
+    return numerator / denominator.unsqueeze(-1)
+
+
+def favor_attention(query, key, value, projection, key_padding_mask=None):
+    """Bidirectional FAVOR+ attention, equation 4 of arXiv 2009.14794.
+
+    Time and memory are proportional to the number of frames. Computed in
+    float32 whatever the autocast state; the result has the values' type.
+
+    Arguments
+    ---------
+    query, key : torch.Tensor
+        [batch, heads, frames, head_dim], carrying the temperature.
+    value : torch.Tensor
+        [batch, heads, frames, value_dim].
+    projection : torch.Tensor
+        Directions, [n_features, head_dim].
+    key_padding_mask : torch.Tensor, optional
+        Boolean, [batch, frames], True for frames nobody may attend to.
+
+    Returns
+    -------
+    torch.Tensor
+        [batch, heads, frames, value_dim].
+
+    Example
+    -------
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> projection = draw_projection(1024, 16, generator)
+    >>> query, key, value = torch.rand(3, 1, 2, 50, 16, generator=generator)
+    >>> query, key = query / 4, key / 4
+    >>> exact = softmax_attention(query, key, value)
+    >>> estimate = favor_attention(query, key, value, projection)
+    >>> bool((estimate - exact).norm() < 0.01 * exact.norm())
+    True
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        dtype = value.dtype
+        # float64 stays, for gradient checks
+        query, key, value, projection = (
+            x if x.dtype == torch.float64 else x.float()
+            for x in (query, key, value, projection)
+        )
+        phi_q = positive_features(query, projection, "frame")
+        phi_k = positive_features(key, projection, "sequence")
+        if key_padding_mask is not None:
+            phi_k = phi_k.masked_fill(key_padding_mask[:, None, :, None], 0.0)
+        context = phi_k.transpose(-1, -2) @ value
+        weight = phi_q @ phi_k.sum(-2).unsqueeze(-1)
+        return _normalise(phi_q @ context, weight.squeeze(-1)).to(dtype)
+
+
+def causal_favor_attention(
+    query,
+    key,
+    value,
+    projection,
+    key_padding_mask=None,
+    state=None,
+    chunk_size=128,
+):
+    """Causal FAVOR+ attention: a frame attends to itself and the past.
+
+    Equation 5 of arXiv 2009.14794 in chunks: inside a chunk the weights are
+    formed explicitly, all earlier frames are summed up in a state, which the
+    call returns so that a stream can go on.
+
+    Arguments
+    ---------
+    query, key, value, projection, key_padding_mask
+        As for ``favor_attention``.
+    state : tuple of torch.Tensor, optional
+        What an earlier call returned: summed outer products [batch, heads,
+        n_features, value_dim] and summed key features [batch, heads,
+        n_features].
+    chunk_size : int
+        Frames whose weights are formed explicitly.
+
+    Returns
+    -------
+    output : torch.Tensor
+        [batch, heads, frames, value_dim].
+    state : tuple of torch.Tensor
+        To be passed with the frames that follow.
+
+    Example
+    -------
+    >>> projection = draw_projection(32, 8)
+    >>> q, k, v = torch.randn(3, 1, 2, 10, 8)
+    >>> whole, _ = causal_favor_attention(q, k, v, projection)
+    >>> past, state = causal_favor_attention(
+    ...     q[:, :, :6], k[:, :, :6], v[:, :, :6], projection
+    ... )
+    >>> rest, _ = causal_favor_attention(
+    ...     q[:, :, 6:], k[:, :, 6:], v[:, :, 6:], projection, state=state
+    ... )
+    >>> torch.allclose(torch.cat([past, rest], 2), whole, atol=1e-5)
+    True
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        dtype = value.dtype
+        query, key, value, projection = (
+            x if x.dtype == torch.float64 else x.float()
+            for x in (query, key, value, projection)
+        )
+        phi_q = positive_features(query, projection, "frame")
+        # a stabiliser over the sequence would look into the future
+        phi_k = positive_features(key, projection)
+        if key_padding_mask is not None:
+            phi_k = phi_k.masked_fill(key_padding_mask[:, None, :, None], 0.0)
+        if state is None:
+            batch, heads, _, n_features = phi_k.shape
+            context = value.new_zeros(batch, heads, n_features, value.shape[-1])
+            weight = value.new_zeros(batch, heads, n_features)
+        else:
+            context, weight = state
+        outputs = []
+        for part_q, part_k, part_v in zip(
+            phi_q.split(chunk_size, -2),
+            phi_k.split(chunk_size, -2),
+            value.split(chunk_size, -2),
+        ):
+            inside = (part_q @ part_k.transpose(-1, -2)).tril()
+            numerator = inside @ part_v + part_q @ context
+            denominator = inside.sum(-1) + (
+                part_q @ weight.unsqueeze(-1)
+            ).squeeze(-1)
+            outputs.append(_normalise(numerator, denominator))
+            context = context + part_k.transpose(-1, -2) @ part_v
+            weight = weight + part_k.sum(-2)
+        return torch.cat(outputs, dim=-2).to(dtype), (context, weight)
+
+
+def softmax_attention(query, key, value, key_padding_mask=None, causal=False):
+    """Exact attention with the same temperature convention as FAVOR+.
+
+    Arguments
+    ---------
+    query, key, value, key_padding_mask
+        As for ``favor_attention``.
+    causal : bool
+        Whether a frame may only attend to itself and the past.
+
+    Returns
+    -------
+    torch.Tensor
+        [batch, heads, frames, value_dim].
+    """
+    mask = None
+    if key_padding_mask is not None:
+        mask = ~key_padding_mask[:, None, None, :]
+        if causal:
+            frames = torch.arange(key.shape[-2], device=key.device)
+            mask = mask & (frames[:, None] >= frames)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        scale=1.0,
+    )

@@ -1,0 +1,235 @@
+"""The Performer as a SpeechBrain masknet."""
+
+import torch
+from torch import nn
+
+from trackformer_sb.nnet.performer import PerformerEncoder
+
+SPEC_NORMS = ("zscore", "minmax", "none")
+MASK_ACTIVATIONS = ("softmax", "sigmoid", "relu")
+
+# Bins this far below the mean magnitude of an item (-60 dB) count as silent.
+# Without a floor the empty top of a lossy file rules the statistics.
+LOG_FLOOR = 1e-3
+
+# Keeps the logarithm of silence, and its gradient, finite.
+SILENT_MAGNITUDE = 1e-10
+
+
+def log_magnitude(spectrum, key_padding_mask=None):
+    """Log-magnitude with a floor relative to the item's mean magnitude.
+
+    ``log(|X| + 1e-3 mean|X|)``: a gain on the input becomes an offset, which
+    the normalisation that follows takes out.
+
+    Arguments
+    ---------
+    spectrum : torch.Tensor
+        Complex, [batch, freq, frames].
+    key_padding_mask : torch.Tensor, optional
+        Boolean, [batch, frames]; frames that do not count.
+
+    Returns
+    -------
+    torch.Tensor
+        Real, [batch, freq, frames]; finite on silence.
+    """
+    magnitude = spectrum.abs()
+    if key_padding_mask is None:
+        mean = magnitude.mean((-2, -1), keepdim=True)
+    else:
+        padding = key_padding_mask.unsqueeze(1)
+        count = (~padding).sum((-2, -1), True) * magnitude.shape[1]
+        mean = magnitude.masked_fill(padding, 0.0).sum((-2, -1), True) / count
+    return (magnitude + LOG_FLOOR * mean + SILENT_MAGNITUDE).log()
+
+
+def normalise_spectrogram(x, spec_norm, key_padding_mask=None):
+    """Normalises each item over all its channels and frames.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        [batch, channels, frames].
+    spec_norm : str
+        "zscore": zero mean, unit variance; "minmax": to [0, 1]; "none".
+    key_padding_mask : torch.Tensor, optional
+        Boolean, [batch, frames]; frames that do not count.
+
+    Returns
+    -------
+    torch.Tensor
+        [batch, channels, frames]; a constant item becomes zero.
+
+    Example
+    -------
+    >>> normalise_spectrogram(torch.tensor([[[1.0, 3.0]]]), "zscore")
+    tensor([[[-1.,  1.]]])
+    """
+    if spec_norm == "none":
+        return x
+    dims = (-2, -1)
+    if key_padding_mask is None:
+        low, high = x.amin(dims, True), x.amax(dims, True)
+        mean = x.mean(dims, True)
+        variance = (x - mean).square().mean(dims, True)
+    else:
+        padding = key_padding_mask.unsqueeze(1)
+        low = x.masked_fill(padding, torch.inf).amin(dims, True)
+        high = x.masked_fill(padding, -torch.inf).amax(dims, True)
+        count = (~padding).sum(dims, True) * x.shape[1]
+        mean = x.masked_fill(padding, 0.0).sum(dims, True) / count
+        variance = (x - mean).masked_fill(padding, 0.0).square()
+        variance = variance.sum(dims, True) / count
+    if spec_norm == "minmax":
+        return (x - low) / (high - low).clamp(min=1e-5)
+    # clamped before the root, whose slope at zero is infinite
+    return (x - mean) / variance.clamp(min=1e-10).sqrt()
+
+
+class PerformerMaskNet(nn.Module):
+    """Predicts one mask per source with a Performer.
+
+    Has the calling convention of ``speechbrain.lobes.models.conv_tasnet
+    .MaskNet`` and takes its place in a separation recipe, on a complex STFT
+    as well as on a learned encoder. From a complex input it sees the
+    normalised log-magnitude.
+
+    Arguments
+    ---------
+    in_channels : int
+        Channels of the encoded mixture: ``n_fft // 2 + 1`` for an STFT.
+    num_spks : int
+        Number of sources to output.
+    d_model, nhead, num_layers, d_ffn, n_features, dropout, attention, causal
+        Sizes of the Performer, see ``PerformerEncoder``.
+    spec_norm : str
+        How the spectrogram is normalised per item: "zscore", "minmax" or
+        "none".
+    mask_activation : str
+        "softmax" over sources (masks sum to one), "sigmoid" or "relu".
+
+    Raises
+    ------
+    ValueError
+        For an unknown option, or an input with another number of channels.
+
+    Example
+    -------
+    >>> masknet = PerformerMaskNet(
+    ...     in_channels=65, num_spks=4, d_model=32, nhead=2, num_layers=1
+    ... )
+    >>> mix_w = torch.randn(2, 65, 50, dtype=torch.complex64)
+    >>> masks = masknet(mix_w)
+    >>> masks.shape
+    torch.Size([4, 2, 65, 50])
+    >>> torch.allclose(masks.sum(0), torch.ones(2, 65, 50))
+    True
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        num_spks,
+        d_model=256,
+        nhead=4,
+        num_layers=12,
+        d_ffn=None,
+        n_features=256,
+        dropout=0.1,
+        attention="favor",
+        causal=False,
+        spec_norm="zscore",
+        mask_activation="softmax",
+    ):
+        super().__init__()
+        for name, value, options in (
+            ("spec_norm", spec_norm, SPEC_NORMS),
+            ("mask_activation", mask_activation, MASK_ACTIVATIONS),
+        ):
+            if value not in options:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(options)}, got {value!r}"
+                )
+        self.in_channels = in_channels
+        self.num_spks = num_spks
+        self.spec_norm = spec_norm
+        self.mask_activation = mask_activation
+        self.embedding = nn.Linear(in_channels, d_model)
+        self.encoder = PerformerEncoder(
+            d_model,
+            nhead,
+            num_layers,
+            d_ffn,
+            n_features,
+            dropout,
+            attention,
+            causal,
+        )
+        self.head = nn.Linear(d_model, num_spks * in_channels)
+
+    def redraw_projections(self, generator=None):
+        """Draws new random features, see ``PerformerEncoder``."""
+        self.encoder.redraw_projections(generator)
+
+    def spectrogram(self, mix_w, key_padding_mask=None):
+        """What the network sees of an encoded mixture.
+
+        Arguments
+        ---------
+        mix_w : torch.Tensor
+            Real or complex, [batch, channels, frames].
+        key_padding_mask : torch.Tensor, optional
+            Boolean, [batch, frames], True for padding.
+
+        Returns
+        -------
+        torch.Tensor
+            Real, [batch, frames, channels], normalised.
+        """
+        if mix_w.dim() != 3 or mix_w.shape[1] != self.in_channels:
+            raise ValueError(
+                f"expected an encoded mixture [batch, {self.in_channels}, "
+                f"frames], got {list(mix_w.shape)}"
+            )
+        x = mix_w
+        if x.is_complex():
+            x = log_magnitude(x, key_padding_mask)
+        x = normalise_spectrogram(x, self.spec_norm, key_padding_mask)
+        return x.transpose(1, 2)
+
+    def forward(self, mix_w, key_padding_mask=None):
+        """Predicts masks.
+
+        Arguments
+        ---------
+        mix_w : torch.Tensor
+            Encoded mixture, real or complex, [batch, channels, frames].
+        key_padding_mask : torch.Tensor, optional
+            Boolean, [batch, frames], True for padding.
+
+        Returns
+        -------
+        torch.Tensor
+            Masks, real, [num_spks, batch, channels, frames]. With softmax and
+            sigmoid in [0, 1], with relu at least 0.
+        """
+        x = self.embedding(self.spectrogram(mix_w, key_padding_mask))
+        x = self.encoder(x, key_padding_mask)
+        batch, frames, _ = x.shape
+        # sources outermost in memory, so that sources and batch, and likewise
+        # frames and channels, can be flattened by a view
+        x = torch.baddbmm(
+            self.head.bias.view(self.num_spks, 1, -1),
+            x.flatten(0, 1).expand(self.num_spks, -1, -1),
+            self.head.weight.unflatten(0, (self.num_spks, -1)).mT,
+        ).unflatten(1, (batch, frames))
+        if self.mask_activation == "softmax":
+            # in bfloat16 the masks would sum to one within 0.4 % only
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            masks = x.softmax(dim=0, dtype=dtype)
+        elif self.mask_activation == "sigmoid":
+            masks = x.sigmoid()
+        else:
+            masks = x.relu()
+        return masks.transpose(2, 3)

@@ -1,0 +1,321 @@
+"""Performer: a pre-norm Transformer encoder with FAVOR+ attention."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from trackformer_sb.nnet import favor
+
+ATTENTION_KINDS = ("favor", "softmax", "auto")
+
+# "auto" takes exact attention up to this many frames. On 2 CPU cores with 256
+# features the two cost the same near 1000 frames (6 s at hop 256).
+AUTO_MAX_EXACT_FRAMES = 1000
+
+# Upper end of the learned temperature. The error of 256 features against exact
+# attention is about 8 % at temperature 1, 30 % at 2 and 60 % at 4, where the
+# plain mean of the values is off by 22, 50 and 85 %.
+MAX_TEMPERATURE = 2.0
+
+
+def sinusoidal_positions(frames, d_model, device=None, start=0):
+    """Sines and cosines of geometrically spaced wavelengths, for any length.
+
+    Section 3.5 of "Attention Is All You Need" (arXiv 1706.03762).
+
+    Arguments
+    ---------
+    frames : int
+        Number of positions.
+    d_model : int
+        Number of channels, even.
+    device : torch.device, optional
+        Where to make them.
+    start : int
+        First position, for a stream that goes on.
+
+    Returns
+    -------
+    torch.Tensor
+        [frames, d_model], float32.
+
+    Example
+    -------
+    >>> sinusoidal_positions(2, 4)[0]
+    tensor([0., 0., 1., 1.])
+    """
+    if d_model % 2:
+        raise ValueError(f"d_model must be even, got {d_model}")
+    position = torch.arange(start, start + frames, device=device)
+    exponent = torch.arange(0, d_model, 2, device=device) / d_model
+    angle = position.unsqueeze(1) * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, FAVOR+ or exact, with the same weights.
+
+    Queries and keys are projected on the unit sphere and scaled by the root
+    of a learned temperature per head in (0, 2), as in QK-norm (arXiv
+    2010.04245): with norms left free, the variance of FAVOR+ grows
+    exponentially and 256 features estimate nothing.
+
+    Arguments
+    ---------
+    d_model : int
+        Number of channels in and out.
+    nhead : int
+        Number of heads; divides ``d_model``.
+    n_features : int
+        Random features per head; the paper has 256.
+    attention : str
+        "favor", "softmax" (exact), or "auto": exact for short inputs.
+    causal : bool
+        Whether a frame may only attend to itself and the past.
+    dropout : float
+        Share of output channels dropped in training.
+
+    Raises
+    ------
+    ValueError
+        For an unknown kind of attention or a ``d_model`` that the heads do
+        not divide.
+
+    Example
+    -------
+    >>> attention = SelfAttention(d_model=64, nhead=4)
+    >>> attention(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        d_model,
+        nhead,
+        n_features=256,
+        attention="favor",
+        causal=False,
+        dropout=0.0,
+    ):
+        super().__init__()
+        if attention not in ATTENTION_KINDS:
+            raise ValueError(
+                f"attention must be one of {', '.join(ATTENTION_KINDS)}, got "
+                f"{attention!r}"
+            )
+        if d_model % nhead:
+            raise ValueError(
+                f"nhead must divide d_model, got nhead={nhead} with "
+                f"d_model={d_model}"
+            )
+        self.nhead = nhead
+        self.attention = attention
+        self.causal = causal
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.out = nn.Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
+        # sigmoid(0) * 2: a temperature of 1 to begin with
+        self.temperature = nn.Parameter(torch.zeros(nhead))
+        self.register_buffer(
+            "projection",
+            favor.draw_projection(n_features, d_model // nhead),
+        )
+
+    def redraw_projection(self, generator=None):
+        """Draws new random features in place.
+
+        Arguments
+        ---------
+        generator : torch.Generator, optional
+            Source of randomness (CPU); the same on all ranks.
+        """
+        drawn = favor.draw_projection(*self.projection.shape, generator)
+        self.projection.copy_(drawn)
+
+    def _is_exact(self, frames):
+        return self.attention == "softmax" or (
+            self.attention == "auto" and frames <= AUTO_MAX_EXACT_FRAMES
+        )
+
+    def forward(self, x, key_padding_mask=None):
+        """Attends.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [batch, frames, d_model].
+        key_padding_mask : torch.Tensor, optional
+            Boolean, [batch, frames], True for padding.
+
+        Returns
+        -------
+        torch.Tensor
+            [batch, frames, d_model].
+        """
+        # three of [batch, heads, frames, head_dim]
+        query, key, value = (
+            self.qkv(x)
+            .unflatten(-1, (3, self.nhead, -1))
+            .permute(2, 0, 3, 1, 4)
+            .unbind()
+        )
+        scale = (MAX_TEMPERATURE * self.temperature.sigmoid()).sqrt()
+        scale = scale[:, None, None]
+        query = (F.normalize(query, dim=-1) * scale).to(value.dtype)
+        key = (F.normalize(key, dim=-1) * scale).to(value.dtype)
+        if self._is_exact(x.shape[1]):
+            mixed = favor.softmax_attention(
+                query, key, value, key_padding_mask, self.causal
+            )
+        elif self.causal:
+            mixed, _ = favor.causal_favor_attention(
+                query, key, value, self.projection, key_padding_mask
+            )
+        else:
+            mixed = favor.favor_attention(
+                query, key, value, self.projection, key_padding_mask
+            )
+        return self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
+
+
+class PerformerLayer(nn.Module):
+    """LayerNorm, attention, residual; LayerNorm, feed-forward, residual.
+
+    Arguments
+    ---------
+    d_model, nhead, n_features, attention, causal, dropout
+        As for SelfAttention.
+    d_ffn : int
+        Channels inside of the feed-forward block.
+
+    Example
+    -------
+    >>> layer = PerformerLayer(d_model=64, nhead=4, d_ffn=128)
+    >>> layer(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        d_model,
+        nhead,
+        d_ffn,
+        n_features=256,
+        attention="favor",
+        causal=False,
+        dropout=0.0,
+    ):
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(d_model)
+        self.attention = SelfAttention(
+            d_model, nhead, n_features, attention, causal, dropout
+        )
+        self.norm_ffn = nn.LayerNorm(d_model)
+        self.ffn = nn.Sequential(
+            nn.Linear(d_model, d_ffn),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(d_ffn, d_model),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x, key_padding_mask=None):
+        """[batch, frames, d_model] -> [batch, frames, d_model]."""
+        x = x + self.attention(self.norm_attention(x), key_padding_mask)
+        return x + self.ffn(self.norm_ffn(x))
+
+
+class PerformerEncoder(nn.Module):
+    """A stack of Performer layers with sinusoidal positions.
+
+    Arguments
+    ---------
+    d_model : int
+        Number of channels, even.
+    nhead : int
+        Number of heads; divides ``d_model``.
+    num_layers : int
+        Number of layers; the paper has 12.
+    d_ffn : int, optional
+        Channels inside of the feed-forward blocks, ``4 * d_model`` if not
+        given.
+    n_features : int
+        Random features per head; the paper has 256.
+    dropout : float
+        Share of channels dropped in training, in [0, 1).
+    attention : str
+        "favor", "softmax" (exact), or "auto": exact for short inputs.
+    causal : bool
+        Whether a frame may only attend to itself and the past.
+
+    Example
+    -------
+    >>> encoder = PerformerEncoder(d_model=64, nhead=4, num_layers=2)
+    >>> encoder(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        d_model=256,
+        nhead=4,
+        num_layers=12,
+        d_ffn=None,
+        n_features=256,
+        dropout=0.1,
+        attention="favor",
+        causal=False,
+    ):
+        super().__init__()
+        self.d_model = d_model
+        self.layers = nn.ModuleList(
+            PerformerLayer(
+                d_model,
+                nhead,
+                4 * d_model if d_ffn is None else d_ffn,
+                n_features,
+                attention,
+                causal,
+                dropout,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(d_model)
+
+    def redraw_projections(self, generator=None):
+        """Draws new random features for all layers.
+
+        Arguments
+        ---------
+        generator : torch.Generator, optional
+            Source of randomness (CPU). Ranks must be given equal ones.
+        """
+        for layer in self.layers:
+            layer.attention.redraw_projection(generator)
+
+    def forward(self, x, key_padding_mask=None, positions=None):
+        """Encodes frames.
+
+        Arguments
+        ---------
+        x : torch.Tensor
+            [batch, frames, d_model].
+        key_padding_mask : torch.Tensor, optional
+            Boolean, [batch, frames], True for padding.
+        positions : torch.Tensor, optional
+            Positional encodings to add, broadcast to ``x``; those of frames
+            0, 1, ... if not given.
+
+        Returns
+        -------
+        torch.Tensor
+            [batch, frames, d_model].
+        """
+        if positions is None:
+            positions = sinusoidal_positions(x.shape[1], self.d_model, x.device)
+        x = x + positions.to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, key_padding_mask)
+        return self.norm(x)

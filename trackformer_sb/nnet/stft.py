@@ -1,0 +1,178 @@
+"""Short-time Fourier transform and its inverse as SpeechBrain modules.
+
+The pair takes the places of ``Encoder`` and ``Decoder`` in SpeechBrain's
+separation recipes: decoding an encoded signal gives the signal back.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def _check_sizes(n_fft, hop_length):
+    """Refuses window and hop sizes whose windows do not tile the signal."""
+    if n_fft < 2 or n_fft % 2:
+        raise ValueError(f"n_fft must be even and at least 2, got {n_fft}")
+    if hop_length < 1 or n_fft % hop_length or hop_length > n_fft // 2:
+        raise ValueError(
+            "hop_length must divide n_fft at least twice, got "
+            f"hop_length={hop_length} with n_fft={n_fft}"
+        )
+
+
+def _edges(n_fft, hop_length):
+    """Zeros before and after the signal; an odd number is not halved."""
+    before = (n_fft - hop_length + 1) // 2
+    return before, n_fft - hop_length - before
+
+
+class STFTEncoder(nn.Module):
+    """Short-time Fourier transform with a periodic Hann window.
+
+    Frame ``k`` is centred on sample ``(k + 1/2) * hop_length``, rounded down;
+    outside of the signal there are zeros. There are ``ceil(time / hop_length)``
+    frames, so 3, 10 and 30 s at 44.1 kHz with hop 256 give 517, 1723 and 5168.
+
+    Arguments
+    ---------
+    n_fft : int
+        Length of window and transform, in samples, even.
+    hop_length : int
+        Distance of the frames, in samples; divides ``n_fft`` at least twice.
+
+    Raises
+    ------
+    ValueError
+        If the sizes do not tile the signal, or at call if the input is not
+        [batch, time] with at least one sample.
+
+    Example
+    -------
+    >>> encoder = STFTEncoder(n_fft=1024, hop_length=256)
+    >>> tone = torch.sin(torch.arange(44100) * 2 * torch.pi * 100 / 1024)
+    >>> spectrum = encoder(tone.unsqueeze(0))
+    >>> spectrum.shape
+    torch.Size([1, 513, 173])
+    >>> int(spectrum[0, :, 80].abs().argmax())
+    100
+    """
+
+    def __init__(self, n_fft=1024, hop_length=256):
+        super().__init__()
+        _check_sizes(n_fft, hop_length)
+        self.n_fft = n_fft
+        self.hop_length = hop_length
+        self.register_buffer(
+            "window", torch.hann_window(n_fft), persistent=False
+        )
+
+    def forward(self, sig):
+        """Transforms waveforms.
+
+        Arguments
+        ---------
+        sig : torch.Tensor
+            Waveforms, [batch, time].
+
+        Returns
+        -------
+        torch.Tensor
+            Complex spectra, [batch, n_fft // 2 + 1, frames].
+        """
+        if sig.dim() != 2 or sig.shape[1] == 0:
+            raise ValueError(
+                "expected waveforms [batch, time] of at least one sample, got "
+                f"{list(sig.shape)}"
+            )
+        before, after = _edges(self.n_fft, self.hop_length)
+        fill = -sig.shape[1] % self.hop_length
+        padded = F.pad(sig.float(), (before, after + fill))
+        return torch.stft(
+            padded,
+            self.n_fft,
+            self.hop_length,
+            window=self.window,
+            center=False,
+            return_complex=True,
+        )
+
+
+class STFTDecoder(nn.Module):
+    """Inverse short-time Fourier transform, the left inverse of the encoder.
+
+    Windowed frames are overlap-added and divided by the sum of the squared
+    windows: the least-squares inverse of Griffin and Lim (1984, equation 6).
+
+    Arguments
+    ---------
+    n_fft : int
+        Length of window and transform, in samples.
+    hop_length : int
+        Distance of the frames, in samples.
+
+    Raises
+    ------
+    ValueError
+        As for STFTEncoder; at call if the number of bins is not
+        ``n_fft // 2 + 1``.
+
+    Example
+    -------
+    >>> encoder, decoder = STFTEncoder(), STFTDecoder()
+    >>> sig = torch.randn(2, 1000)
+    >>> decoded = decoder(encoder(sig))
+    >>> decoded.shape
+    torch.Size([2, 1024])
+    >>> torch.allclose(decoded[:, :1000], sig, atol=1e-5)
+    True
+    """
+
+    def __init__(self, n_fft=1024, hop_length=256):
+        super().__init__()
+        _check_sizes(n_fft, hop_length)
+        self.n_fft = n_fft
+        self.hop_length = hop_length
+        self.register_buffer(
+            "window", torch.hann_window(n_fft), persistent=False
+        )
+
+    def _overlap_add(self, blocks):
+        """[..., frames, n_fft] -> [..., frames * hop_length]."""
+        overlap = self.n_fft // self.hop_length
+        frames = blocks.shape[-2]
+        blocks = blocks.unflatten(-1, (overlap, self.hop_length))
+        total = blocks.new_zeros(
+            *blocks.shape[:-3], frames + overlap - 1, self.hop_length
+        )
+        for k in range(overlap):
+            total.narrow(-2, k, frames).add_(blocks[..., k, :])
+        before, _ = _edges(self.n_fft, self.hop_length)
+        length = frames * self.hop_length
+        return total.flatten(-2).narrow(-1, before, length)
+
+    def forward(self, spectrum, length=None):
+        """Transforms spectra back.
+
+        Arguments
+        ---------
+        spectrum : torch.Tensor
+            Complex spectra, [..., n_fft // 2 + 1, frames].
+        length : int, optional
+            Samples to return, at most ``frames * hop_length``, which is the
+            default and at least the length of the encoded signal.
+
+        Returns
+        -------
+        torch.Tensor
+            Waveforms, [..., time].
+        """
+        if spectrum.shape[-2] != self.n_fft // 2 + 1:
+            raise ValueError(
+                f"expected spectra of {self.n_fft // 2 + 1} bins, [..., "
+                f"{self.n_fft // 2 + 1}, frames], got {list(spectrum.shape)}"
+            )
+        blocks = torch.fft.irfft(spectrum.transpose(-1, -2), n=self.n_fft)
+        sig = self._overlap_add(blocks * self.window)
+        squares = self.window.square().expand(spectrum.shape[-1], -1)
+        sig = sig / self._overlap_add(squares)
+        return sig if length is None else sig[..., :length]

@@ -1,0 +1,393 @@
+"""Measures of separation: with stems, with two mixtures, and of the masks."""
+
+import warnings
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from trackformer_sb.objectives.mixit import mixit_loss
+from trackformer_sb.objectives.regularizers import mask_cosines, mask_gram
+
+# Signals below this energy per sample (-80 dB of full scale) count as silent.
+SILENT_ENERGY = 1e-8
+
+# Signal-to-noise ratios are kept within +- this many dB.
+LIMIT_DB = 120.0
+
+
+def si_snr(estimate, target):
+    """Scale-invariant signal-to-noise ratio of signals without their means.
+
+    "SDR - half-baked or well done?" (arXiv 1811.02508, equation 3).
+
+    Arguments
+    ---------
+    estimate, target : torch.Tensor
+        [..., time], broadcast to each other.
+
+    Returns
+    -------
+    torch.Tensor
+        [...], in dB, within +-120; -120 if either is silent.
+
+    Example
+    -------
+    >>> target = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    >>> noise = torch.tensor([0.1, 0.1, -0.1, -0.1])
+    >>> round(si_snr(3 * (target + noise), target).item(), 3)
+    20.0
+    """
+    estimate = estimate - estimate.mean(-1, keepdim=True)
+    target = target - target.mean(-1, keepdim=True)
+    tiny = torch.finfo(target.dtype).tiny
+    energy = target.square().sum(-1).clamp(min=tiny)
+    scale = (estimate * target).sum(-1) / energy
+    projected = scale.unsqueeze(-1) * target
+    noise = (estimate - projected).square().sum(-1)
+    signal = projected.square().sum(-1)
+    ratio = signal / noise.clamp(min=tiny)
+    limit = 10 ** (LIMIT_DB / 10)
+    return 10 * ratio.clamp(1 / limit, limit).log10()
+
+
+def _si_snr_from_products(product, estimate_energy, target_energy):
+    """SI-SNR in dB from inner products of signals without mean (NumPy)."""
+    tiny = np.finfo(np.float64).tiny
+    signal = np.square(product) / np.maximum(target_energy, tiny)
+    # rounding leaves this much of noise to a perfect estimate
+    noise = np.maximum(estimate_energy - signal, 1e-15 * estimate_energy)
+    ratio = signal / np.maximum(noise, tiny)
+    limit = 10 ** (LIMIT_DB / 10)
+    return 10 * np.log10(np.clip(ratio, 1 / limit, limit))
+
+
+def _active(stems):
+    energy = stems.square().mean(-1)
+    return energy > SILENT_ENERGY
+
+
+def _sounding(est_source):
+    """Leaves out sources of silence, however quiet the others are."""
+    sig = est_source.double()
+    energy = (sig - sig.mean(-1, keepdim=True)).square().mean(-1)
+    return est_source[energy > 1e-20]
+
+
+def _check_item(est_source, stems, mix):
+    if (
+        est_source.dim() != 2
+        or stems.dim() != 2
+        or mix.dim() != 1
+        or len({est_source.shape[-1], stems.shape[-1], mix.shape[-1]}) > 1
+    ):
+        raise ValueError(
+            "expected est_source [sources, time], stems [stems, time] and mix "
+            f"[time], got {list(est_source.shape)}, {list(stems.shape)} and "
+            f"{list(mix.shape)}"
+        )
+
+
+def _products(est_source, stems):
+    """Gram, cross and stem energies in float64, of signals without mean."""
+    est_source = est_source.detach().double()
+    stems = stems.detach().double()
+    est_source = est_source - est_source.mean(-1, keepdim=True)
+    stems = stems - stems.mean(-1, keepdim=True)
+    gram = (est_source @ est_source.T).cpu().numpy()
+    cross = (stems @ est_source.T).cpu().numpy()
+    energy = stems.square().sum(-1).cpu().numpy()
+    return gram, cross, energy
+
+
+def _one_to_one(est_source, stems):
+    """Pairs of stem and source numbers with the highest sum of SI-SNR."""
+    gram, cross, energy = _products(est_source, stems)
+    pairwise = _si_snr_from_products(
+        cross, gram.diagonal()[None, :], energy[:, None]
+    )
+    return linear_sum_assignment(pairwise, maximize=True)
+
+
+def si_snri(est_source, stems, mix):
+    """SI-SNR improvement under the best one-to-one choice of sources.
+
+    Every active stem gets another source, so that the mean SI-SNR is highest;
+    the SI-SNR of the mixture against the stem is subtracted. A source of
+    silence counts as none. Where there are more stems than sources, the stems
+    left over improve by 0 dB, as with the mixture itself for an estimate.
+
+    Arguments
+    ---------
+    est_source : torch.Tensor
+        Separated sources, [sources, time].
+    stems : torch.Tensor
+        References, [stems, time]; silent ones are left out.
+    mix : torch.Tensor
+        What was separated, [time].
+
+    Returns
+    -------
+    improvement : float
+        Mean over the active stems, in dB; None if there are none.
+    num_silent : int
+        Number of stems left out.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+
+    Example
+    -------
+    >>> stems = torch.eye(3)[:2] - 1 / 3
+    >>> improvement, num_silent = si_snri(stems.flip(0), stems, stems.sum(0))
+    >>> improvement > 100, num_silent
+    (True, 0)
+    """
+    _check_item(est_source, stems, mix)
+    active = _active(stems)
+    num_silent = int((~active).sum())
+    stems = stems[active]
+    if not len(stems):
+        return None, num_silent
+    est_source = _sounding(est_source)
+    stem, source = _one_to_one(est_source, stems)
+    gain = si_snr(est_source[source], stems[stem]) - si_snr(mix, stems[stem])
+    return float(gain.sum()) / len(stems), num_silent
+
+
+def stem_si_snr(est_source, stems):
+    """SI-SNR of the sources that ``si_snri`` chooses for the stems.
+
+    Arguments
+    ---------
+    est_source, stems
+        As for ``si_snri``.
+
+    Returns
+    -------
+    float
+        Mean over the active stems that got a source, in dB; None if there are
+        none.
+
+    Example
+    -------
+    >>> stems = torch.tensor([[1.0, -1.0, 0.0], [0.0, 1.0, -1.0]])
+    >>> stem_si_snr(stems.flip(0), stems) > 100
+    True
+    """
+    stems = stems[_active(stems)]
+    if not len(stems):
+        return None
+    stem, source = _one_to_one(est_source, stems)
+    return float(si_snr(est_source[source], stems[stem]).mean())
+
+
+def si_snri_grouped(est_source, stems, mix):
+    """SI-SNR improvement when each source is added to one stem.
+
+    The oracle for over-separation: of all ways to distribute the sources over
+    the active stems, that with the highest mean SI-SNR, found exactly by
+    dynamic programming over subsets of sources. Every stem gets a source as
+    long as there are enough; stems left over improve by 0 dB.
+
+    Arguments
+    ---------
+    est_source, stems, mix
+        As for ``si_snri``.
+
+    Returns
+    -------
+    improvement : float
+        Mean over the active stems, in dB; None if there are none.
+    num_silent : int
+        Number of stems left out.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit, or for more than 12 sources.
+
+    Example
+    -------
+    >>> sources = torch.randn(3, 100)
+    >>> stems = torch.stack([sources[0] + sources[2], sources[1]])
+    >>> improvement, _ = si_snri_grouped(sources, stems, stems.sum(0))
+    >>> improvement > 50
+    True
+    """
+    _check_item(est_source, stems, mix)
+    if len(est_source) > 12:
+        raise ValueError(
+            f"expected at most 12 sources to group, got {len(est_source)}"
+        )
+    active = _active(stems)
+    num_silent = int((~active).sum())
+    stems = stems[active]
+    if not len(stems):
+        return None, num_silent
+    est_source = _sounding(est_source)
+    num_sources = len(est_source)
+    gram, cross, energy = _products(est_source, stems)
+    number = np.arange(2**num_sources)
+    subsets = (number[:, None] >> np.arange(num_sources) & 1).astype(float)
+    summed = np.einsum("si,ij,sj->s", subsets, gram, subsets)
+    table = _si_snr_from_products(
+        cross @ subsets.T, summed[None, :], energy[:, None]
+    )
+    table = table - si_snr(mix, stems).double().cpu().numpy()[:, None]
+    # a stem without source: not an option while there are enough of them
+    spare = len(stems) > num_sources
+    table[:, 0] = 0.0 if spare else -np.inf
+    best = np.full(2**num_sources, -np.inf)
+    best[0] = 0.0
+    parts = _partitions(num_sources)
+    for row in table:
+        # best[union] over all splits of a subset in (this stem, earlier ones)
+        candidates = row[parts[1]] + best[parts[2]]
+        best = np.full(2**num_sources, -np.inf)
+        np.maximum.at(best, parts[0], candidates)
+    return float(best[-1]) / len(stems), num_silent
+
+
+def _partitions(num_sources):
+    """All (union, part, rest) of subsets with part + rest = union."""
+    union, part = [], []
+    for subset in range(2**num_sources):
+        inside = subset
+        while True:
+            union.append(subset)
+            part.append(inside)
+            if inside == 0:
+                break
+            inside = (inside - 1) & subset
+    union, part = np.array(union), np.array(part)
+    return union, part, union - part
+
+
+def sdr(est_source, stems):
+    """Signal-to-distortion ratio (BSS-eval, 512 taps) of the best choice.
+
+    Computed by torchmetrics for the pairs that ``si_snri`` chooses.
+    Silent stems and sources of silence are left out.
+
+    Arguments
+    ---------
+    est_source, stems
+        As for ``si_snri``.
+
+    Returns
+    -------
+    float
+        Mean over the active stems that got a source, in dB; None if there are
+        none.
+    """
+    # torchmetrics takes a second to import, and some of its versions warn
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchmetrics.functional.audio import signal_distortion_ratio
+
+    stems, est_source = stems[_active(stems)], _sounding(est_source)
+    if not len(stems) or not len(est_source):
+        return None
+    stem, source = _one_to_one(est_source, stems)
+    estimate, target = est_source[source].double(), stems[stem].double()
+    # the projection on 512 shifts is singular for band-limited stems; pair by
+    # pair because batched linear solvers fail in some builds of torch
+    ratio = [
+        signal_distortion_ratio(*pair, load_diag=1e-8)
+        for pair in zip(estimate, target)
+    ]
+    return float(torch.stack(ratio).clamp(-LIMIT_DB, LIMIT_DB).mean())
+
+
+def mixture_si_snr(est_source, mixtures):
+    """SI-SNR of the best remix against the mixtures: the paper's figure.
+
+    Arguments
+    ---------
+    est_source : torch.Tensor
+        Sources separated from the sum of the mixtures, [batch, sources,
+        time].
+    mixtures : torch.Tensor
+        The mixtures, [batch, mixtures, time].
+
+    Returns
+    -------
+    torch.Tensor
+        [batch], in dB, mean over the mixtures that are not silent; NaN where
+        all are.
+
+    Example
+    -------
+    >>> mixtures = torch.randn(1, 2, 1000)
+    >>> float(mixture_si_snr(mixtures, mixtures)) > 60
+    True
+    """
+    _, assignment = mixit_loss(est_source, mixtures, "si_snr")
+    remix = torch.matmul(assignment.to(est_source.dtype), est_source)
+    value = si_snr(remix, mixtures)
+    active = _active(mixtures)
+    return (value * active).sum(1) / active.sum(1)
+
+
+def mask_overlap(masks):
+    """Mean cosine similarity over all pairs of different masks.
+
+    Arguments
+    ---------
+    masks : torch.Tensor
+        [batch, N, ...] with N at least 2.
+
+    Returns
+    -------
+    torch.Tensor
+        [batch]; 0 for masks that do not overlap, 1 for equal ones.
+
+    Raises
+    ------
+    ValueError
+        If there is only one mask.
+
+    Example
+    -------
+    >>> mask_overlap(torch.ones(1, 4, 10, 20))
+    tensor([1.])
+    """
+    num = masks.shape[1]
+    if num < 2:
+        raise ValueError(
+            f"expected at least 2 masks [batch, N, ...], got {num}"
+        )
+    cosines = mask_cosines(masks)
+    same = cosines.diagonal(dim1=1, dim2=2).sum(1)
+    return (cosines.sum((1, 2)) - same) / (num * (num - 1))
+
+
+def effective_mask_count(masks):
+    """How many masks are in use: ``exp(H(p))``.
+
+    ``p_m`` is the share of mask m's mean energy, H the entropy.
+
+    Arguments
+    ---------
+    masks : torch.Tensor
+        [batch, N, ...].
+
+    Returns
+    -------
+    torch.Tensor
+        [batch], from 1 (one mask has all the energy) to N.
+
+    Example
+    -------
+    >>> masks = torch.tensor([[[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]])
+    >>> effective_mask_count(masks)
+    tensor([2.])
+    """
+    energy = mask_gram(masks).diagonal(dim1=1, dim2=2)
+    share = energy / energy.sum(1, keepdim=True).clamp(
+        min=torch.finfo(energy.dtype).tiny
+    )
+    return torch.special.entr(share).sum(1).exp()

@@ -1,0 +1,1 @@
+"""What the recipes share: command line, checkpoints, history, figures."""

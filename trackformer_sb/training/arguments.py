@@ -1,0 +1,150 @@
+"""Command line of the recipes: SpeechBrain's, without its surprises.
+
+SpeechBrain's parser takes any unambiguous beginning of a run option, so that
+yaml keys like ``test`` or ``log`` vanish, cuts values at each "=", and has no
+way to switch a flag off. Here run options count by their full name only.
+"""
+
+import difflib
+import json
+import pathlib
+
+import yaml
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.run_opts import RunOptions
+
+_FLAGS = {
+    name for name, value in RunOptions().as_dict().items() if value is False
+}
+_OPTIONS = set(RunOptions().as_dict()) - {"param_file", "overridden_args"}
+
+
+def _as_yaml(key, value):
+    """One line of overrides; what is no plain yaml value is quoted."""
+    try:
+        plain = not isinstance(yaml.safe_load(value), dict)
+    except yaml.YAMLError:
+        plain = value.startswith("!")
+    return f"{key}: {value if plain else json.dumps(value)}"
+
+
+def parse_arguments(argv):
+    """Splits a command line into hyperparameter file, options and overrides.
+
+    Arguments
+    ---------
+    argv : list of str
+        ``FILE.yaml [--key=value | --key value] ...`` with keys of the yaml or
+        run options of SpeechBrain (``--device``, ``--precision``, ...).
+
+    Returns
+    -------
+    hparams_file : str
+        The yaml file.
+    run_opts : RunOptions
+        SpeechBrain's run options.
+    overrides : str
+        Yaml text for ``load_hparams``.
+
+    Raises
+    ------
+    ValueError
+        For a missing file name or value, or a flag with a value other than
+        True or False.
+
+    Example
+    -------
+    >>> hparams_file, run_opts, overrides = parse_arguments(
+    ...     ["train.yaml", "--data_folder=/music/a=b", "--lr", "1e-3"]
+    ... )
+    >>> print(overrides)
+    data_folder: /music/a=b
+    lr: 1e-3
+    """
+    words, options, overrides, hparams_file = list(argv), [], [], None
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            options.append(word)
+            continue
+        if not word.startswith("--"):
+            if hparams_file is not None:
+                raise ValueError(
+                    f"unexpected argument {word!r}: expected one yaml file, "
+                    f"then --key=value, got {hparams_file!r} before"
+                )
+            hparams_file = word
+            continue
+        key, has_value, value = word[2:].partition("=")
+        if key in _FLAGS:
+            if has_value and value.lower() not in ("true", "false"):
+                raise ValueError(
+                    f"--{key} is a flag, expected --{key}, --{key}=True or "
+                    f"--{key}=False, got {word!r}"
+                )
+            if value.lower() != "false":
+                options.append(f"--{key}")
+            continue
+        if not has_value:
+            if not words or words[0].startswith("--"):
+                raise ValueError(f"expected a value after {word}")
+            value = words.pop(0)
+        if key in _OPTIONS:
+            options += [f"--{key}", value]
+        else:
+            overrides.append(_as_yaml(key, value))
+    if hparams_file is None and not options:
+        raise ValueError(
+            "expected a yaml file, for example: "
+            "python recipes/train.py hparams/performer_mixit.yaml"
+        )
+    file_argument = [] if hparams_file is None else [hparams_file]
+    _, run_opts, _ = RunOptions.from_command_line_args(file_argument + options)
+    return hparams_file, run_opts, "\n".join(overrides)
+
+
+def load_hparams(hparams_file, overrides=""):
+    """Loads a HyperPyYAML file with overrides.
+
+    Arguments
+    ---------
+    hparams_file : str
+        Path of the yaml file.
+    overrides : str
+        Yaml text whose keys replace those of the file.
+
+    Returns
+    -------
+    dict
+        The loaded hyperparameters.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        For a key that the file does not have, with the nearest ones.
+    """
+    path = pathlib.Path(hparams_file)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no hyperparameter file {hparams_file}, expected a yaml such as "
+            "hparams/performer_mixit.yaml"
+        )
+    text = path.read_text(encoding="utf-8")
+    known = {
+        line.split(":")[0]
+        for line in text.splitlines()
+        if line[:1].isalpha() and ":" in line
+    }
+    for line in overrides.splitlines():
+        key = line.split(":")[0]
+        if key not in known:
+            near = difflib.get_close_matches(key, known | _OPTIONS, n=3)
+            hint = (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else (f"its keys are {', '.join(sorted(known))}")
+            )
+            raise ValueError(f"unknown key {key!r} for {hparams_file}: {hint}")
+    return load_hyperpyyaml(text, overrides)

@@ -1,0 +1,151 @@
+"""Checkpoints that are whole or not there, and the history of a training."""
+
+import json
+import logging
+import os
+import pathlib
+import shutil
+
+from speechbrain.utils.checkpoints import (
+    Checkpoint,
+    Checkpointer,
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.logger import get_logger
+
+logger = get_logger(__name__)
+
+_UNFINISHED = "unfinished-"
+
+
+class AtomicCheckpointer(Checkpointer):
+    """SpeechBrain's Checkpointer, safe against a kill or a full disk.
+
+    The stock class writes the file that makes a folder a checkpoint before
+    the weights: killed in between, it recovers from the torso ever after.
+    Here a checkpoint is written under another name and renamed when whole.
+
+    Arguments are those of ``speechbrain.utils.checkpoints.Checkpointer``.
+
+    Raises
+    ------
+    OSError
+        If a checkpoint cannot be written; earlier ones are kept.
+    ValueError
+        If a checkpoint of another architecture is loaded.
+
+    Example
+    -------
+    >>> import torch
+    >>> folder = getfixture("tmpdir")
+    >>> net = torch.nn.Linear(1, 1)
+    >>> checkpointer = AtomicCheckpointer(folder, {"net": net})
+    >>> saved = checkpointer.save_checkpoint(name="first")
+    >>> saved.path.name
+    'CKPT+first'
+    """
+
+    def _new_checkpoint_dirpath(self):
+        return self._unfinished(super()._new_checkpoint_dirpath())
+
+    def _custom_checkpoint_dirpath(self, name):
+        return self._unfinished(super()._custom_checkpoint_dirpath(name))
+
+    def _unfinished(self, path):
+        for leftover in path.parent.glob(_UNFINISHED + "*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        return path.with_name(_UNFINISHED + path.name)
+
+    def save_checkpoint(
+        self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO
+    ):
+        """Saves a checkpoint, see ``Checkpointer.save_checkpoint``."""
+        try:
+            # it would tell of the unfinished folder
+            saved = super().save_checkpoint(
+                meta or {}, end_of_epoch, name, logging.DEBUG
+            )
+        except (OSError, RuntimeError) as error:
+            for leftover in self.checkpoints_dir.glob(_UNFINISHED + "*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            free = shutil.disk_usage(self.checkpoints_dir).free / 1e6
+            raise OSError(
+                f"could not write a checkpoint in {self.checkpoints_dir}, "
+                f"{free:.0f} MB are free there: {error}. Earlier checkpoints "
+                "are whole; the same command resumes from them."
+            ) from error
+        if if_main_process():
+            path = saved.path.with_name(
+                saved.path.name.removeprefix(_UNFINISHED)
+            )
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(saved.path, path)
+            files = {
+                name: path / file.name
+                for name, file in saved.paramfiles.items()
+            }
+            saved = Checkpoint(path, saved.meta, files)
+            logger.log(verbosity, f"Saved a checkpoint in {path}")
+        ddp_barrier()
+        return saved
+
+    def load_checkpoint(self, checkpoint):
+        """Loads a checkpoint, see ``Checkpointer.load_checkpoint``."""
+        try:
+            super().load_checkpoint(checkpoint)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"the checkpoint in {checkpoint.path} does not fit this "
+                "model: it was made with other sizes or another optimizer. "
+                "Choose another output_folder, or the keys it was made with. "
+                f"({error})"
+            ) from error
+
+
+@register_checkpoint_hooks
+class TrainingHistory:
+    """Figures of each epoch, saved with the checkpoints.
+
+    Example
+    -------
+    >>> history = TrainingHistory()
+    >>> history.add(1, train_loss=-3.5)
+    >>> history.series("train_loss")
+    ([1], [-3.5])
+    """
+
+    def __init__(self):
+        self.epochs = []
+
+    def add(self, epoch, **figures):
+        """Adds what was measured in an epoch; None is left out."""
+        figures = {
+            name: float(value)
+            for name, value in figures.items()
+            if value is not None
+        }
+        self.epochs.append({"epoch": epoch, **figures})
+
+    def series(self, name):
+        """Epochs and values of one figure where it was measured."""
+        rows = [row for row in self.epochs if name in row]
+        return [row["epoch"] for row in rows], [row[name] for row in rows]
+
+    def total(self, name):
+        """Sum of one figure over all epochs."""
+        return sum(self.series(name)[1])
+
+    @mark_as_saver
+    def _save(self, path):
+        text = json.dumps(self.epochs)
+        pathlib.Path(path).write_text(text, encoding="utf-8")
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch=True):
+        """Takes the figures of a checkpoint instead."""
+        del end_of_epoch
+        self.epochs = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
