@@ -2,33 +2,43 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEMO := results/demo/1234
 
 export OMP_NUM_THREADS ?= 2
 export MPLBACKEND ?= Agg
 
 .PHONY: demo test test-slow check bench clean
 
-# one installation with the development and Asteroid extras; made again only
-# when the requirements change
+# made again only when the requirements change
 $(INSTALLED): setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[dev,asteroid]'
+	$(BIN)/python -m pip install --quiet -e .
 	touch $(INSTALLED)
+
+$(INSTALLED)-dev: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -e '.[dev,asteroid]'
+	touch $(INSTALLED)-dev
 
 demo: $(INSTALLED)
 	$(BIN)/python recipes/train.py hparams/demo.yaml
-	$(BIN)/trackformer separate results/demo/1234/example/mix.wav \
-		--model results/demo/1234/separator --out results/demo/1234/example
-	$(BIN)/python benchmarks/demo_report.py results/demo/1234
+	$(BIN)/python benchmarks/demo_example.py $(DEMO)
+	$(BIN)/trackformer separate $(DEMO)/example/mix.wav \
+		--model $(DEMO)/separator --out $(DEMO)/example
+	$(BIN)/python benchmarks/demo_report.py $(DEMO)
 
-test: $(INSTALLED)
+test: $(INSTALLED)-dev
 	$(BIN)/python -m pytest -q
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED)-dev
 	$(BIN)/python -m pytest -q -m slow
 
-check: $(INSTALLED)
+bench: $(INSTALLED)-dev
+	$(BIN)/python benchmarks/mixit_loss.py
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/data_loading.py
+
+check: $(INSTALLED)-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/yamllint -d relaxed hparams

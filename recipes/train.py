@@ -127,6 +127,12 @@ class Separation(sb.Brain):
             self.silent_stems += silent
             if stage == sb.Stage.TEST:
                 row["sdr"] = metrics.sdr(song, stems)
+        row = {
+            name: None
+            if isinstance(value, float) and np.isnan(value)
+            else value
+            for name, value in row.items()
+        }
         interest = sum(stem.square().mean() > 1e-6 for stem in stems)
         if self.picture is None or interest > self.picture["interest"]:
             show = -1 if len(stems) else 0
@@ -194,11 +200,7 @@ class Separation(sb.Brain):
     def averages(self):
         """Mean of each column over the items that have it."""
         values = {
-            name: [
-                row[name]
-                for row in self.rows
-                if row.get(name) is not None and np.isfinite(row[name])
-            ]
+            name: [row[name] for row in self.rows if row.get(name) is not None]
             for name in COLUMNS
         }
         return {

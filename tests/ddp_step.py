@@ -24,6 +24,7 @@ def mixtures():
 def one_step(folder, batch):
     """Trains one step with the recipe's Brain."""
     from test_recipes import ROOT, recipe, tiny
+
     from trackformer_sb.training.arguments import load_hparams, parse_arguments
 
     argv = tiny("performer_mixit.yaml", "none", folder, dropout=0.0)

@@ -11,6 +11,13 @@ from hypothesis import strategies as st
 
 from trackformer_sb.data import band
 from trackformer_sb.data.band import STEMS, make_band, make_song
+from trackformer_sb.data.synth import (
+    TABLE_ROWS,
+    TABLE_SIZE,
+    Timbre,
+    make_tables,
+    read_tables,
+)
 
 RATE = 44100
 SEEDS = range(8)
@@ -189,20 +196,20 @@ def test_most_songs_have_a_stem_that_pauses_and_a_passage_of_all(songs):
 def test_tones_have_no_partials_beside_their_own(wave):
     # 2349.5 Hz: what aliases would not fall on a multiple of it. The naive saw
     # has aliases at -20 dB.
-    timbre = band._Timbre(wave, ratio=3, index=2.0)
-    tables = band._tables(timbre, 2349.5, RATE)
+    timbre = Timbre(wave, ratio=3, index=2.0)
+    tables = make_tables(timbre, 2349.5, RATE)
     cycles = 2349.5 * np.arange(RATE) / RATE
-    note = band._read(tables, cycles, np.zeros(RATE))
+    note = read_tables(tables, cycles, np.zeros(RATE))
     power, freqs = power_spectrum(note * np.blackman(RATE))
     beside = np.abs((freqs + 1174.75) % 2349.5 - 1174.75) > 10
     assert power[beside].max() < 1e-6 * power.max()
 
 
 def test_a_table_is_read_between_its_columns_and_rows():
-    rows = np.arange(band.TABLE_ROWS, dtype=np.float32)[:, None]
-    ramp = np.linspace(0, 1, band.TABLE_SIZE + 1, dtype=np.float32)
+    rows = np.arange(TABLE_ROWS, dtype=np.float32)[:, None]
+    ramp = np.linspace(0, 1, TABLE_SIZE + 1, dtype=np.float32)
     cycles, row = np.array([0.0, 0.3, 2.75]), np.array([0.0, 2.5, 7.0])
-    value = band._read(rows + ramp, cycles, row)
+    value = read_tables(rows + ramp, cycles, row)
     assert value == pytest.approx([0.0, 2.8, 7.75], abs=1e-5)
 
 

@@ -305,7 +305,10 @@ def test_another_shape_is_refused(shape):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"spec_norm": "log"}, "spec_norm must be one of zscore, minmax, none"),
+        (
+            {"spec_norm": "log"},
+            "spec_norm must be one of zscore, minmax, band_zscore, none",
+        ),
         (
             {"mask_activation": "tanh"},
             "mask_activation must be one of softmax, sigmoid, relu, got 'tanh'",

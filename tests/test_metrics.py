@@ -68,11 +68,20 @@ def test_si_snr_has_limits():
 # -- si_snri and si_snri_grouped
 
 
-@given(num_sources=st.integers(1, 5), num_stems=st.integers(1, 4), seed=SEEDS)
+@pytest.mark.parametrize("measure", [si_snri, si_snri_grouped])
+@pytest.mark.parametrize("level", [0.0, 1e-3])
+def test_a_stem_alone_is_nothing_to_separate(measure, level):
+    est_source, stems, _ = item(3, 2)
+    stems = stems * torch.tensor([[1.0], [level]])
+    improvement, num_silent = measure(est_source, stems, stems.sum(0))
+    assert improvement is None
+    assert num_silent == 1
+
+
+@given(num_sources=st.integers(1, 5), num_stems=st.integers(2, 4), seed=SEEDS)
 def test_choices_equal_enumeration(num_sources, num_stems, seed):
     torch.manual_seed(seed)
     est_source, stems, mix = item(num_sources, num_stems)
-    # a single stem is its own mixture, which nothing improves
     mix = mix + 0.1 * torch.randn_like(mix)
     grouped, num_silent = si_snri_grouped(est_source, stems, mix)
     expected = references.si_snri_grouped(est_source, stems, mix)

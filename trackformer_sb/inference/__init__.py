@@ -1,0 +1,1 @@
+"""Separators in use: separation, long files, export, the hub class."""

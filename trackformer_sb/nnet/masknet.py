@@ -5,7 +5,7 @@ from torch import nn
 
 from trackformer_sb.nnet.performer import PerformerEncoder
 
-SPEC_NORMS = ("zscore", "minmax", "none")
+SPEC_NORMS = ("zscore", "minmax", "band_zscore", "none")
 MASK_ACTIVATIONS = ("softmax", "sigmoid", "relu")
 
 # Bins this far below the mean magnitude of an item (-60 dB) count as silent.
@@ -45,14 +45,16 @@ def log_magnitude(spectrum, key_padding_mask=None):
 
 
 def normalise_spectrogram(x, spec_norm, key_padding_mask=None):
-    """Normalises each item over all its channels and frames.
+    """Normalises each item by itself, over its channels and frames.
 
     Arguments
     ---------
     x : torch.Tensor
         [batch, channels, frames].
     spec_norm : str
-        "zscore": zero mean, unit variance; "minmax": to [0, 1]; "none".
+        "zscore": zero mean, unit variance; "minmax": to [0, 1]; "none";
+        "band_zscore": zero mean and unit variance of each channel over time,
+        which takes out the colour of a recording and leaves what changes.
     key_padding_mask : torch.Tensor, optional
         Boolean, [batch, frames]; frames that do not count.
 
@@ -68,7 +70,7 @@ def normalise_spectrogram(x, spec_norm, key_padding_mask=None):
     """
     if spec_norm == "none":
         return x
-    dims = (-2, -1)
+    dims = -1 if spec_norm == "band_zscore" else (-2, -1)
     if key_padding_mask is None:
         low, high = x.amin(dims, True), x.amax(dims, True)
         mean = x.mean(dims, True)
@@ -77,14 +79,16 @@ def normalise_spectrogram(x, spec_norm, key_padding_mask=None):
         padding = key_padding_mask.unsqueeze(1)
         low = x.masked_fill(padding, torch.inf).amin(dims, True)
         high = x.masked_fill(padding, -torch.inf).amax(dims, True)
-        count = (~padding).sum(dims, True) * x.shape[1]
+        count = (~padding).expand_as(x).sum(dims, True)
         mean = x.masked_fill(padding, 0.0).sum(dims, True) / count
         variance = (x - mean).masked_fill(padding, 0.0).square()
         variance = variance.sum(dims, True) / count
     if spec_norm == "minmax":
         return (x - low) / (high - low).clamp(min=1e-5)
-    # clamped before the root, whose slope at zero is infinite
-    return (x - mean) / variance.clamp(min=1e-10).sqrt()
+    # clamped before the root, whose slope at zero is infinite; a steady band
+    # is left steady rather than blown up to noise
+    least = 1e-2 if spec_norm == "band_zscore" else 1e-10
+    return (x - mean) / variance.clamp(min=least).sqrt()
 
 
 class PerformerMaskNet(nn.Module):
@@ -104,8 +108,8 @@ class PerformerMaskNet(nn.Module):
     d_model, nhead, num_layers, d_ffn, n_features, dropout, attention, causal
         Sizes of the Performer, see ``PerformerEncoder``.
     spec_norm : str
-        How the spectrogram is normalised per item: "zscore", "minmax" or
-        "none".
+        How the spectrogram is normalised per item: "zscore", "minmax",
+        "band_zscore" or "none", see ``normalise_spectrogram``.
     mask_activation : str
         "softmax" over sources (masks sum to one), "sigmoid" or "relu".
 

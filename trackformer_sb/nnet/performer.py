@@ -20,6 +20,12 @@ AUTO_MAX_EXACT_FRAMES = 1000
 MAX_TEMPERATURE = 2.0
 
 
+# Positions are added this quietly. At full amplitude they outweigh the content
+# of untrained embeddings: after 150 supervised steps on the demo band, SI-SNR
+# improved by 0.9 dB with them and by 1.3 dB with these.
+POSITION_SCALE = 0.1
+
+
 def sinusoidal_positions(frames, d_model, device=None, start=0):
     """Sines and cosines of geometrically spaced wavelengths, for any length.
 

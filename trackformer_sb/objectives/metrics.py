@@ -1,5 +1,6 @@
 """Measures of separation: with stems, with two mixtures, and of the masks."""
 
+import functools
 import warnings
 
 import numpy as np
@@ -9,8 +10,11 @@ from scipy.optimize import linear_sum_assignment
 from trackformer_sb.objectives.mixit import mixit_loss
 from trackformer_sb.objectives.regularizers import mask_cosines, mask_gram
 
-# Signals below this energy per sample (-80 dB of full scale) count as silent.
+# Signals below this energy per sample (-80 dB of full scale) count as silent,
+# and so do stems this far below the loudest (-40 dB): where a stem is alone,
+# the mixture scores higher than any estimate.
 SILENT_ENERGY = 1e-8
+RELATIVE_SILENCE = 1e-4
 
 # Signal-to-noise ratios are kept within +- this many dB.
 LIMIT_DB = 120.0
@@ -63,8 +67,11 @@ def _si_snr_from_products(product, estimate_energy, target_energy):
 
 
 def _active(stems):
+    """Which stems sound, [stems, time] -> [stems]."""
     energy = stems.square().mean(-1)
-    return energy > SILENT_ENERGY
+    if not len(stems):
+        return energy.bool()
+    return energy > (RELATIVE_SILENCE * energy.max()).clamp(min=SILENT_ENERGY)
 
 
 def _sounding(est_source):
@@ -129,7 +136,7 @@ def si_snri(est_source, stems, mix):
     Returns
     -------
     improvement : float
-        Mean over the active stems, in dB; None if there are none.
+        Mean over the active stems, in dB; None with fewer than two of them.
     num_silent : int
         Number of stems left out.
 
@@ -149,7 +156,7 @@ def si_snri(est_source, stems, mix):
     active = _active(stems)
     num_silent = int((~active).sum())
     stems = stems[active]
-    if not len(stems):
+    if len(stems) < 2:
         return None, num_silent
     est_source = _sounding(est_source)
     stem, source = _one_to_one(est_source, stems)
@@ -187,10 +194,9 @@ def stem_si_snr(est_source, stems):
 def si_snri_grouped(est_source, stems, mix):
     """SI-SNR improvement when each source is added to one stem.
 
-    The oracle for over-separation: of all ways to distribute the sources over
-    the active stems, that with the highest mean SI-SNR, found exactly by
-    dynamic programming over subsets of sources. Every stem gets a source as
-    long as there are enough; stems left over improve by 0 dB.
+    The oracle for over-separation: of all ways to give the sources to active
+    stems, that with the highest mean SI-SNR, by dynamic programming over
+    subsets. Stems for which there is no source improve by 0 dB.
 
     Arguments
     ---------
@@ -200,7 +206,7 @@ def si_snri_grouped(est_source, stems, mix):
     Returns
     -------
     improvement : float
-        Mean over the active stems, in dB; None if there are none.
+        Mean over the active stems, in dB; None with fewer than two of them.
     num_silent : int
         Number of stems left out.
 
@@ -225,7 +231,7 @@ def si_snri_grouped(est_source, stems, mix):
     active = _active(stems)
     num_silent = int((~active).sum())
     stems = stems[active]
-    if not len(stems):
+    if len(stems) < 2:
         return None, num_silent
     est_source = _sounding(est_source)
     num_sources = len(est_source)
@@ -251,6 +257,7 @@ def si_snri_grouped(est_source, stems, mix):
     return float(best[-1]) / len(stems), num_silent
 
 
+@functools.lru_cache(maxsize=4)
 def _partitions(num_sources):
     """All (union, part, rest) of subsets with part + rest = union."""
     union, part = [], []
@@ -328,7 +335,7 @@ def mixture_si_snr(est_source, mixtures):
     _, assignment = mixit_loss(est_source, mixtures, "si_snr")
     remix = torch.matmul(assignment.to(est_source.dtype), est_source)
     value = si_snr(remix, mixtures)
-    active = _active(mixtures)
+    active = mixtures.square().mean(-1) > SILENT_ENERGY
     return (value * active).sum(1) / active.sum(1)
 
 

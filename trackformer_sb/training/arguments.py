@@ -5,26 +5,32 @@ yaml keys like ``test`` or ``log`` vanish, cuts values at each "=", and has no
 way to switch a flag off. Here run options count by their full name only.
 """
 
+import dataclasses
 import difflib
 import json
 import pathlib
 
 import yaml
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.run_opts import RunOptions
+from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 
-_FLAGS = {
-    name for name, value in RunOptions().as_dict().items() if value is False
-}
-_OPTIONS = set(RunOptions().as_dict()) - {"param_file", "overridden_args"}
+# some fields of RunOptions are no options of its command line
+_OPTIONS = HELP_TEXTS.keys() | {"jit_module_keys", "compile_module_keys"}
+_FLAGS = {name for name in _OPTIONS if RunOptions()[name] is False}
 
 
 def _as_yaml(key, value):
     """One line of overrides; what is no plain yaml value is quoted."""
     try:
-        plain = not isinstance(yaml.safe_load(value), dict)
+        read = yaml.safe_load(value)
     except yaml.YAMLError:
         plain = value.startswith("!")
+    else:
+        # of a text yaml may drop a part: " #" starts a comment, "&" a name
+        cut = isinstance(read, str) and read != value and value[0] not in "'\""
+        plain = not (
+            cut or isinstance(read, dict) or value.startswith(("#", "- "))
+        )
     return f"{key}: {value if plain else json.dumps(value)}"
 
 
@@ -49,8 +55,8 @@ def parse_arguments(argv):
     Raises
     ------
     ValueError
-        For a missing file name or value, or a flag with a value other than
-        True or False.
+        For a missing file name or value, a second file name, a flag with a
+        value other than True or False, or a limit that is no number.
 
     Example
     -------
@@ -100,6 +106,16 @@ def parse_arguments(argv):
         )
     file_argument = [] if hparams_file is None else [hparams_file]
     _, run_opts, _ = RunOptions.from_command_line_args(file_argument + options)
+    limit = run_opts.optimizer_step_limit
+    if limit is not None:
+        # the one number that SpeechBrain's parser leaves a text
+        if not limit.isdecimal():
+            raise ValueError(
+                f"--optimizer_step_limit: expected a number, got {limit!r}"
+            )
+        run_opts = dataclasses.replace(
+            run_opts, optimizer_step_limit=int(limit)
+        )
     return hparams_file, run_opts, "\n".join(overrides)
 
 

@@ -21,6 +21,12 @@ logger = get_logger(__name__)
 _UNFINISHED = "unfinished-"
 
 
+def _is_of_file(error):
+    """Whether torch failed at the file: it raises RuntimeError for that."""
+    names = ("inline_container", "PytorchStream")
+    return any(name in str(error) for name in names)
+
+
 class AtomicCheckpointer(Checkpointer):
     """SpeechBrain's Checkpointer, safe against a kill or a full disk.
 
@@ -63,14 +69,21 @@ class AtomicCheckpointer(Checkpointer):
         self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO
     ):
         """Saves a checkpoint, see ``Checkpointer.save_checkpoint``."""
+        # a NumPy scalar in the meta file makes all checkpoints unreadable
+        meta = {
+            key: value.item() if hasattr(value, "item") else value
+            for key, value in (meta or {}).items()
+        }
         try:
             # it would tell of the unfinished folder
             saved = super().save_checkpoint(
-                meta or {}, end_of_epoch, name, logging.DEBUG
+                meta, end_of_epoch, name, logging.DEBUG
             )
         except (OSError, RuntimeError) as error:
             for leftover in self.checkpoints_dir.glob(_UNFINISHED + "*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+            if isinstance(error, RuntimeError) and not _is_of_file(error):
+                raise
             free = shutil.disk_usage(self.checkpoints_dir).free / 1e6
             raise OSError(
                 f"could not write a checkpoint in {self.checkpoints_dir}, "
@@ -98,6 +111,11 @@ class AtomicCheckpointer(Checkpointer):
         try:
             super().load_checkpoint(checkpoint)
         except (RuntimeError, ValueError, KeyError) as error:
+            if _is_of_file(error):
+                raise ValueError(
+                    f"the checkpoint in {checkpoint.path} is damaged, remove "
+                    f"it to go on from the one before ({error})"
+                ) from error
             raise ValueError(
                 f"the checkpoint in {checkpoint.path} does not fit this "
                 "model: it was made with other sizes or another optimizer. "
