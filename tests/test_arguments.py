@@ -221,3 +221,8 @@ def test_key_in_a_block_or_a_comment_is_not_a_key(tmp_path):
     for key in ("hidden", "width"):
         with pytest.raises(ValueError, match=f"unknown key '{key}'"):
             load_hparams(path, f"{key}: 1")
+
+
+def test_the_last_of_two_values_counts():
+    _, _, overrides = parse_arguments(["a.yaml", "--lr=1", "--lr=2"])
+    assert overrides == "lr: 2"

@@ -441,6 +441,44 @@ def test_torchrun_trains(songs, tmp_path):
 
 
 @pytest.mark.slow
+def test_demo_from_band_to_report(tmp_path):
+    """What `make demo` runs, with two steps of training."""
+    out = tmp_path / "demo"
+
+    def run(*command):
+        subprocess.run([sys.executable, *map(str, command)], check=True)
+
+    run(
+        ROOT / "recipes" / "train.py",
+        ROOT / "hparams" / "demo.yaml",
+        f"--output_folder={out}",
+        "--optimizer_step_limit=2",
+        "--device=cpu",
+    )
+    mix = out / "example" / "mix.wav"
+    run(ROOT / "benchmarks" / "demo_example.py", out)
+    run(
+        *("-m", "trackformer_sb.cli", "separate", mix),
+        *("--model", out / "separator", "--out", mix.parent),
+    )
+    run(ROOT / "benchmarks" / "demo_report.py", out)
+    sig, rate = soundfile.read(mix)
+    assert rate == 22050
+    sources = [
+        soundfile.read(path)[0] for path in mix.parent.glob("mix_source*.wav")
+    ]
+    assert len(sources) == 8
+    error = np.square(sum(sources) - sig).sum() / np.square(sig).sum()
+    assert 10 * np.log10(error + 1e-20) < -80
+    split = {
+        name: json.loads((out / "manifests" / f"{name}.json").read_text())
+        for name in ("train", "test")
+    }
+    songs = [{r["song"] for r in rows.values()} for rows in split.values()]
+    assert songs[0].isdisjoint(songs[1])
+
+
+@pytest.mark.slow
 def test_compiled_training(songs, tmp_path):
     out = tmp_path / "run"
     recipe.main([*tiny("performer_mixit.yaml", songs, out), "--compile"])

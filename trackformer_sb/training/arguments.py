@@ -67,7 +67,7 @@ def parse_arguments(argv):
     data_folder: /music/a=b
     lr: 1e-3
     """
-    words, options, overrides, hparams_file = list(argv), [], [], None
+    words, options, overrides, hparams_file = list(argv), [], {}, None
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
@@ -98,7 +98,8 @@ def parse_arguments(argv):
         if key in _OPTIONS:
             options += [f"--{key}", value]
         else:
-            overrides.append(_as_yaml(key, value))
+            # given twice, the last one counts
+            overrides[key] = _as_yaml(key, value)
     if hparams_file is None and not options:
         raise ValueError(
             "expected a yaml file, for example: "
@@ -116,7 +117,7 @@ def parse_arguments(argv):
         run_opts = dataclasses.replace(
             run_opts, optimizer_step_limit=int(limit)
         )
-    return hparams_file, run_opts, "\n".join(overrides)
+    return hparams_file, run_opts, "\n".join(overrides.values())
 
 
 def load_hparams(hparams_file, overrides=""):
