@@ -28,7 +28,7 @@ demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo_report.py $(DEMO)
 
 test: $(INSTALLED)-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)-dev
 	$(BIN)/python -m pytest -q -m slow

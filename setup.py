@@ -26,6 +26,8 @@ setup(
         "torchaudio>=2.7,<2.12",
         "speechbrain>=1.1.2",
         "hyperpyyaml>=1.2.3",
+        "ruamel.yaml",
+        "pyyaml",
         "soundfile>=0.12",
         "numpy",
         "scipy",
@@ -42,7 +44,6 @@ setup(
             "ruff",
             "yamllint",
             "codespell",
-            "pre-commit",
         ],
     },
     entry_points={

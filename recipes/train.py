@@ -22,9 +22,14 @@ import time
 import numpy as np
 import speechbrain as sb
 import torch
-from speechbrain.utils.distributed import if_main_process, run_on_main
+from speechbrain.utils.distributed import (
+    ddp_broadcast,
+    if_main_process,
+    run_on_main,
+)
 from speechbrain.utils.logger import get_logger
 
+from trackformer_sb.data.audio import UnreadableAudio
 from trackformer_sb.data.catalogue import prepare
 from trackformer_sb.data.mixtures import MixtureOfMixtures
 from trackformer_sb.inference.export import export_separator
@@ -51,6 +56,16 @@ COLUMNS = (
 )
 
 
+# Higher is better in all of them; "loss" is the validation loss.
+SELECTION_METRICS = (
+    "si_snr",
+    "si_snri",
+    "si_snri_grouped",
+    "mixture_si_snr",
+    "loss",
+)
+
+
 class Separation(sb.Brain):
     """MixIT training of any encoder, masknet and decoder."""
 
@@ -64,7 +79,8 @@ class Separation(sb.Brain):
         est_mask : torch.Tensor
             [num_spks, batch, channels, frames].
         """
-        mixtures = batch.mixtures.data.to(self.device, non_blocking=True)
+        self.note_input(batch)
+        mixtures = batch.to(self.device).mixtures.data
         mix = mixtures.sum(1)
         if stage != sb.Stage.TRAIN and batch.stems.data.shape[1]:
             # with known stems the single song is separated as well
@@ -79,7 +95,7 @@ class Separation(sb.Brain):
 
     def compute_objectives(self, predictions, batch, stage):
         """MixIT, diversity and sparsity loss; in evaluation measures too."""
-        mixtures = batch.mixtures.data.to(self.device, non_blocking=True)
+        mixtures = batch.mixtures.data
         est_source, est_mask = (
             predictions[0][: len(mixtures)],
             predictions[1][:, : len(mixtures)],
@@ -92,7 +108,6 @@ class Separation(sb.Brain):
             mix = mixtures.sum(1)
             parts["sparsity"] = sparsity_loss(est_source, mix)
         parts = {name: loss.mean() for name, loss in parts.items()}
-        self.note_skipped(batch)
         if stage == sb.Stage.TRAIN:
             self.losses = {k: v.detach() for k, v in parts.items()}
         else:
@@ -104,8 +119,10 @@ class Separation(sb.Brain):
 
     def measure(self, predictions, batch, stage):
         """Measures one item: a row of test_results.csv."""
-        mixtures = batch.mixtures.data.to(self.device)
-        stems = batch.stems.data[0].to(self.device)
+        if batch.skipped[0]:
+            # another segment took the place of the unreadable one
+            return {"id": batch.id[0]}
+        mixtures, stems = batch.mixtures.data, batch.stems.data[0]
         est_source, est_mask = predictions
         est_source = est_source.float()
         masks = est_mask[:, :1].transpose(0, 1)
@@ -120,10 +137,11 @@ class Separation(sb.Brain):
         if len(stems):
             song, mix = est_source[1], mixtures[0, 0]
             row["si_snr"] = metrics.stem_si_snr(song, stems)
-            row["si_snri"], _ = metrics.si_snri(song, stems, mix)
-            row["si_snri_grouped"], silent = metrics.si_snri_grouped(
-                song, stems, mix
-            )
+            row["si_snri"], silent = metrics.si_snri(song, stems, mix)
+            if len(song) <= metrics.MAX_GROUPED:
+                row["si_snri_grouped"], _ = metrics.si_snri_grouped(
+                    song, stems, mix
+                )
             self.silent_stems += silent
             if stage == sb.Stage.TEST:
                 row["sdr"] = metrics.sdr(song, stems)
@@ -146,13 +164,24 @@ class Separation(sb.Brain):
             }
         return row
 
-    def note_skipped(self, batch):
-        """Names each unreadable file once and counts it."""
-        for reasons in batch.skipped:
-            for reason in reasons:
-                if reason not in self.skipped:
-                    logger.warning(f"skipped from now on: {reason}")
-                self.skipped[reason] = self.skipped.get(reason, 0) + 1
+    def note_input(self, batch):
+        """Names each unreadable file once, counts, and notes silent songs."""
+        for skipped in batch.skipped:
+            for path, reason in skipped:
+                if path not in self.skipped:
+                    logger.warning(f"segments are skipped: {reason}")
+                self.skipped[path] = self.skipped.get(path, 0) + 1
+        energy = batch.mixtures.data[:, 0].square().mean(-1)
+        for song, value in zip(batch.song, energy.tolist()):
+            sounds = value > metrics.SILENT_ENERGY
+            self.sounding[song] = self.sounding.get(song, False) or sounds
+
+    def report_silent_songs(self):
+        """Names the songs that were silent in a whole epoch, once."""
+        for song, sounds in self.sounding.items():
+            if not sounds and song not in self.silent_songs:
+                self.silent_songs.add(song)
+                logger.warning(f"the song {song} is silent")
 
     def on_stage_start(self, stage, epoch=None):
         """Resets what is measured."""
@@ -161,6 +190,7 @@ class Separation(sb.Brain):
         if stage == sb.Stage.TRAIN:
             self.pairs.set_epoch(epoch)
             self.waiting, self.last_batch_end = 0.0, time.monotonic()
+            self.sounding = {}
 
     def on_fit_batch_start(self, batch, should_step):
         """Adds up the time the step waited for its data."""
@@ -212,6 +242,7 @@ class Separation(sb.Brain):
         """Logs, saves, and after the test writes all results."""
         seconds = time.monotonic() - self.started
         if stage == sb.Stage.TRAIN:
+            self.report_silent_songs()
             self.train_figures = {
                 "train_loss": float(stage_loss),
                 "epoch_seconds": seconds,
@@ -249,7 +280,10 @@ class Separation(sb.Brain):
         self.tensorboard.log_stats(meta, train, valid)
         if if_main_process():
             self.log_picture(epoch)
-        score = averages.get(self.hparams.selection_metric, -valid_loss)
+        # one decision for all ranks: they would wait for one another forever
+        score = ddp_broadcast(
+            averages.get(self.hparams.selection_metric, -valid_loss)
+        )
         self.hparams.epoch_counter.update_metric(score)
         self.checkpointer.save_and_keep_only(
             meta={"score": score, "epoch": epoch}, max_keys=["score"]
@@ -294,7 +328,8 @@ class Separation(sb.Brain):
         """Largest memory in use so far, in MB: the GPU's, or the process's."""
         if self.device_type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
     def end_test(self, test_loss):
         """What follows the test."""
@@ -311,7 +346,7 @@ class Separation(sb.Brain):
 
     def write_results(self, test_loss, averages):
         """Writes test_results.csv, metrics.json and the figures."""
-        folder = pathlib.Path(self.hparams.output_folder)
+        folder = self.results_folder
         with open(
             folder / "test_results.csv", "w", newline="", encoding="utf-8"
         ) as file:
@@ -383,7 +418,7 @@ def dataio_prep(hparams, rank):
             pairs, takes="id", provides=["mixtures", "stems", "skipped"]
         )
         dataset.add_dynamic_item(list, takes="tracks", provides="names")
-        keys = ["id", "mixtures", "skipped"]
+        keys = ["id", "song", "mixtures", "skipped"]
         if split == "train":
             train_pairs = pairs
         else:
@@ -393,10 +428,34 @@ def dataio_prep(hparams, rank):
     return datasets, train_pairs
 
 
+def model_card(hparams, brain):
+    """What the card of the exported separator says of the training."""
+    return {
+        "Training": {
+            "dataset": hparams["dataset"],
+            "segments": f"{hparams['segment_seconds']} s",
+            "epochs": len(hparams["history"].epochs),
+            "seed": hparams["seed"],
+        },
+        "Measured on the test songs": {
+            name: f"{value:.2f}"
+            for name, value in brain.averages().items()
+            if value is not None
+        },
+    }
+
+
 def main(argv):
     """Trains, evaluates and exports a separator."""
     hparams_file, run_opts, overrides = parse_arguments(argv)
     hparams = load_hparams(hparams_file, overrides)
+    if hparams["selection_metric"] not in SELECTION_METRICS:
+        raise ValueError(
+            f"selection_metric must be one of {', '.join(SELECTION_METRICS)}, "
+            f"got {hparams['selection_metric']!r}"
+        )
+    # before anything of an earlier run is written over
+    hparams["checkpointer"].check_fits()
     sb.utils.distributed.ddp_init_group(run_opts)
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"],
@@ -437,7 +496,16 @@ def main(argv):
     hparams["train_loader_options"]["pin_memory"] = brain.device_type == "cuda"
     rank = getattr(brain, "rank", 0)
     datasets, brain.pairs = dataio_prep(hparams, rank)
-    brain.skipped = {}
+    brain.skipped, brain.silent_songs, brain.sounding = {}, set(), {}
+    brain.results_folder = output_folder
+    if brain.debug and not brain.debug_persistently:
+        # a few batches must not replace the results of a training, and all
+        # ranks need the same of SpeechBrain's temporary folders
+        brain.results_folder = output_folder / "debug"
+        brain.checkpointer.checkpoints_dir = pathlib.Path(
+            ddp_broadcast(str(brain.checkpointer.checkpoints_dir))
+        )
+        brain.results_folder.mkdir(exist_ok=True)
     brain.tensorboard = hparams["tensorboard_logger"]()
     world = (
         torch.distributed.get_world_size() if brain.distributed_launch else 1
@@ -448,8 +516,14 @@ def main(argv):
             f"batch_size: {hparams['batch_size']} on {world} process(es) is "
             f"more than the {len(datasets['train'])} training segments"
         )
-    steps = batches * hparams["number_of_epochs"]
-    steps = max(1, steps // brain.grad_accumulation_factor)
+    # SpeechBrain counts batches anew in each epoch
+    steps = batches // brain.grad_accumulation_factor
+    if not steps:
+        raise ValueError(
+            f"grad_accumulation_factor: {brain.grad_accumulation_factor} is "
+            f"more than the {batches} batches of an epoch"
+        )
+    steps *= hparams["number_of_epochs"]
     brain.num_steps = min(steps, brain.optimizer_step_limit or steps)
     # ranks start from equal weights but draw their own dropout
     torch.manual_seed(hparams["seed"] + rank)
@@ -470,21 +544,20 @@ def main(argv):
         args=[
             output_folder / "hyperparams.yaml",
             dict(hparams["modules"]),
-            output_folder / "separator",
+            brain.results_folder / "separator",
         ],
-        kwargs={
-            "metadata": {
-                "dataset": hparams["dataset"],
-                "segment_seconds": hparams["segment_seconds"],
-                "metrics": brain.averages(),
-            }
-        },
+        kwargs={"metadata": model_card(hparams, brain)},
     )
-    logger.info(f"separator: {output_folder / 'separator'}")
+    logger.info(f"separator: {brain.results_folder / 'separator'}")
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    except (OSError, ValueError, ImportError, UnreadableAudio) as error:
+        logger.debug("stopped", exc_info=True)
+        message = f"{type(error).__name__}: {error}"
+        if "Traceback" in message:
+            # from a loader worker: the last line says what happened
+            message = message.strip().splitlines()[-1]
+        sys.exit(message)

@@ -51,12 +51,12 @@ def one_step(folder, batch):
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
-    brain.num_steps, brain.skipped = 100, {}
+    brain.num_steps, brain.skipped, brain.sounding = 100, {}, {}
     brain.tensorboard = hparams["tensorboard_logger"]()
     before = {k: v.clone() for k, v in hparams["MaskNet"].state_dict().items()}
     brain.on_fit_start()
     items = [
-        {"id": str(i), "mixtures": x, "skipped": []}
+        {"id": str(i), "song": "", "mixtures": x, "skipped": []}
         for i, x in enumerate(batch)
     ]
     brain.waiting = brain.last_batch_end = 0.0

@@ -308,7 +308,7 @@ def test_unreadable_segment_is_replaced_and_named(tmp_path):
     make_item = make(rows, with_stems=True)
     mixtures, stems, skipped = make_item("d_0003")
     assert len(skipped) == 1
-    assert "d_drums.wav: NaN or infinite samples" in skipped[0]
+    assert "d_drums.wav: NaN or infinite samples" in skipped[0][1]
     assert segment_at(mixtures[0]) != ("d", 3)
     torch.testing.assert_close(stems.sum(dim=0), mixtures[0])
     assert same(make_item("d_0003"), (mixtures, stems, skipped))
@@ -338,7 +338,7 @@ def test_unreadable_partner_keeps_the_item(tmp_path):
     assert stems.shape == (3, 50)
     b_total = 0.125 + level("b", "drums", 0) + level("b", "vocals", 0)
     assert mixtures[1][0].item() == pytest.approx(b_total)
-    assert all("the file is empty" in reason for reason in skipped)
+    assert all("the file is empty" in reason for _, reason in skipped)
 
 
 def test_nothing_readable(tmp_path):

@@ -326,9 +326,77 @@ def test_file_that_fails_in_training_is_named_once(tmp_path, caplog):
     metrics = read_results(out)[2]
     assert metrics["unreadable_segments"] >= 2
     log = (out / "log.txt").read_text("utf-8")
-    named = [line for line in log.splitlines() if "skipped from now" in line]
-    assert 1 <= len(named) <= 2  # one per half of the song
+    named = [
+        line for line in log.splitlines() if "segments are skipped" in line
+    ]
+    assert len(named) == 1
     assert "song 3" in named[0] and "tone.wav" in named[0]
+
+
+def test_silent_song_is_named(tmp_path):
+    songs = write_songs(tmp_path / "songs", num_songs=12)
+    for path in (songs / "song 3").glob("*.wav"):
+        sig, _ = soundfile.read(path)
+        soundfile.write(path, np.zeros_like(sig), RATE)
+    out = tmp_path / "run"
+    recipe.main(
+        tiny("performer_mixit.yaml", songs, out, number_of_epochs=2, seed=1)
+    )
+    train = (out / "manifests" / "train.json").read_text("utf-8")
+    assert "song_3" in train
+    log = (out / "log.txt").read_text("utf-8")
+    named = [line for line in log.splitlines() if "is silent" in line]
+    assert len(named) == 1 and "song_3" in named[0]
+    assert all(torch.isfinite(w).all() for w in weights(out).values())
+
+
+def test_accumulation_beyond_an_epoch_is_refused(songs, tmp_path):
+    argv = tiny("performer_mixit.yaml", songs, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"grad_accumulation_factor: 16.*6"):
+        recipe.main([*argv, "--grad_accumulation_factor=16"])
+
+
+def test_schedule_ends_where_training_does(songs, tmp_path):
+    out = tmp_path / "run"
+    argv = tiny("performer_mixit.yaml", songs, out, number_of_epochs=2)
+    recipe.main([*argv, "--grad_accumulation_factor=4"])
+    assert read_results(out)[2]["history"][-1]["lr"] == pytest.approx(1e-5)
+
+
+def test_more_outputs_than_can_be_grouped(songs, tmp_path):
+    out = tmp_path / "run"
+    recipe.main([*tiny("performer_mixit.yaml", songs, out, num_spks=13)])
+    _, average, metrics = read_results(out)
+    assert average["si_snri_grouped"] == ""
+    assert np.isfinite(metrics["si_snri"])
+
+
+def test_debug_leaves_the_results_of_a_training(songs, tmp_path):
+    out = tmp_path / "run"
+    argv = tiny("performer_mixit.yaml", songs, out)
+    recipe.main(argv)
+    before = (out / "test_results.csv").read_bytes(), weights(out)
+    recipe.main([*argv, "--debug"])
+    assert (out / "test_results.csv").read_bytes() == before[0]
+    for key, value in weights(out).items():
+        assert torch.equal(value, before[1][key])
+    assert (out / "debug" / "metrics.json").is_file()
+
+
+def test_unreadable_test_item_has_an_empty_row(tmp_path):
+    music = write_songs(tmp_path / "music")
+    stems = write_songs(tmp_path / "stems", num_songs=4)
+    broken = stems / "song 2" / "tone.wav"
+    sig, _ = soundfile.read(broken)
+    soundfile.write(broken, np.full_like(sig, np.nan), RATE, "FLOAT")
+    out = tmp_path / "run"
+    recipe.main(tiny("performer_mixit.yaml", music, out, test_folder=stems))
+    rows, average, _ = read_results(out)
+    for row in rows:
+        if "song_2" in row["id"]:
+            assert set(row.values()) == {row["id"], ""}
+    assert np.isfinite(float(average["si_snri"]))
+    assert any(row["si_snri"] for row in rows)
 
 
 def test_all_files_failing_stops(tmp_path):
@@ -348,6 +416,7 @@ def test_all_files_failing_stops(tmp_path):
         ({"segment_seconds": 60}, "segment_seconds"),
         ({"learning_rate": 1}, "learning_rate.*hparams"),
         ({"batch_size": 1000}, "batch_size"),
+        ({"selection_metric": "sisnri"}, "selection_metric.*si_snri.*sisnri"),
         ({"mask_activation": "tanh"}, "mask_activation.*softmax.*tanh"),
         ({"mixit_objective": "sdr"}, "objective.*snr.*sdr"),
     ),
@@ -363,10 +432,13 @@ def test_checkpoint_of_another_architecture(songs, tmp_path):
     out = tmp_path / "run"
     recipe.main(tiny("performer_mixit.yaml", songs, out))
     before = weights(out)
+    resolved = (out / "hyperparams.yaml").read_text("utf-8")
     argv = tiny("performer_mixit.yaml", songs, out, d_model=32)
     with pytest.raises(ValueError, match=r"other sizes.*output_folder"):
         recipe.main(argv)
     assert weights(out).keys() == before.keys()
+    # the refused run has not written over the first one's settings
+    assert (out / "hyperparams.yaml").read_text("utf-8") == resolved
 
 
 def test_test_only_needs_a_checkpoint(songs, tmp_path):

@@ -112,7 +112,11 @@ def _separate(args):
     try:
         _check_stems(args.files)
         separator = _load_model(args)
-    except (OSError, ValueError) as error:
+    except ImportError as error:
+        hint = "a separator of Asteroid's parts needs the extra [asteroid]"
+        _complain(args, f"{error} ({hint})")
+        return 2
+    except (OSError, ValueError, RuntimeError) as error:
         _complain(args, error)
         return 2
     failed = 0

@@ -45,7 +45,15 @@ STREAMED_BYTES = 0x7FFFF000
 
 
 class UnreadableAudio(RuntimeError):
-    """An audio file that cannot be used; the message names file and reason."""
+    """An audio file that cannot be used; the message names file and reason.
+
+    Attributes
+    ----------
+    path : str
+        The file, where it is a single one.
+    """
+
+    path = ""
 
 
 class AudioInfo(NamedTuple):
@@ -271,7 +279,9 @@ def _opened(path):
 
 def _unreadable(path, reason):
     # One argument: the error must survive pickling in a DataLoader worker.
-    return UnreadableAudio(f"{os.fspath(path)}: {reason}")
+    error = UnreadableAudio(f"{os.fspath(path)}: {reason}")
+    error.path = os.fspath(path)
+    return error
 
 
 def _reason(path, error):

@@ -133,6 +133,7 @@ def prepare(
             num_songs=demo_songs,
             seconds=demo_seconds,
             sample_rate=sample_rate,
+            progress=True,
         )
     sources = {"data_folder": (data_folder, dataset)}
     if test_folder:

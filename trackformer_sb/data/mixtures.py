@@ -191,8 +191,8 @@ class MixtureOfMixtures:
         stems : torch.Tensor
             [tracks, time], summing to mixture 0; [0, time] without
             `with_stems` or if the row has none.
-        skipped : list of str
-            File and reason of every segment replaced.
+        skipped : list of (str, str)
+            File, and message with the reason, of every segment replaced.
 
         Raises
         ------
@@ -241,11 +241,12 @@ class MixtureOfMixtures:
             try:
                 return index, read(self.rows[self._ids[index]])
             except UnreadableAudio as error:
-                skipped.append(str(error))
+                skipped.append((error.path, str(error)))
                 if len(skipped) >= self.max_failures:
+                    reasons = dict.fromkeys(reason for _, reason in skipped)
                     raise UnreadableAudio(
                         f"no readable segment found after {len(skipped)} "
-                        f"tries: {'; '.join(dict.fromkeys(skipped))}"
+                        f"tries: {'; '.join(reasons)}"
                     ) from error
             index = draw()
 

@@ -110,7 +110,10 @@ def list_audio(key, folder, dataset, findings):
     """
     where = f"{key}={folder}"
     if not folder or not os.path.isdir(folder):
-        raise FileNotFoundError(f"{where} is not a folder")
+        raise FileNotFoundError(
+            f"{where} is not a folder, expected one with music (or "
+            "dataset=demo, which needs none)"
+        )
     listing = {}
     visited = set()
     for parent, folders, files in os.walk(

@@ -16,6 +16,9 @@ from trackformer_sb.objectives.regularizers import mask_cosines, mask_gram
 SILENT_ENERGY = 1e-8
 RELATIVE_SILENCE = 1e-4
 
+# Sources that si_snri_grouped takes: it tries all 3^12 splits of subsets.
+MAX_GROUPED = 12
+
 # Signal-to-noise ratios are kept within +- this many dB.
 LIMIT_DB = 120.0
 
@@ -184,8 +187,8 @@ def stem_si_snr(est_source, stems):
     >>> stem_si_snr(stems.flip(0), stems) > 100
     True
     """
-    stems = stems[_active(stems)]
-    if not len(stems):
+    stems, est_source = stems[_active(stems)], _sounding(est_source)
+    if not len(stems) or not len(est_source):
         return None
     stem, source = _one_to_one(est_source, stems)
     return float(si_snr(est_source[source], stems[stem]).mean())
@@ -224,9 +227,9 @@ def si_snri_grouped(est_source, stems, mix):
     True
     """
     _check_item(est_source, stems, mix)
-    if len(est_source) > 12:
+    if len(est_source) > MAX_GROUPED:
         raise ValueError(
-            f"expected at most 12 sources to group, got {len(est_source)}"
+            f"expected at most {MAX_GROUPED} sources, got {len(est_source)}"
         )
     active = _active(stems)
     num_silent = int((~active).sum())

@@ -126,8 +126,8 @@ def _inner_products(est_source, mixtures, without_mean):
     """Gram matrix, cross products and energies per sample, in float64.
 
     Returns [batch, sources, sources], [batch, mixtures, sources] and [batch,
-    mixtures]. The products themselves are float32; only their sums and
-    differences over assignments are taken in float64.
+    mixtures]. Only their sums and differences over assignments are taken in
+    float64; the products have the precision of the signals' matmul.
     """
     time = est_source.shape[-1]
     gram = torch.matmul(est_source, est_source.transpose(1, 2)) / time

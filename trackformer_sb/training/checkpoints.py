@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 
+import torch
 from speechbrain.utils.checkpoints import (
     Checkpoint,
     Checkpointer,
@@ -25,6 +26,14 @@ def _is_of_file(error):
     """Whether torch failed at the file: it raises RuntimeError for that."""
     names = ("inline_container", "PytorchStream")
     return any(name in str(error) for name in names)
+
+
+def _misfit(checkpoint, why):
+    return (
+        f"the checkpoint in {checkpoint.path} does not fit this model: it was "
+        "made with other sizes or another optimizer. Choose another "
+        f"output_folder, or the keys it was made with. ({why})"
+    )
 
 
 class AtomicCheckpointer(Checkpointer):
@@ -106,6 +115,33 @@ class AtomicCheckpointer(Checkpointer):
         ddp_barrier()
         return saved
 
+    def check_fits(self):
+        """Compares the newest checkpoint's modules with those at hand.
+
+        Raises
+        ------
+        ValueError
+            If keys or shapes differ; to be called before a run writes
+            anything over what an earlier one left.
+        """
+        newest = self.find_checkpoint()
+        for name, module in self.recoverables.items():
+            if newest is None or not isinstance(module, torch.nn.Module):
+                continue
+            path = newest.paramfiles.get(name)
+            if path is None:
+                raise ValueError(_misfit(newest, f"it has no {name}"))
+            saved = torch.load(path, map_location="meta", weights_only=True)
+            expected = module.state_dict()
+            for key in saved.keys() | expected.keys():
+                shapes = [
+                    list(state[key].shape) if key in state else "missing"
+                    for state in (saved, expected)
+                ]
+                if shapes[0] != shapes[1]:
+                    words = f"{name}: {key} is {shapes[0]}, not {shapes[1]}"
+                    raise ValueError(_misfit(newest, words))
+
     def load_checkpoint(self, checkpoint):
         """Loads a checkpoint, see ``Checkpointer.load_checkpoint``."""
         try:
@@ -116,12 +152,7 @@ class AtomicCheckpointer(Checkpointer):
                     f"the checkpoint in {checkpoint.path} is damaged, remove "
                     f"it to go on from the one before ({error})"
                 ) from error
-            raise ValueError(
-                f"the checkpoint in {checkpoint.path} does not fit this "
-                "model: it was made with other sizes or another optimizer. "
-                "Choose another output_folder, or the keys it was made with. "
-                f"({error})"
-            ) from error
+            raise ValueError(_misfit(checkpoint, error)) from error
 
 
 @register_checkpoint_hooks

@@ -9,7 +9,7 @@ RANGE_DB = 70.0
 
 # Curves of the training picture: title, unit, keys of the history.
 CURVES = (
-    ("Loss", "dB", ("train_loss", "valid_loss")),
+    ("Loss", "MixIT + regularizers", ("train_loss", "valid_loss")),
     (
         "Separation (validation)",
         "dB",
@@ -42,7 +42,7 @@ def training_curves(history):
         for name in names:
             epochs, values = history.series(name)
             if epochs:
-                label = name.removeprefix("valid_") if unit != "dB" else name
+                label = name.replace("valid_", "") if "valid" in title else name
                 axis.plot(epochs, values, marker="o", ms=3, label=label)
         axis.set(title=title, xlabel="epoch", ylabel=unit)
         axis.xaxis.set_major_locator(
