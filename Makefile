@@ -4,7 +4,6 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := results/demo/1234
 
-export OMP_NUM_THREADS ?= 2
 export MPLBACKEND ?= Agg
 
 .PHONY: demo test test-slow check bench clean
