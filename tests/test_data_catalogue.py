@@ -185,7 +185,12 @@ def test_demo_band_is_made_and_treated_as_stems(tmp_path, monkeypatch):
     calls = []
 
     def make_band(
-        folder, num_songs=60, seconds=24.0, seed=0, sample_rate=44100
+        folder,
+        num_songs=60,
+        seconds=24.0,
+        seed=0,
+        sample_rate=44100,
+        progress=False,
     ):
         calls.append((Path(folder), num_songs, seconds, sample_rate))
         return write_stems(Path(folder), num_songs, seconds=seconds)

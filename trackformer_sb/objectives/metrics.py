@@ -123,9 +123,8 @@ def si_snri(est_source, stems, mix):
     """SI-SNR improvement under the best one-to-one choice of sources.
 
     Every active stem gets another source, so that the mean SI-SNR is highest;
-    the SI-SNR of the mixture against the stem is subtracted. A source of
-    silence counts as none. Where there are more stems than sources, the stems
-    left over improve by 0 dB, as with the mixture itself for an estimate.
+    the SI-SNR of the mixture against the stem is subtracted. A silent source
+    counts as none. Stems for which there is no source improve by 0 dB.
 
     Arguments
     ---------
@@ -178,8 +177,7 @@ def stem_si_snr(est_source, stems):
     Returns
     -------
     float
-        Mean over the active stems that got a source, in dB; None if there are
-        none.
+        Mean over the active stems with a source, in dB; None without any.
 
     Example
     -------
@@ -290,8 +288,7 @@ def sdr(est_source, stems):
     Returns
     -------
     float
-        Mean over the active stems that got a source, in dB; None if there are
-        none.
+        Mean over the active stems with a source, in dB; None without any.
     """
     # torchmetrics takes a second to import, and some of its versions warn
     with warnings.catch_warnings():
