@@ -109,7 +109,7 @@ def train_step(modules, optimizer, mixtures):
 def make_step(name, num_spks, device):
     """A function of mixtures that makes a step, and its modules."""
     modules = build(name, num_spks, device)
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-4, fused=True)
     return functools.partial(train_step, modules, optimizer), modules
 
 

@@ -222,7 +222,6 @@ class PerformerLayer(nn.Module):
         self.ffn = nn.Sequential(
             nn.Linear(d_model, d_ffn),
             nn.GELU(),
-            nn.Dropout(dropout),
             nn.Linear(d_ffn, d_model),
             nn.Dropout(dropout),
         )
