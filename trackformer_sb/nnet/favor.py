@@ -11,6 +11,8 @@ keys that already carry the softmax temperature: there is no division by
 ``exp(|q + k|^2)``: keep the norms small, see ``performer.SelfAttention``.
 """
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -95,11 +97,15 @@ def positive_features(x, projection, stabiliser=None):
         Features, [batch, heads, frames, n_features], positive.
     """
     exponent = x @ projection.T
-    offset = x.square().sum(-1, keepdim=True) / 2
-    if stabiliser is not None:
-        dims = {"frame": -1, "sequence": (-1, -2)}[stabiliser]
-        offset = offset + (exponent - offset).detach().amax(dims, keepdim=True)
-    return (exponent - offset).exp() * projection.shape[0] ** -0.5
+    if stabiliser == "frame":
+        # |x|^2 / 2 is one number a frame and goes with the stabiliser
+        offset = exponent.detach().amax(-1, keepdim=True)
+    else:
+        offset = x.square().sum(-1, keepdim=True) / 2
+    if stabiliser == "sequence":
+        largest = exponent.detach().amax(-1, keepdim=True) - offset.detach()
+        offset = offset + largest.amax(-2, keepdim=True)
+    return (exponent - (offset + math.log(projection.shape[0]) / 2)).exp()
 
 
 def _normalise(numerator, denominator):
