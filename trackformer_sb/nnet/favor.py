@@ -160,9 +160,11 @@ def favor_attention(query, key, value, projection, key_padding_mask=None):
         phi_k = positive_features(key, projection, "sequence")
         if key_padding_mask is not None:
             phi_k = phi_k.masked_fill(key_padding_mask[:, None, :, None], 0.0)
-        context = phi_k.transpose(-1, -2) @ value
-        weight = phi_q @ phi_k.sum(-2).unsqueeze(-1)
-        return _normalise(phi_q @ context, weight.squeeze(-1)).to(dtype)
+        # a value of one in the last channel sums up the weights on the way
+        mixed = phi_q @ (
+            phi_k.transpose(-1, -2) @ F.pad(value, (0, 1), value=1)
+        )
+        return _normalise(mixed[..., :-1], mixed[..., -1]).to(dtype)
 
 
 def causal_favor_attention(
