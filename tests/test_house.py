@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "data": set(),
     "nnet": set(),
     "objectives": set(),
-    "training": set(),
+    "training": {"data", "objectives"},
     "asteroid": set(),
     "inference": {"nnet"},
     "cli": {"data", "nnet", "inference"},

@@ -4,12 +4,8 @@ import pytest
 import torch
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
-from trackformer_sb.nnet.masknet import (
-    MASK_ACTIVATIONS,
-    SPEC_NORMS,
-    PerformerMaskNet,
-    normalise_spectrogram,
-)
+from trackformer_sb.nnet.features import SPEC_NORMS, normalise_spectrogram
+from trackformer_sb.nnet.masknet import MASK_ACTIVATIONS, PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTEncoder
 from trackformer_sb.objectives.regularizers import mask_gram
 

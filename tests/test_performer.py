@@ -185,7 +185,7 @@ def test_positions_tell_frames_apart():
         encoder(x[:, order]), encoder(x)[:, order], atol=0.1
     )
     torch.testing.assert_close(
-        encoder(x), encoder(x, positions=sinusoidal_positions(30, 32))
+        encoder(x), encoder(x, positions=encoder.positions(30))
     )
 
 

@@ -17,6 +17,7 @@ import trackformer_sb
 from trackformer_sb.nnet.stft import STFTEncoder
 
 NODES = {"encoder": "Encoder", "masknet": "MaskNet", "decoder": "Decoder"}
+SETTINGS = ("sample_rate", "num_spks")
 
 # The Pretrainer looks for <name of the module>.ckpt beside the yaml. A path in
 # the yaml would be taken from the working directory.
@@ -32,10 +33,7 @@ HEADER = """\
 """
 
 FOOTER = """
-modules:
-  encoder: !ref <Encoder>
-  masknet: !ref <MaskNet>
-  decoder: !ref <Decoder>
+modules:{modules}
 
 audio_normalizer: !new:speechbrain.dataio.preprocess.AudioNormalizer
   sample_rate: !ref <sample_rate>
@@ -95,7 +93,7 @@ SpeechBrain's `SepformerSeparation.from_hparams` loads the folder as well; its
 LOAD_HOOK = "!name:trackformer_sb.inference.weights.load_weights"
 
 
-def _unwrapped(module):
+def unwrapped(module):
     """The module inside of DDP, DataParallel and torch.compile."""
     wrappers = (
         torch.nn.parallel.DistributedDataParallel,
@@ -138,18 +136,18 @@ def _bare(node, key):
     return copy
 
 
-def _read_hparams(hparams_file):
-    """The top-level keys of a training yaml that make up the separator."""
+def _read_hparams(hparams_file, keys, nodes):
+    """The top-level keys of a training yaml that make up a model."""
     with open(hparams_file, encoding="utf-8") as file:
         hparams = YAML().load(resolve_references(file))
-    needed = ["sample_rate", "num_spks", *NODES.values()]
+    needed = [*keys, *nodes.values()]
     missing = [key for key in needed if key not in hparams]
     if missing:
         raise ValueError(
             f"{hparams_file}: expected the keys {', '.join(needed)}, missing "
             f"{', '.join(missing)}"
         )
-    for key in NODES.values():
+    for key in nodes.values():
         tag = getattr(getattr(hparams[key], "tag", None), "value", None) or ""
         if not tag.startswith("!new:"):
             raise ValueError(
@@ -161,8 +159,9 @@ def _read_hparams(hparams_file):
 
 def _sums_to_mixture(modules):
     """Whether the outputs sum to the mixture by themselves."""
-    softmax = getattr(modules["masknet"], "mask_activation", None) == "softmax"
-    return softmax and isinstance(modules["encoder"], STFTEncoder)
+    masknet = unwrapped(modules["masknet"])
+    softmax = getattr(masknet, "mask_activation", None) == "softmax"
+    return softmax and isinstance(unwrapped(modules["encoder"]), STFTEncoder)
 
 
 def _replace_folder(new, folder):
@@ -179,15 +178,15 @@ def _replace_folder(new, folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_replaceable(folder):
-    """Refuses to replace a folder that is something else than a separator."""
+def _check_replaceable(folder, what):
+    """Refuses to replace a folder that is something else than a model."""
     if not folder.exists():
         return
     for path in sorted(folder.iterdir()):
         known = path.name in ("hyperparams.yaml", "README.md")
         if not known and path.suffix != WEIGHTS_ENDING:
             raise FileExistsError(
-                f"{folder} is no separator folder, it holds {path.name}; "
+                f"{folder} is no {what} folder, it holds {path.name}; "
                 "expected an empty or a new folder"
             )
 
@@ -229,22 +228,97 @@ def export_separator(hparams_file, modules, folder, metadata=None):
     FileExistsError
         If the folder holds other files than those of a separator.
     """
-    missing = [name for name in NODES if name not in modules]
+    hparams = read_model(hparams_file, modules, SETTINGS, NODES)
+    consistency = hparams.get(
+        "mixture_consistency", not _sums_to_mixture(modules)
+    )
+    settings = {
+        **{key: hparams[key] for key in SETTINGS},
+        "mixture_consistency": bool(consistency),
+    }
+    title = (
+        f"{type(unwrapped(modules['masknet'])).__name__} separator: "
+        f"{settings['num_spks']} outputs at {settings['sample_rate']} Hz"
+    )
+    header = HEADER.format(title=title, version=trackformer_sb.__version__)
+    sections = card_sections(metadata or {})
+    card = CARD.format(title=title, sections=sections, **settings)
+    return write_model(
+        folder, hparams, modules, NODES, settings, header, card, "separator"
+    )
+
+
+def read_model(hparams_file, modules, keys, nodes):
+    """Checks that a yaml and modules are complete.
+
+    Arguments
+    ---------
+    hparams_file : str or Path
+        The yaml of the experiment.
+    modules : dict
+        The trained modules by name.
+    keys : sequence of str
+        Settings that the yaml must have.
+    nodes : dict
+        Names of modules -> keys of their ``!new:`` nodes in the yaml.
+
+    Returns
+    -------
+    dict
+        The yaml with its tags.
+
+    Raises
+    ------
+    ValueError
+        Naming what is missing.
+    """
+    missing = [name for name in nodes if name not in modules]
     if missing:
         raise ValueError(
-            f"expected the modules {', '.join(NODES)}, missing "
+            f"expected the modules {', '.join(nodes)}, missing "
             f"{', '.join(missing)}"
         )
+    return _read_hparams(hparams_file, keys, nodes)
+
+
+def write_model(folder, hparams, modules, nodes, settings, header, card, what):
+    """Writes a model's folder, loads it once, and moves it to its place.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Where to; a model that is there is replaced.
+    hparams, modules, nodes
+        As of ``read_model``.
+    settings : dict
+        Plain values at the head of the yaml.
+    header, card : str
+        First lines of the yaml, and the README.md.
+    what : str
+        What the folder holds, for messages.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds other files than those of a model.
+    ValueError
+        If a node has an absolute path, or the yaml does not build modules
+        that fit the trained ones.
+    """
     folder = Path(folder).resolve()
-    _check_replaceable(folder)
-    modules = {name: _unwrapped(modules[name]) for name in NODES}
-    hparams = _read_hparams(hparams_file)
+    _check_replaceable(folder, what)
+    modules = {name: unwrapped(modules[name]) for name in nodes}
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        _write(partial, hparams, modules, metadata or {})
+        _write(partial, hparams, modules, nodes, settings, header, card)
         _check_loads(partial)
         _replace_folder(partial, folder)
     finally:
@@ -252,7 +326,7 @@ def export_separator(hparams_file, modules, folder, metadata=None):
     return folder
 
 
-def _write(folder, hparams, modules, metadata):
+def _write(folder, hparams, modules, nodes, settings, header, card):
     """Writes weights, yaml and model card."""
     weights = {
         name: {
@@ -264,49 +338,35 @@ def _write(folder, hparams, modules, metadata):
     weights = {name: state for name, state in weights.items() if state}
     for name, state in weights.items():
         torch.save(state, folder / f"{name}{WEIGHTS_ENDING}")
-    consistency = hparams.get(
-        "mixture_consistency", not _sums_to_mixture(modules)
-    )
-    settings = {
-        "sample_rate": hparams["sample_rate"],
-        "num_spks": hparams["num_spks"],
-        "mixture_consistency": bool(consistency),
-    }
-    title = (
-        f"{type(modules['masknet']).__name__} separator: "
-        f"{settings['num_spks']} outputs at {settings['sample_rate']} Hz"
-    )
-    loadables = [f"\n    {name}: !ref <{NODES[name]}>" for name in weights]
+    references = [f"\n  {name}: !ref <{key}>" for name, key in nodes.items()]
+    loadables = [f"\n    {name}: !ref <{nodes[name]}>" for name in weights]
     hooks = [f"\n    {name}: {LOAD_HOOK}" for name in weights]
     yaml = YAML()
-    path = folder / "hyperparams.yaml"
-    with open(path, "w", encoding="utf-8") as file:
-        version = trackformer_sb.__version__
-        file.write(HEADER.format(title=title, version=version))
+    with open(folder / "hyperparams.yaml", "w", encoding="utf-8") as file:
+        file.write(header)
         yaml.dump(settings, file)
-        for key in NODES.values():
+        for key in nodes.values():
             file.write("\n")
             yaml.dump({key: _bare(hparams[key], key)}, file)
         file.write(
             FOOTER.format(
+                modules="".join(references),
                 loadables="".join(loadables) or " {}",
                 hooks="".join(hooks) or " {}",
             )
         )
-    (folder / "README.md").write_text(
-        _model_card(title, settings, metadata), encoding="utf-8"
-    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _model_card(title, settings, metadata):
-    """The README.md of the folder."""
+def card_sections(metadata):
+    """Sections of a model card: title -> text, or a dict as a table."""
     sections = []
     for name, content in metadata.items():
         if isinstance(content, dict):
             rows = [f"| {key} | {value} |" for key, value in content.items()]
             content = "\n".join(["| | |", "|---|---|", *rows])
         sections.append(f"\n## {name}\n\n{content}\n")
-    return CARD.format(title=title, sections="".join(sections), **settings)
+    return "".join(sections)
 
 
 def _check_loads(folder):

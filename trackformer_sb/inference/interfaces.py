@@ -4,79 +4,26 @@
 of three modules from the hub.
 """
 
-import os
-import re
 from contextlib import ExitStack
 from pathlib import Path
 
 import soundfile
 import torch
-from hyperpyyaml import load_hyperpyyaml
 from speechbrain.inference.interfaces import Pretrained
 from speechbrain.utils.fetching import (
-    FetchConfig,
-    FetchFrom,
     LocalStrategy,
-    fetch,
-    guess_source,
 )
 from tqdm import tqdm
 
+from trackformer_sb.inference.hub import load_strictly
 from trackformer_sb.inference.overlap_add import (
     UNKNOWN_FRAMES,
     separate_stream,
     write_sources,
 )
 from trackformer_sb.inference.separation import separate
-from trackformer_sb.inference.weights import load_weights
-
-# A hub id is owner/name. Anything else that is no folder is a mistyped one.
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 PROGRESS = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
-
-
-def _fetched_hparams(source, hparams_file, **how):
-    """The local path of the yaml of a separator."""
-    fetch_from, place = guess_source(source)
-    if fetch_from == FetchFrom.LOCAL:
-        path = Path(place) / hparams_file
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} not found: expected a separator folder with "
-                f"{hparams_file} and its weights, as export_separator and "
-                "training write it"
-            )
-        return path
-    if fetch_from == FetchFrom.HUGGING_FACE and (
-        not HUB_ID.fullmatch(place) or Path(place).parent.is_dir()
-    ):
-        raise FileNotFoundError(
-            f"{place} not found: expected a separator folder with "
-            f"{hparams_file}, or the owner/name of a model on the hub"
-        )
-    try:
-        return fetch(hparams_file, source, **how)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{place} is no folder, and as a model on the hub it could not be "
-            f"fetched: {error}"
-        ) from error
-
-
-def _check_covered(pretrainer, modules, path):
-    """Refuses a yaml that leaves a module with the weights it was born with."""
-    loaded = [id(module) for module in pretrainer.loadables.values()]
-    untrained = [
-        name
-        for name, module in modules.items()
-        if module.state_dict() and id(module) not in loaded
-    ]
-    if untrained:
-        raise ValueError(
-            f"{path}: the pretrainer loads no weights for "
-            f"{', '.join(untrained)}"
-        )
 
 
 class PerformerSeparation(Pretrained):
@@ -184,36 +131,15 @@ class PerformerSeparation(Pretrained):
         ValueError
             If the weights are damaged or do not fit the modules exactly.
         """
-        if isinstance(source, os.PathLike):
-            source = os.fspath(source)
-        collect_in = savedir
-        if guess_source(source)[0] == FetchFrom.LOCAL:
-            collect_in = None
-        how = {
-            "local_strategy": local_strategy,
-            "fetch_config": fetch_config or FetchConfig(),
-        }
-        path = _fetched_hparams(source, hparams_file, savedir=collect_in, **how)
-        with open(path, encoding="utf-8") as file:
-            hparams = load_hyperpyyaml(file, overrides, overrides_must_match)
-        for key in ("modules", "pretrainer"):
-            if key not in hparams:
-                raise ValueError(f"{path}: expected the key {key}")
-        # From here on as pretrained_from_hparams, which is not strict.
-        hparams["savedir"] = savedir
-        pretrainer = hparams["pretrainer"]
-        pretrainer.add_custom_hooks(
-            {
-                name: load_weights
-                for name, loadable in pretrainer.loadables.items()
-                if isinstance(loadable, torch.nn.Module)
-                and name not in pretrainer.custom_hooks
-            }
+        hparams = load_strictly(
+            source,
+            hparams_file,
+            savedir,
+            overrides,
+            overrides_must_match,
+            local_strategy,
+            fetch_config,
         )
-        _check_covered(pretrainer, hparams["modules"], path)
-        pretrainer.set_collect_in(collect_in)
-        pretrainer.collect_files(default_source=source, **how)
-        pretrainer.load_collected()
         return cls(modules=hparams["modules"], hparams=hparams, **kwargs)
 
     def _separate(self, mix):

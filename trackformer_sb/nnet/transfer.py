@@ -1,10 +1,23 @@
 """Pre-trained encoder weights into a masknet."""
 
 import pathlib
+import pickle
 
 import torch
+import yaml
 
 ENCODER_FILE = "encoder.ckpt"
+SETTINGS_FILE = "hyperparams.yaml"
+
+# What torch.load raises for a file that is cut, empty or something else.
+DAMAGED = (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads a HyperPyYAML file without building anything."""
+
+
+_PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def encoder_state(masknet):
@@ -25,6 +38,50 @@ def encoder_state(masknet):
         for key, value in masknet.state_dict().items()
         if key.startswith(("embedding.", "encoder."))
     }
+
+
+def check_settings(settings, source):
+    """Compares the settings of a separator with those of an encoder.
+
+    Arguments
+    ---------
+    settings : dict
+        Of the separator: ``sample_rate``, ``n_fft``, ``hop_length``,
+        ``spec_norm``, ``d_model`` and so on. Other keys do not matter.
+    source : str or path
+        Folder that holds the encoder's ``hyperparams.yaml``; nothing in it is
+        executed.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        Naming all keys that differ, with both values.
+    """
+    path = pathlib.Path(source) / SETTINGS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"pretrained_encoder: no {SETTINGS_FILE} in {source}"
+        )
+    try:
+        known = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no readable yaml ({error})") from error
+    if not isinstance(known, dict) or "sample_rate" not in known:
+        raise ValueError(f"{path}: expected the settings of an encoder")
+    different = [
+        f"{key} is {value}, the separator has {settings[key]}"
+        for key, value in known.items()
+        if isinstance(value, (int, float, str))
+        and key in settings
+        and settings[key] != value
+    ]
+    if different:
+        raise ValueError(
+            f"pretrained_encoder: the encoder in {source} does not fit: "
+            + "; ".join(different)
+        )
 
 
 def load_pretrained_encoder(masknet, source):
@@ -55,7 +112,16 @@ def load_pretrained_encoder(masknet, source):
         raise FileNotFoundError(
             f"pretrained_encoder: no {ENCODER_FILE} in {source}"
         )
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except DAMAGED as error:
+        raise ValueError(
+            f"{path}: no readable file of weights ({error})"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"{path}: expected a dict of tensors, got {type(state).__name__}"
+        )
     expected = encoder_state(masknet)
     problems = [f"missing {key}" for key in expected.keys() - state.keys()]
     problems += [f"extra {key}" for key in state.keys() - expected.keys()]

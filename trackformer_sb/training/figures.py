@@ -23,22 +23,39 @@ CURVES = (
     ),
 )
 
+PRETRAINING_CURVES = (
+    (
+        "Reconstruction of what is hidden",
+        "mean squared error",
+        ("train_loss", "valid_loss"),
+    ),
+    (
+        "Explained variance (validation)",
+        "share",
+        ("valid_explained_variance",),
+    ),
+)
 
-def training_curves(history):
+
+def training_curves(history, curves=CURVES):
     """Losses and measures over the epochs.
 
     Arguments
     ---------
     history : TrainingHistory
         What was measured.
+    curves : tuple
+        Title, unit and keys of the history of each panel.
 
     Returns
     -------
     matplotlib.figure.Figure
         One panel per kind of measure.
     """
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    for axis, (title, unit, names) in zip(figure.subplots(2, 2).flat, CURVES):
+    rows = -(-len(curves) // 2)
+    figure = Figure(figsize=(10, 3.25 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False).flat
+    for axis, (title, unit, names) in zip(axes, curves):
         for name in names:
             epochs, values = history.series(name)
             if epochs:
@@ -141,6 +158,58 @@ def separation_figure(mix, est_source, est_mask, stems, names, sample_rate):
     axes[2, 0].set_ylabel("kHz, or share of channels")
     for axis in axes[2]:
         axis.set_xlabel("s")
+    return figure
+
+
+def reconstruction_figure(target, prediction, hidden, sample_rate, hop_length):
+    """What a masked autoencoder saw, rebuilt, and missed.
+
+    Arguments
+    ---------
+    target, prediction : torch.Tensor
+        [frames, channels], normalised.
+    hidden : torch.Tensor
+        Boolean, [frames, channels].
+    sample_rate : int
+        In Hz.
+    hop_length : int
+        Samples between frames.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Input, masked input, reconstruction and its error, one below another.
+    """
+    target, prediction, hidden = (
+        x.detach().cpu() for x in (target, prediction.float(), hidden)
+    )
+    figure = Figure(figsize=(11, 10), layout="constrained")
+    axes = figure.subplots(4, 1, sharex=True, sharey=True)
+    low, high = target.quantile(0.01).item(), target.quantile(0.99).item()
+    seconds = len(target) * hop_length / sample_rate
+    rebuilt = torch.where(hidden, prediction, target)
+    images = (
+        ("input", target),
+        ("what the encoder sees", target.masked_fill(hidden, torch.nan)),
+        ("visible frames, and the hidden ones rebuilt", rebuilt),
+    )
+    style = {
+        "origin": "lower",
+        "aspect": "auto",
+        "extent": (0, seconds, 0, sample_rate / 2000),
+        "interpolation": "nearest",
+    }
+    drawn = None
+    for axis, (title, image) in zip(axes, images):
+        drawn = axis.imshow(
+            image.T.numpy(), vmin=low, vmax=high, cmap="magma", **style
+        )
+        axis.set(title=title, ylabel="kHz", facecolor="lightgrey")
+    figure.colorbar(drawn, ax=axes[:3], label="normalised log-magnitude")
+    error = (rebuilt - target).abs().T.numpy()
+    drawn = axes[3].imshow(error, vmin=0, vmax=2, cmap="viridis", **style)
+    axes[3].set(title="absolute error", ylabel="kHz", xlabel="s")
+    figure.colorbar(drawn, ax=axes[3])
     return figure
 
 

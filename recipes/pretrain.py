@@ -1,0 +1,212 @@
+#!/usr/bin/env python3
+"""Recipe for pre-training a Performer encoder as a masked autoencoder.
+
+Frames of unlabelled music are hidden and rebuilt from the others (Audio-MAE,
+arXiv 2207.06405); the encoder then initialises a separator.
+
+    python recipes/pretrain.py hparams/audio_mae.yaml \
+        --data_folder=FOLDER --dataset=mixtures
+    python recipes/train.py hparams/performer_mixit_mae.yaml \
+        --data_folder=FOLDER --dataset=mixtures \
+        --pretrained_encoder=results/audio_mae/1234/encoder
+
+Results are in the yaml's output_folder; its encoder/ is ready to use.
+"""
+
+import csv
+import json
+import os
+import pathlib
+
+# Threads that spin while they wait starve the loader workers beside them: on
+# 2 busy CPU cores training was 7 times slower. Takes effect before torch loads.
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import speechbrain as sb
+import torch
+from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.logger import get_logger
+
+from trackformer_sb.inference.features import export_encoder
+from trackformer_sb.training import figures
+from trackformer_sb.training.brain import MusicBrain
+from trackformer_sb.training.experiment import (
+    load_experiment,
+    make_brain,
+    prepare_data,
+    run,
+    train_and_test,
+)
+
+logger = get_logger(__name__)
+
+COLUMNS = ("reconstruction_loss", "explained_variance")
+
+# Higher is better; "loss" is the validation loss.
+SELECTION_METRICS = ("explained_variance", "loss")
+
+
+class Pretraining(MusicBrain):
+    """Training of a masked autoencoder on songs, or on sums of two."""
+
+    def compute_forward(self, batch, stage):
+        """Hides a part of the spectrograms and rebuilds it.
+
+        Returns
+        -------
+        Reconstruction
+            Loss, prediction, target and what was hidden.
+        """
+        self.note_input(batch)
+        mixtures = batch.to(self.device).mixtures.data
+        if stage != sb.Stage.TRAIN and self.hparams.silent_share == 1.0:
+            # in training a silent partner was drawn
+            mixtures = mixtures[:, :1]
+        spectrum = self.modules.stft(mixtures.sum(1))
+        if stage == sb.Stage.TRAIN:
+            return self.modules.mae(spectrum)
+        # the same masks whenever an item is evaluated
+        generator = torch.Generator(spectrum.device)
+        generator.manual_seed(len(self.rows))
+        return self.modules.mae(spectrum, generator)
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Mean squared error over what was hidden."""
+        loss = predictions.loss.mean()
+        if stage == sb.Stage.TRAIN:
+            self.losses = {"reconstruction": loss.detach()}
+        else:
+            self.rows.append(self.measure(predictions, batch))
+        return loss
+
+    def measure(self, predictions, batch):
+        """Measures one item: a row of test_results.csv."""
+        if batch.skipped[0]:
+            # another segment took the place of the unreadable one
+            return {"id": batch.id[0]}
+        loss = predictions.loss[0].item()
+        # what predicting the mean of the item would leave
+        variance = predictions.target[0][predictions.hidden[0]].var().item()
+        if self.picture is None:
+            self.picture = predictions
+        return {
+            "id": batch.id[0],
+            "reconstruction_loss": loss,
+            # none for silence
+            "explained_variance": 1 - loss / variance if variance else None,
+        }
+
+    def prepare_stage(self):
+        """Resets what is measured."""
+        self.rows, self.picture = [], None
+
+    def averages(self):
+        """Mean of each column over the items that have it."""
+        values = {
+            name: [row[name] for row in self.rows if row.get(name) is not None]
+            for name in COLUMNS
+        }
+        return {
+            name: float(np.mean(column)) if column else None
+            for name, column in values.items()
+        }
+
+    def reconstruction_figure(self):
+        """Picture of the first readable item."""
+        return figures.reconstruction_figure(
+            self.picture.target[0],
+            self.picture.prediction[0],
+            self.picture.hidden[0],
+            self.hparams.sample_rate,
+            self.hparams.hop_length,
+        )
+
+    def log_picture(self, epoch):
+        """One validation item in TensorBoard."""
+        if self.picture is not None:
+            self.tensorboard.writer.add_figure(
+                "reconstruction", self.reconstruction_figure(), epoch
+            )
+
+    def write_results(self, test_loss):
+        """Writes test_results.csv, metrics.json and the figures."""
+        folder, averages = self.results_folder, self.averages()
+        with open(
+            folder / "test_results.csv", "w", newline="", encoding="utf-8"
+        ) as file:
+            writer = csv.DictWriter(file, ("id", *COLUMNS))
+            writer.writeheader()
+            writer.writerows(self.rows)
+            writer.writerow({"id": "avg", **averages})
+        results = {
+            **averages,
+            "test_loss": test_loss,
+            "test_items": len(self.rows),
+            **self.costs(),
+        }
+        text = json.dumps(results, indent=2)
+        (folder / "metrics.json").write_text(text, encoding="utf-8")
+        figures.save_figure(
+            figures.training_curves(
+                self.hparams.history, figures.PRETRAINING_CURVES
+            ),
+            folder / "figures" / "training_curves.png",
+        )
+        if self.picture is not None:
+            figures.save_figure(
+                self.reconstruction_figure(),
+                folder / "figures" / "reconstruction.png",
+            )
+
+
+def check_spans(hparams):
+    """Refuses spans that do not fit into a segment, before anything runs."""
+    samples = round(hparams["segment_seconds"] * hparams["sample_rate"])
+    frames = -(-samples // hparams["hop_length"])
+    hparams["AudioMAE"].draw_hidden(1, frames, torch.Generator())
+
+
+def model_card(hparams, brain):
+    """What the card of the exported encoder says of the training."""
+    return {
+        "Training": {
+            "dataset": hparams["dataset"],
+            "segments": f"{hparams['segment_seconds']} s",
+            "hidden": f"{100 * hparams['mask_ratio']:g} % in spans of "
+            f"{hparams['mask_span']} frames ({hparams['mask_mode']})",
+            "epochs": len(hparams["history"].epochs),
+            "seed": hparams["seed"],
+        },
+        "Measured on the test songs": {
+            name: f"{value:.3f}"
+            for name, value in brain.known_averages().items()
+        },
+    }
+
+
+def main(argv):
+    """Pre-trains, evaluates and exports an encoder."""
+    experiment = load_experiment(argv, SELECTION_METRICS)
+    hparams = experiment.hparams
+    check_spans(hparams)
+    sb.create_experiment_directory(**experiment.directory)
+    prepare_data(hparams)
+    brain, datasets = make_brain(Pretraining, experiment)
+    brain.redrawn = hparams["AudioMAE"]
+    train_and_test(brain, datasets, hparams)
+    folder = brain.results_folder / "encoder"
+    run_on_main(
+        export_encoder,
+        args=[
+            pathlib.Path(hparams["output_folder"]) / "hyperparams.yaml",
+            {"stft": hparams["Encoder"], "encoder": hparams["Features"]},
+            folder,
+        ],
+        kwargs={"metadata": model_card(hparams, brain)},
+    )
+    logger.info(f"encoder: {folder}")
+
+
+if __name__ == "__main__":
+    run(main)

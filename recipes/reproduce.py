@@ -1,0 +1,144 @@
+#!/usr/bin/env python3
+"""Recipe for the paper's whole experiment: five tables by one command.
+
+Trains Performers with and without Audio-MAE pre-training and a ConvTasNet, at
+four segment lengths, with and without the auxiliary losses, and writes the
+tables of "Music Separation Using Self-Supervised Learning" beside the paper's
+values.
+
+    python recipes/reproduce.py --dry-run
+    python recipes/reproduce.py --data_folder=FOLDER --dataset=mixtures \
+        --test_folder=STEMS
+    python recipes/reproduce.py --minutes=10 --lengths 3 10 --losses mixit
+
+Every cell is a run of train.py in a process of its own. The same command goes
+on after an interruption. Results are in output_folder: tables.md, table1.csv to
+table5.csv, cells.csv, figures/, and each run in <model>/<length>s/<loss>/.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from trackformer_sb.training import grid
+from trackformer_sb.training.grid_run import Runner
+
+RECIPES = pathlib.Path(__file__).resolve().parent
+
+
+def _positive(kind):
+    """A number above 0 of a kind, for argparse."""
+
+    def read(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    read.__name__ = kind.__name__
+    return read
+
+
+def _folder(text):
+    return pathlib.Path(text).expanduser().absolute()
+
+
+def _add_budget(parser, prefix, default):
+    options = parser.add_mutually_exclusive_group()
+    for unit, kind in (("epochs", int), ("minutes", float), ("steps", int)):
+        options.add_argument(
+            f"--{prefix}{unit}",
+            type=_positive(kind),
+            metavar="N",
+            help=f"{unit} of training, default: {default}",
+        )
+
+
+def make_parser():
+    """The options of the grid; what is left over goes to the trainings."""
+    parser = argparse.ArgumentParser(
+        description="Runs the paper's experiment and writes its five tables.",
+        epilog="--key=value goes to all cells, --performer.key=value and "
+        "--convtasnet.key=value to those models, --mae.key=value to the "
+        "pre-training.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--dry-run", action="store_true", help="measure the cost of each cell")
+    add("--no-probe", action="store_true", help="in a dry run: do not measure")
+    add("--data_folder", type=_folder, help="music to train on")
+    add("--dataset", choices=grid.DATASETS, default="demo")
+    add("--test_folder", type=_folder, help="music to test on")
+    add("--test_dataset", choices=grid.DATASETS[1:])
+    add("--output_folder", type=_folder, default=_folder("results/reproduce"))
+    for name, default, options in (
+        ("models", grid.MODELS, {"choices": grid.MODELS}),
+        ("lengths", grid.LENGTHS, {"type": _positive(float)}),
+        ("losses", grid.LOSSES, {"choices": grid.LOSSES}),
+        ("devices", ("cpu",), {"help": "as many cells run at once"}),
+    ):
+        add(f"--{name}", nargs="+", default=default, **options)
+    _add_budget(parser, "", "100 epochs, as the paper")
+    _add_budget(parser, "pretrain_", "that of the cells")
+    add("--pretrained_encoder", type=_folder, help="instead of pre-training")
+    add("--memory_gb", type=_positive(float), help="limit on a CPU, of a cell")
+    add("--seed", type=int, default=1234)
+    add("--retry_oom", action="store_true", help="run again what had no memory")
+    return parser
+
+
+def _budget(args, prefix, default):
+    for unit in ("epochs", "minutes", "steps"):
+        number = getattr(args, f"{prefix}{unit}")
+        if number is not None:
+            return unit, number
+    return default
+
+
+def main(argv):
+    """Runs the grid.
+
+    Returns
+    -------
+    int
+        0 if nothing failed; to be out of memory is a result.
+    """
+    args, words = make_parser().parse_known_args(argv)
+    if args.no_probe and not args.dry_run:
+        raise ValueError("--no-probe: expected --dry-run with it, got none")
+    names = ("dataset", "data_folder", "test_folder", "test_dataset")
+    budget = _budget(args, "", ("epochs", 100))
+    whole = grid.Grid(
+        args.output_folder,
+        RECIPES,
+        {name: getattr(args, name) for name in names},
+        # a name given twice is one
+        *(
+            tuple(dict.fromkeys(values))
+            for values in (args.models, args.lengths, args.losses)
+        ),
+        budget,
+        _budget(args, "pretrain_", budget),
+        args.seed,
+        grid.split_overrides(words),
+        args.pretrained_encoder,
+        args.memory_gb,
+    )
+    runner = Runner(whole, args.devices, args.retry_oom)
+    if args.dry_run:
+        failed = runner.dry_run(not args.no_probe)
+    else:
+        failed = runner.run()
+        print(f"tables: {args.output_folder / 'tables.md'}")
+    for job in failed:
+        print(f"failed: {job.name}, see {job.log}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+    except (OSError, ValueError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,1132 @@
+"""The grid of the paper's experiment, with a stand-in for the trainings."""
+
+import csv
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from trackformer_sb.data.catalogue import DATASETS
+from trackformer_sb.training import (
+    grid,
+    grid_processes,
+    grid_report,
+    grid_run,
+    grid_tables,
+)
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Stands in for train.py and pretrain.py: writes what they write, and fails as
+# behaviour.json beside it tells it to.
+STUB = """
+import json, os, pathlib, signal, sys, time
+
+here = pathlib.Path(__file__).parent
+keys = dict(w[2:].split("=", 1) for w in sys.argv[2:] if "=" in w)
+debug = "--debug" in sys.argv
+out = pathlib.Path(keys["output_folder"])
+name = "pretrain" if "pretrain" in sys.argv[0] else "/".join(out.parts[-4:-1])
+behaviour = json.loads((here / "behaviour.json").read_text())
+how = behaviour.get(name, behaviour.get("all", "ok"))
+
+def note(**more):
+    with open(here / "calls.jsonl", "a") as file:
+        more |= {"name": name, "debug": debug, "argv": sys.argv[1:]}
+        more |= {"pid": os.getpid(), "time": time.time()}
+        more["threads"] = os.environ.get("OMP_NUM_THREADS")
+        file.write(json.dumps(more) + "\\n")
+
+note(event="start")
+out.mkdir(parents=True, exist_ok=True)
+(out / "marker").write_text("x")
+if how == "oom":
+    sys.exit("RuntimeError: CUDA out of memory. Tried to allocate 9 GiB")
+if how == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if how == "allocate":
+    hog = bytearray(3 * 2**30)
+if how == "fail":
+    sys.exit("ValueError: this went wrong")
+if how == "hang" and not debug:
+    time.sleep(60)
+if how == "slow":
+    time.sleep(0.8)
+length = float(keys.get("segment_seconds", 3))
+model = 4.0 if "convtasnet" in sys.argv[1] else 0.5
+weight = 0.25 if keys.get("lambda_diversity") == "0" else 0.0
+metrics = {
+    "mixture_si_snr": length + model + weight,
+    "si_snr": 1.0, "si_snri": length / 10 + weight, "si_snri_grouped": 5.0,
+    "sdr": None, "mask_overlap": 0.5, "effective_mask_count": 6.0 - weight,
+    "test_items": 12, "epochs": 2, "batches": 7, "steps": 14,
+    "step_seconds": behaviour.get("step_seconds", 0.5) * model,
+    "epoch_seconds": 3.0 * model, "total_seconds": 100.0,
+    "peak_memory_mb": 1234.5, "device": keys["device"], "num_parameters": 9,
+}
+folder = out / "debug" if debug else out
+(folder / "manifests").mkdir(parents=True, exist_ok=True)
+for split in ("train", "valid", "test"):
+    song = behaviour.get(f"{name} {split}", f"{split} song")
+    rows = {"a": {"song": song, "tracks": {"mixture": f"/m/{song}.wav"}}}
+    (folder / "manifests" / f"{split}.json").write_text(json.dumps(rows))
+if name == "pretrain" or "pretrain" in sys.argv[0]:
+    (folder / "encoder").mkdir(exist_ok=True)
+(folder / "metrics.json").write_text(json.dumps(metrics))
+note(event="end")
+"""
+KEYS = """
+seed: 1
+output_folder: results
+data_folder: null
+dataset: demo
+test_folder: null
+test_dataset: stems
+sample_rate: 8000  # Hz
+segment_seconds: 3.0
+number_of_epochs: 100
+early_stop_epochs: 10
+grad_accumulation_factor: 1
+lr: 0.1
+"""
+SEPARATION_KEYS = "lambda_diversity: 0.1\nlambda_sparsity: 0.1\nnum_spks: 8\n"
+PERFORMER_KEYS = "d_model: 16\npretrained_encoder: null\n"
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """Recipes and yamls like ours, with the stand-in."""
+    root = tmp_path / "repository"
+    (root / "recipes").mkdir(parents=True)
+    (root / "hparams").mkdir()
+    shutil.copy(ROOT / "recipes" / "reproduce.py", root / "recipes")
+    for name in ("train", "pretrain"):
+        (root / "recipes" / f"{name}.py").write_text(STUB)
+    texts = {
+        "performer_mixit.yaml": KEYS + SEPARATION_KEYS + PERFORMER_KEYS,
+        "performer_mixit_mae.yaml": KEYS + SEPARATION_KEYS + PERFORMER_KEYS,
+        "convtasnet_mixit.yaml": KEYS + SEPARATION_KEYS + "num_channels: 8\n",
+        "audio_mae.yaml": KEYS + "d_model: 16\nmask_ratio: 0.75\n",
+    }
+    for name, text in texts.items():
+        (root / "hparams" / name).write_text(text)
+    (root / "music").mkdir()
+    behave(root)
+    return root
+
+
+def behave(root, **behaviour):
+    """What the stand-ins do from now on, by cell or for all."""
+    path = root / "recipes" / "behaviour.json"
+    path.write_text(json.dumps(behaviour))
+    (root / "recipes" / "calls.jsonl").write_text("")
+
+
+def calls(root, event="start"):
+    lines = (root / "recipes" / "calls.jsonl").read_text().splitlines()
+    return [x for x in map(json.loads, lines) if x["event"] == event]
+
+
+def names(root):
+    return [call["name"] for call in calls(root)]
+
+
+def keys_of(call):
+    words = [word for word in call["argv"][1:] if "=" in word]
+    return dict(word[2:].split("=", 1) for word in words)
+
+
+def arguments(root, *more):
+    return [
+        f"--data_folder={root / 'music'}",
+        "--dataset=mixtures",
+        f"--output_folder={root / 'out'}",
+        "--models",
+        "performer",
+        "convtasnet",
+        "--lengths",
+        "3",
+        "30",
+        *more,
+    ]
+
+
+def run(root, *more):
+    """Runs the recipe in this process; returns its exit status."""
+    path = root / "recipes" / "reproduce.py"
+    spec = importlib.util.spec_from_file_location("recipe_reproduce", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(arguments(root, *more))
+
+
+def start(root, *more):
+    """Runs the recipe as a user does."""
+    script = root / "recipes" / "reproduce.py"
+    return subprocess.Popen(
+        [sys.executable, str(script), *arguments(root, *more)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = pathlib.Path(f"/proc/{pid}/stat")
+    # a zombie has ended, whoever should have asked for its status
+    return not status.exists() or status.read_text().split()[2] != "Z"
+
+
+def record(root, name):
+    return json.loads((root / "out" / name / "cell.json").read_text())
+
+
+def read_csv(root, name):
+    with open(root / "out" / name, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def snapshot(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(
+            path.read_bytes()
+        ).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# --- commands ----------------------------------------------------------------
+
+
+def test_cells_run_in_order_with_their_own_keys(repository):
+    assert run(repository, "--seed=7", "--test_dataset=stems") == 0
+    assert names(repository) == [
+        "performer/3s/mixit",
+        "convtasnet/3s/mixit",
+        "performer/3s/mixit_div_sp",
+        "convtasnet/3s/mixit_div_sp",
+        "performer/30s/mixit",
+        "convtasnet/30s/mixit",
+        "performer/30s/mixit_div_sp",
+        "convtasnet/30s/mixit_div_sp",
+    ]
+    for call in calls(repository):
+        model, length, loss = call["name"].split("/")
+        keys = keys_of(call)
+        assert pathlib.Path(call["argv"][0]).name == f"{model}_mixit.yaml"
+        assert keys["segment_seconds"] == length[:-1]
+        lambdas = {k: v for k, v in keys.items() if k.startswith("lambda")}
+        if loss == "mixit":
+            assert lambdas == {"lambda_diversity": "0", "lambda_sparsity": "0"}
+        else:
+            # the yaml decides
+            assert lambdas == {}
+        assert keys["data_folder"] == str(repository / "music")
+        assert keys["dataset"] == "mixtures"
+        assert keys["test_dataset"] == "stems"
+        assert keys["seed"] == "7" and keys["device"] == "cpu"
+        assert keys["number_of_epochs"] == "100"
+        assert keys.keys().isdisjoint(
+            {"early_stop_epochs", "optimizer_step_limit", "test_folder"}
+        )
+        found = record(repository, call["name"])
+        assert found["status"] == "done" and found["seconds"] > 0
+        assert found["step_seconds"] > 0
+        for word in call["argv"]:
+            assert word in found["command"]
+
+
+def test_overrides_reach_the_right_trainings(repository):
+    run(
+        repository,
+        *("--models", "performer_mae", "performer", "convtasnet"),
+        *("--lengths", "3", "--losses", "mixit"),
+        *("--lr=0.5", "--performer.d_model=32", "--performer.num_spks=4"),
+        *("--convtasnet.num_channels=4", "--mae.mask_ratio=0.5"),
+        "--precision=bf16",
+    )
+    keys = {call["name"]: keys_of(call) for call in calls(repository)}
+    pretrain = keys.pop("pretrain")
+    # what the encoder and the separator have in common, and no more
+    assert pretrain["d_model"] == "32" and pretrain["mask_ratio"] == "0.5"
+    assert pretrain.keys().isdisjoint({"lr", "num_spks", "precision"})
+    assert [k["lr"] for k in keys.values()] == ["0.5"] * 3
+    assert [k["precision"] for k in keys.values()] == ["bf16"] * 3
+    assert [k.get("d_model") for k in keys.values()] == ["32", "32", None]
+    assert [k.get("num_spks") for k in keys.values()] == ["4", "4", None]
+    assert [k.get("num_channels") for k in keys.values()] == [None, None, "4"]
+    assert all("mask_ratio" not in k for k in keys.values())
+
+
+def test_auxiliary_weights_given_by_the_user_stay_out_of_mixit(repository):
+    run(repository, "--lambda_diversity=0.3", "--lengths", "3")
+    for call in calls(repository):
+        # given twice, the last one counts
+        expected = "0.3" if "div_sp" in call["name"] else "0"
+        assert keys_of(call)["lambda_diversity"] == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    (
+        (["--d_model=8"], r"'d_model' for hparams/convtasnet.*--performer\.d_"),
+        (["--performer.num_channels=8"], r"'num_channels'.*performer_mixit"),
+        (["--perfomer.lr=8"], "unknown group 'perfomer'.*performer"),
+        (["--learning"], "unknown argument '--learning'.*--key=value"),
+        (["lr=1"], "unknown argument 'lr=1'"),
+        (["--segment_seconds=8"], "segment_seconds is set.*--lengths"),
+        (["--optimizer_step_limit=8"], "unknown key 'optimizer_step_limit'"),
+        (["--steps=1", "--early_stop_epochs=2"], "early_stop_epochs is set"),
+        (["--no-probe"], "--no-probe.*--dry-run"),
+        (["--dataset=demo", "--lengths", "31"], "31 s.*demo band.*30 s"),
+        (["--test_folder=/no/such"], "--test_folder: no folder /no/such"),
+        (["--data_folder=/no/such"], "--data_folder: no folder /no/such"),
+        (
+            ["--pretrained_encoder=/no/such"],
+            "--pretrained_encoder: no folder /no/such",
+        ),
+    ),
+)
+def test_bad_input_is_named_before_anything_runs(more, message, repository):
+    with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
+        run(repository, *more)
+    assert not (repository / "out").exists()
+
+
+def test_music_other_than_the_band_needs_a_folder(repository):
+    data = dict.fromkeys(("data_folder", "test_folder", "test_dataset"))
+    for dataset in ("stems", "mixtures"):
+        with pytest.raises(ValueError, match=f"--data_folder.*{dataset}"):
+            grid.Grid(
+                repository / "out",
+                repository / "recipes",
+                {**data, "dataset": dataset},
+            )
+
+
+def test_missing_yaml_is_named(repository):
+    (repository / "hparams" / "convtasnet_mixit.yaml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"hparams/convtasnet_mixit"):
+        run(repository)
+
+
+def test_datasets_and_models_are_those_of_the_package():
+    assert grid.DATASETS == DATASETS
+    assert tuple(grid.YAMLS) == grid_tables.MODELS
+    assert tuple(grid.LOSS_KEYS) == grid_tables.LOSSES
+    for name in ("performer_mixit.yaml", "convtasnet_mixit.yaml"):
+        values = grid.yaml_values(ROOT / "hparams" / name)
+        assert values["segment_seconds"] == "3.0"
+        assert values["batch_size"] == "4"
+
+
+# --- budget ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    (
+        ("--epochs=3", {"number_of_epochs": "3"}),
+        (
+            "--steps=20",
+            {
+                "number_of_epochs": "1000000",
+                "early_stop_epochs": "1000000",
+                "optimizer_step_limit": "20",
+            },
+        ),
+    ),
+)
+def test_budget_in_epochs_or_steps(more, expected, repository):
+    run(repository, more)
+    names = ("number_of_epochs", "early_stop_epochs", "optimizer_step_limit")
+    for call in calls(repository):
+        keys = keys_of(call)
+        assert {k: keys[k] for k in names if k in keys} == expected
+        assert not call["debug"]
+
+
+def test_minutes_become_steps_by_a_probe(repository):
+    # 0.25 s and 2 s a batch, 2 batches a step for ConvTasNet
+    run(
+        repository,
+        *("--minutes=1", "--lengths", "3", "--losses", "mixit"),
+        "--convtasnet.grad_accumulation_factor=2",
+    )
+    probes = [call for call in calls(repository) if call["debug"]]
+    runs = [call for call in calls(repository) if not call["debug"]]
+    assert len(probes) == len(runs) == 2
+    for call in probes:
+        assert "--debug_batches=4" in call["argv"]
+        assert "--debug_epochs=1" in call["argv"]
+    limits = [keys_of(call)["optimizer_step_limit"] for call in runs]
+    assert limits == ["240", "15"]
+    assert record(repository, "convtasnet/3s/mixit")["steps"] == 15
+    assert record(repository, "convtasnet/3s/mixit")["step_seconds"] == 2.0
+    assert list((repository / "out").glob("**/probe")) == []
+
+
+def test_minutes_are_at_least_one_step(repository):
+    behave(repository, step_seconds=1000.0)
+    run(repository, "--minutes=0.1", "--lengths", "3", "--losses", "mixit")
+    assert record(repository, "performer/3s/mixit")["steps"] == 1
+
+
+def test_resumed_cell_keeps_the_steps_of_its_probe(repository):
+    more = ("--minutes=1", "--lengths", "3", "--losses", "mixit")
+    run(repository, *more)
+    path = repository / "out/performer/3s/mixit/cell.json"
+    found = json.loads(path.read_text()) | {"status": "running"}
+    path.write_text(json.dumps(found))
+    behave(repository, step_seconds=50.0)
+    run(repository, *more)
+    (call,) = calls(repository)
+    assert call["name"] == "performer/3s/mixit" and not call["debug"]
+    assert keys_of(call)["optimizer_step_limit"] == "240"
+
+
+def test_probe_out_of_memory(repository):
+    behave(repository, **{"convtasnet/3s/mixit": "oom"})
+    more = ("--minutes=1", "--lengths", "3", "--losses", "mixit")
+    assert run(repository, *more) == 0
+    found = record(repository, "convtasnet/3s/mixit")
+    assert found["status"] == "oom" and "9 GiB" in found["reason"]
+
+
+# --- pre-training ------------------------------------------------------------
+
+
+def test_pretraining_comes_first_and_its_encoder_is_used(repository):
+    (repository / "songs").mkdir()
+    run(
+        repository,
+        *("--models", "convtasnet", "performer_mae", "performer"),
+        *("--lengths", "3", "--pretrain_steps=5", "--epochs=2"),
+        f"--test_folder={repository / 'songs'}",
+    )
+    first, *others = calls(repository)
+    out = repository / "out"
+    assert first["name"] == "pretrain"
+    assert pathlib.Path(first["argv"][0]).name == "audio_mae.yaml"
+    keys = keys_of(first)
+    assert keys["optimizer_step_limit"] == "5"
+    assert keys["output_folder"] == str(out / "pretrain")
+    assert "segment_seconds" not in keys
+    for call in others:
+        for key in ("data_folder", "dataset", "test_folder", "seed"):
+            assert keys_of(call)[key] == keys[key]
+        expected = None
+        if call["name"].startswith("performer_mae"):
+            expected = str(out / "pretrain" / "encoder")
+            assert pathlib.Path(expected).is_dir()
+            assert call["argv"][0].endswith("performer_mixit_mae.yaml")
+        assert keys_of(call).get("pretrained_encoder") == expected
+    assert "Pre-training: 5 optimizer steps" in (out / "tables.md").read_text()
+
+
+def test_given_encoder_takes_the_place_of_pretraining(repository):
+    (repository / "enc").mkdir()
+    run(
+        repository,
+        *("--models", "performer_mae", "--lengths", "3", "--losses", "mixit"),
+        f"--pretrained_encoder={repository / 'enc'}",
+    )
+    (call,) = calls(repository)
+    keys = keys_of(call)
+    assert keys["pretrained_encoder"] == str(repository / "enc")
+
+
+def test_failed_pretraining_stops_what_needs_it_only(repository):
+    behave(repository, pretrain="fail")
+    more = ("--models", "performer_mae", "performer")
+    assert run(repository, *more) == 1
+    assert not any("performer_mae" in name for name in names(repository))
+    assert record(repository, "performer/30s/mixit")["status"] == "done"
+    found = record(repository, "performer_mae/30s/mixit")
+    assert found["status"] == "failed"
+    assert "no encoder: pretrain is failed" in found["reason"]
+    behave(repository)
+    assert run(repository, *more) == 0
+    assert len(names(repository)) == 5
+
+
+def test_others_run_beside_the_pretraining(repository):
+    behave(repository, pretrain="slow")
+    run(
+        repository,
+        *("--models", "performer_mae", "performer", "--losses", "mixit"),
+        *("--lengths", "3", "--devices", "cpu", "cpu"),
+    )
+    ended = {call["name"]: call["time"] for call in calls(repository, "end")}
+    started = {call["name"]: call["time"] for call in calls(repository)}
+    assert started["performer/3s/mixit"] < ended["pretrain"]
+    assert started["performer_mae/3s/mixit"] > ended["pretrain"]
+
+
+def test_test_songs_that_the_encoder_heard_are_reported(repository):
+    behave(repository, **{"performer_mae/30s/mixit test": "train song"})
+    run(repository, "--models", "performer_mae", "--losses", "mixit")
+    heard = {
+        float(row["length"]): row["test_songs_pretrained_on"]
+        for row in read_csv(repository, "cells.csv")
+    }
+    assert heard == {3.0: "0", 30.0: "1"}
+    text = (repository / "out" / "tables.md").read_text()
+    assert "its pre-training heard: 1 at 30 s (mixit)" in text
+
+
+# --- the demo band -----------------------------------------------------------
+
+
+def test_all_cells_share_one_demo_band(repository, monkeypatch):
+    monkeypatch.setattr(grid_run, "DEMO_SONGS", 2)
+    monkeypatch.setattr(grid_run, "DEMO_SECONDS", 0.2)
+    path = repository / "recipes" / "reproduce.py"
+    path.write_text(path.read_text())
+    argv = ["--dataset=demo", "--lengths", "3", "--losses", "mixit"]
+    whole = grid.Grid(
+        repository / "out",
+        repository / "recipes",
+        dict.fromkeys(("data_folder", "test_folder", "test_dataset"))
+        | {"dataset": "demo"},
+        models=("performer", "convtasnet"),
+        lengths=(3.0,),
+        losses=("mixit",),
+    )
+    assert argv
+    assert grid_run.Runner(whole).run() == []
+    band = repository / "out" / "demo_band"
+    settings = json.loads((band / "band.json").read_text())
+    assert settings["seconds"] == 0.2 and settings["sample_rate"] == 8000
+    for call in calls(repository):
+        assert keys_of(call)["data_folder"] == str(band)
+        assert keys_of(call)["dataset"] == "stems"
+    assert "Data: demo" in (repository / "out" / "tables.md").read_text()
+
+
+# --- what goes wrong ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "lines", "status"),
+    (
+        (0, ["out of memory"], "done"),
+        (1, ["torch.OutOfMemoryError: CUDA out of memory."], "oom"),
+        (1, ["DefaultCPUAllocator: can't allocate memory: 9 bytes"], "oom"),
+        (1, ["OSError: [Errno 12] Cannot allocate memory"], "oom"),
+        (1, ["MemoryError", "", "in a line before the last"], "oom"),
+        (-6, ["terminate called", "what():  std::bad_alloc"], "oom"),
+        (1, ["DataLoader worker is killed by signal: Killed."], "oom"),
+        (-9, [], "oom"),
+        (137, ["epoch 3"], "oom"),
+        (1, ["ValueError: memory"], "failed"),
+        (-15, [], "failed"),
+        (-11, ["Segmentation fault"], "failed"),
+    ),
+)
+def test_what_a_process_died_of(code, lines, status):
+    found, reason = grid_processes.outcome(code, lines)
+    assert found == status
+    assert (reason is None) == (status == "done")
+
+
+@pytest.mark.parametrize("how", ("oom", "killed"))
+def test_out_of_memory_is_a_result(how, repository):
+    behave(repository, **{"convtasnet/30s/mixit": how})
+    assert run(repository) == 0
+    assert len(names(repository)) == 8
+    assert record(repository, "convtasnet/30s/mixit")["status"] == "oom"
+    for number in (1, 2, 3):
+        (row,) = [
+            row
+            for row in read_csv(repository, f"table{number}.csv")
+            if (row["length (s)"], row["loss"], row["model"])
+            == ("30", "mixit", "convtasnet")
+        ]
+        assert "OOM" in row.values(), number
+    (row,) = [
+        row
+        for row in read_csv(repository, "table5.csv")
+        if row["length (s)"] == "30"
+        and row["model"] == "convtasnet"
+        and row["measure"] == "si_snri"
+    ]
+    assert row["mixit"] == "OOM" and row["difference"] == ""
+    assert float(row["mixit_div_sp"]) == 3.0
+    # a rerun leaves it, unless asked for
+    behave(repository)
+    assert run(repository) == 0
+    assert names(repository) == []
+    assert run(repository, "--retry_oom", "--memory_gb=9") == 0
+    assert names(repository) == ["convtasnet/30s/mixit"]
+    assert record(repository, "convtasnet/30s/mixit")["status"] == "done"
+    assert record(repository, "convtasnet/30s/mixit")["memory_gb"] == 9
+    assert record(repository, "performer/30s/mixit")["memory_gb"] != 9
+
+
+def test_memory_limit_ends_the_cell_alone(repository):
+    behave(repository, **{"performer/3s/mixit": "allocate"})
+    more = ("--lengths", "3", "--losses", "mixit", "--memory_gb=0.5")
+    assert run(repository, *more) == 0
+    found = record(repository, "performer/3s/mixit")
+    assert found["status"] == "oom" and "MemoryError" in found["reason"]
+    assert record(repository, "convtasnet/3s/mixit")["status"] == "done"
+
+
+def test_default_memory_limit(monkeypatch):
+    monkeypatch.setattr(grid_processes, "available_memory", lambda: 20.0)
+    devices = ("cpu", "cpu", "cuda:0")
+    processes = grid_processes.Processes(devices)
+    assert processes.limit_gb("cpu") == pytest.approx(9.0)
+    assert processes.limit_gb("cuda:0") is None
+    assert grid_processes.Processes(devices, 3.0).limit_gb("cpu") == 3.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_available_memory_is_that_of_the_machine():
+    assert 0.05 < grid_processes.available_memory() < 100_000
+
+
+def test_failed_cell_is_reported_and_others_run(repository):
+    behave(repository, **{"performer/3s/mixit": "fail"})
+    process = start(repository)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "failed: performer/3s/mixit, see" in errors
+    assert "ValueError: this went wrong" in output
+    assert len(names(repository)) == 8
+    log = repository / "out" / "performer" / "3s" / "mixit" / "log.txt"
+    assert "ValueError: this went wrong" in log.read_text()
+    (row,) = [
+        row
+        for row in read_csv(repository, "cells.csv")
+        if row["status"] == "failed"
+    ]
+    assert row["model"] == "performer" and row["si_snri"] == ""
+    behave(repository)
+    assert run(repository) == 0
+    assert names(repository) == ["performer/3s/mixit"]
+
+
+def test_training_that_leaves_no_figures_has_failed(repository):
+    train = repository / "recipes" / "train.py"
+    train.write_text("print('nothing done')")
+    assert run(repository, "--lengths", "3", "--losses", "mixit") == 1
+    found = record(repository, "performer/3s/mixit")
+    assert found["status"] == "failed" and "metrics.json" in found["reason"]
+
+
+def test_error_exits_with_one_line(repository):
+    process = start(repository, "--nothing=1")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.startswith("ValueError: unknown key 'nothing'")
+    assert len(errors.splitlines()) == 1
+
+
+# --- going on ----------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
+def test_killed_grid_goes_on_at_the_cell_it_was_at(repository):
+    behave(repository, **{"performer/3s/mixit_div_sp": "hang"})
+    process = start(repository, "--lengths", "3")
+    wait_for(lambda: len(names(repository)) == 3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    # no orphan trains on in a folder that a new process will use
+    wait_for(lambda: not is_alive(calls(repository)[2]["pid"]))
+    assert record(repository, "performer/3s/mixit_div_sp")["status"] == (
+        "running"
+    )
+    command = record(repository, "performer/3s/mixit_div_sp")["command"]
+    behave(repository)
+    assert run(repository, "--lengths", "3") == 0
+    assert names(repository) == [
+        "performer/3s/mixit_div_sp",
+        "convtasnet/3s/mixit_div_sp",
+    ]
+    found = record(repository, "performer/3s/mixit_div_sp")
+    assert found["status"] == "done" and found["command"] == command
+    # what the first attempt left is there
+    assert (repository / "out/performer/3s/mixit_div_sp/run/marker").exists()
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_stopped_grid_ends_its_processes(number, repository):
+    hang = ("performer/3s/mixit", "convtasnet/3s/mixit")
+    behave(repository, **dict.fromkeys(hang, "hang"))
+    process = start(repository, "--devices", "cpu", "cpu")
+    wait_for(lambda: len(names(repository)) == 2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "stopped; the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert names(repository) == sorted(hang, reverse=True)
+    for call in calls(repository):
+        assert not is_alive(call["pid"])
+        assert record(repository, call["name"])["status"] == "running"
+    behave(repository)
+    assert run(repository) == 0
+    assert len(names(repository)) == 8
+
+
+def test_second_process_is_refused(repository):
+    behave(repository, **{"performer/3s/mixit": "hang"})
+    process = start(repository)
+    wait_for(lambda: names(repository))
+    try:
+        with pytest.raises(ValueError, match="another process runs the grid"):
+            run(repository)
+        assert len(names(repository)) == 1
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    (
+        (["--seed=2"], "seed: expected 1234, got 2"),
+        (["--epochs=7"], r"budget: expected \['epochs', 100\].*'epochs', 7"),
+        (["--lr=7"], r"overrides: expected {}, got {'lr': '7'}"),
+        (["--performer.lr=7"], r"overrides of performer: expected {}"),
+        (["--memory_gb=7"], "memory_gb: expected None, got 7"),
+        (["--dataset=stems"], "dataset: expected mixtures, got stems"),
+    ),
+)
+def test_other_configuration_is_refused(more, message, repository):
+    run(repository, "--lengths", "3")
+    before = snapshot(repository / "out")
+    behave(repository)
+    with pytest.raises(ValueError, match=message):
+        run(repository, *more)
+    assert names(repository) == []
+    assert snapshot(repository / "out") == before
+
+
+def test_changed_yaml_is_refused(repository):
+    run(repository, "--lengths", "3")
+    path = repository / "hparams" / "convtasnet_mixit.yaml"
+    path.write_text(path.read_text() + "more: 1\n")
+    with pytest.raises(ValueError, match=r"hparams/convtasnet_mixit\.yaml"):
+        run(repository, "--lengths", "3")
+    # of no concern to the other model
+    assert run(repository, "--models", "performer", "--lengths", "3") == 0
+
+
+def test_grid_grows(repository):
+    run(repository, "--models", "performer", "--lengths", "3")
+    behave(repository)
+    # another model may bring its own overrides
+    assert run(repository, "--lengths", "3", "--convtasnet.lr=3") == 0
+    assert names(repository) == [
+        "convtasnet/3s/mixit",
+        "convtasnet/3s/mixit_div_sp",
+    ]
+    behave(repository)
+    run(repository, "--models", "performer", "--lengths", "5", "3")
+    assert len(names(repository)) == 2
+    # the tables show what earlier calls ran
+    assert len(read_csv(repository, "cells.csv")) == 6
+    with pytest.raises(ValueError, match="overrides of convtasnet"):
+        run(repository, "--lengths", "3")
+
+
+def test_folder_with_other_things_is_left_alone(repository):
+    (repository / "out").mkdir()
+    (repository / "out" / "thesis.tex").write_text("all my work")
+    with pytest.raises(ValueError, match=r"--output_folder.*thesis\.tex"):
+        run(repository)
+    assert list(snapshot(repository / "out")) == ["thesis.tex"]
+
+
+# --- devices -----------------------------------------------------------------
+
+
+def test_two_devices_run_two_cells_at_once(repository):
+    behave(repository, all="slow")
+    more = ("--lengths", "3", "--losses", "mixit", "--devices")
+    assert run(repository, *more, "cpu", "cpu") == 0
+    started = [call["time"] for call in calls(repository)]
+    ended = [call["time"] for call in calls(repository, "end")]
+    assert len(ended) == 2 and max(started) < min(ended)
+    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    assert [call["threads"] for call in calls(repository)] == [threads] * 2
+
+
+def test_one_device_runs_one_cell_at_a_time(repository, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    behave(repository, all="slow")
+    run(repository, "--lengths", "3", "--losses", "mixit")
+    assert calls(repository)[1]["time"] > calls(repository, "end")[0]["time"]
+    assert calls(repository)[0]["threads"] is None
+
+
+def test_every_cell_has_its_device(repository):
+    behave(repository, all="slow")
+    run(repository, "--lengths", "3", "--devices", "cuda:0", "cuda:1")
+    devices = [keys_of(call)["device"] for call in calls(repository)]
+    assert set(devices) == {"cuda:0", "cuda:1"}
+    assert record(repository, names(repository)[0])["memory_gb"] is None
+
+
+# --- dry run -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    (
+        # 0.25 s and 2 s a batch, 7 batches an epoch
+        ("--epochs=4", [("4 epochs", "0.12"), ("4 epochs", "0.93")]),
+        ("--steps=60", [("60 steps", "0.25"), ("60 steps", "2.00")]),
+        ("--minutes=1", [("240 steps", "1.00"), ("30 steps", "1.00")]),
+    ),
+)
+def test_dry_run_estimates_and_leaves_nothing(
+    budget, expected, repository, capsys
+):
+    assert run(repository, "--dry-run", budget, "--losses", "mixit") == 0
+    text = capsys.readouterr().out
+    assert not (repository / "out").exists()
+    assert all(call["debug"] for call in calls(repository))
+    assert len(calls(repository)) == 4
+    folder = keys_of(calls(repository)[0])["output_folder"]
+    assert not pathlib.Path(folder).exists()
+    for model, (words, minutes) in zip(("performer", "convtasnet"), expected):
+        row = re.search(rf"\| {model}/3s/mixit \|(.*)\|", text)[1]
+        cells = [cell.strip() for cell in row.split("|")]
+        assert (cells[0], cells[2]) == (words, minutes)
+        assert cells[3] == "1234" or cells[3] == "1235"
+    total = sum(float(minutes) for _, minutes in expected) * 2
+    row = re.search(r"\| 4 trainings \|(.*)\|", text)[1]
+    assert float(row.split("|")[2]) == pytest.approx(total, abs=0.03)
+    assert "--segment_seconds=30" in text
+
+
+def test_dry_run_shows_out_of_memory_and_failures(repository, capsys):
+    behave(
+        repository,
+        **{"performer/3s/mixit": "oom", "convtasnet/3s/mixit": "fail"},
+    )
+    train = repository / "recipes" / "train.py"
+    # the probe's folder does not end in run
+    train.write_text(train.read_text().replace("[-4:-1]", "[-3:]"))
+    more = ("--dry-run", "--losses", "mixit")
+    assert run(repository, *more) == 1
+    text = capsys.readouterr().out
+    assert re.search(r"\| performer/3s/mixit \| 100 epochs \| OOM", text)
+    assert re.search(r"\| convtasnet/3s/mixit \| 100 epochs \| failed", text)
+    assert "failed: ValueError: this went wrong" in text
+
+
+def test_dry_run_without_probe_runs_nothing(repository, capsys):
+    assert run(repository, "--dry-run", "--no-probe", "--minutes=3") == 0
+    text = capsys.readouterr().out
+    assert calls(repository) == [] and not (repository / "out").exists()
+    assert text.count("recipes/train.py") == 8
+    assert "| performer/30s/mixit | 3 minutes |" in text
+
+
+def test_dry_run_tells_of_another_configuration(repository):
+    run(repository, "--lengths", "3")
+    before = snapshot(repository / "out")
+    with pytest.raises(ValueError, match="seed: expected 1234, got 2"):
+        run(repository, "--dry-run", "--seed=2")
+    assert snapshot(repository / "out") == before
+
+
+def test_dry_run_tries_performers_with_an_encoder_of_its_own(repository):
+    more = ("--models", "performer_mae", "--lengths", "3", "--dry-run")
+    assert run(repository, *more) == 0
+    first, *others = calls(repository)
+    folder = pathlib.Path(keys_of(first)["output_folder"])
+    for call in others:
+        encoder = pathlib.Path(keys_of(call)["pretrained_encoder"])
+        assert encoder == folder / "debug" / "encoder"
+
+
+# --- tables and figures ------------------------------------------------------
+
+
+def rows_of(text, title):
+    """Rows of a table in tables.md, as lists of cells."""
+    part = text.split(f"## {title}")[1].split("\n## ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines
+    ]
+
+
+@pytest.fixture
+def finished(repository):
+    """A grid of all models with a cell out of memory."""
+    behave(repository, **{"convtasnet/30s/mixit_div_sp": "oom"})
+    models = ("performer_mae", "performer", "convtasnet")
+    assert run(repository, "--models", *models, "--performer.lr=2") == 0
+    return repository
+
+
+def test_tables_have_the_papers_values_and_ours(finished):
+    text = (finished / "out" / "tables.md").read_text()
+    rows = rows_of(text, "Table 1")
+    by_key = {tuple(row[:3]): row[3:] for row in rows}
+    assert "mixture SI-SNR (dB)" in rows[0]
+    # ours, the paper's, si_snri, grouped, sdr (null), items
+    assert by_key["3.00", "mixit_div_sp", "performer_mae"] == [
+        *("3.50", "1.66", "0.30", "5.00", "-", "12")
+    ]
+    assert by_key["30.00", "mixit_div_sp", "performer_mae"][:2] == [
+        *("30.50", "3.52")
+    ]
+    assert by_key["3.00", "mixit", "performer"][:2] == ["3.75", "-"]
+    assert by_key["3.00", "mixit", "convtasnet"][:2] == ["7.25", "-9.11"]
+    assert by_key["30.00", "mixit_div_sp", "convtasnet"][:2] == ["OOM", "OOM"]
+    # lengths that were not run show what the paper has
+    assert by_key["5.00", "mixit_div_sp", "performer_mae"][:2] == [
+        *("not run", "2.00")
+    ]
+    assert by_key["10.00", "mixit_div_sp", "convtasnet"][:2] == [
+        *("not run", "-9.73")
+    ]
+    assert "the paper's value is not at hand" in text
+
+    by_key = {tuple(row[:3]): row[3:] for row in rows_of(text, "Table 2")}
+    row = by_key["3.00", "mixit_div_sp", "performer_mae"]
+    assert row == ["1.50", "0.25", "100.00", "0.12", "0.74 to 0.83"]
+    # no ratio to what ran out of memory
+    assert by_key["30.00", "mixit_div_sp", "performer"][3] == "-"
+
+    by_key = {tuple(row[:3]): row[3:] for row in rows_of(text, "Table 3")}
+    assert by_key["3.00", "mixit", "performer"][0] in ("1234", "1235")
+    assert by_key["30.00", "mixit_div_sp", "convtasnet"][::2] == ["OOM", "OOM"]
+
+    by_key = {tuple(row[:2]): row[2:] for row in rows_of(text, "Table 4")}
+    assert by_key["3.00", "mixit_div_sp"] == [
+        *("3.50", "3.50", "0.00", "0.30", "0.30", "0.00"),
+        *("1.66", "2.60", "-0.94"),
+    ]
+    assert by_key["30.00", "mixit_div_sp"][-3:] == ["3.52", "-", "-"]
+
+    by_key = {tuple(row[:3]): row[3:] for row in rows_of(text, "Table 5")}
+    row = by_key["3.00", "performer", "mixture_si_snr"]
+    assert row == ["3.75", "3.50", "-0.25", "-"]
+    assert by_key["3.00", "performer_mae", "mixture_si_snr"][3] == "below 0"
+    row = by_key["30.00", "convtasnet", "effective_mask_count"]
+    assert row == ["5.75", "OOM", "-", "-"]
+
+
+def test_tables_say_how_they_came_about(finished):
+    text = (finished / "out" / "tables.md").read_text()
+    head = text.split("## Table 1")[0]
+    for words in (
+        "Budget of a cell: 100 epochs",
+        "Data: mixtures in music",
+        "Seed: 1234",
+        "Device: cpu",
+        "Overrides of performer: `--lr=2`",
+        "Test items: 3 s: 12, 30 s: 12",
+        "11 done",
+        "1 OOM",
+        "Written: 2",
+    ):
+        assert words in head, words
+
+
+def test_no_path_of_the_machine_is_in_the_results(repository):
+    run(
+        repository,
+        f"--performer.pretrained_encoder={repository / 'enc'}",
+        f"--test_folder={repository / 'music'}",
+    )
+    paths = [repository / "out" / "tables.md"]
+    paths += (repository / "out").glob("*.csv")
+    assert len(paths) == 7
+    for path in paths:
+        text = path.read_text()
+        assert str(repository) not in text and "/tmp/" not in text
+    assert "--pretrained_encoder=enc" in paths[0].read_text()
+
+
+def test_csvs_have_the_figures(finished):
+    cells = read_csv(finished, "cells.csv")
+    assert len(cells) == 12
+    assert list(cells[0]) == list(grid_tables.CELL_COLUMNS)
+    for row in cells:
+        if row["status"] == "oom":
+            assert row["mixture_si_snr"] == row["peak_memory_mb"] == ""
+            continue
+        model = 4.0 if row["model"] == "convtasnet" else 0.5
+        assert float(row["step_seconds"]) == 0.5 * model
+        assert float(row["epoch_seconds"]) == 3.0 * model
+        assert float(row["peak_memory_mb"]) == 1234.5
+        assert float(row["total_seconds"]) == 100.0
+        assert int(row["steps"]) == 14 and int(row["epochs"]) == 2
+        assert row["sdr"] == ""
+    for number in range(1, 6):
+        rows = read_csv(finished, f"table{number}.csv")
+        assert len(rows) > 3 and None not in rows[0]
+        assert {float(row["length (s)"]) for row in rows} == {3, 5, 10, 30}
+
+
+def test_epoch_seconds_of_a_budget_in_steps(repository):
+    run(repository, "--steps=3", "--lengths", "3", "--losses", "mixit")
+    seconds = {
+        row["model"]: (float(row["epoch_seconds"]), int(row["steps"]))
+        for row in read_csv(repository, "cells.csv")
+    }
+    # 7 batches of 0.25 s and 2 s: whole epochs, of which 3 steps are a part
+    assert seconds == {"performer": (1.75, 3), "convtasnet": (14.0, 3)}
+    text = (repository / "out" / "tables.md").read_text()
+    assert "median time of a batch, times the batches of an epoch" in text
+    assert "Budget of a cell: 3 optimizer steps" in text
+
+
+def test_tables_are_there_after_the_first_cell(repository):
+    behave(repository, **{"convtasnet/3s/mixit": "hang"})
+    process = start(repository)
+    try:
+        wait_for(lambda: len(names(repository)) == 2)
+        assert [row["status"] for row in read_csv(repository, "cells.csv")] == [
+            "done"
+        ]
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+def test_figures_show_the_cells(finished):
+    paths = sorted((finished / "out" / "figures").glob("*.png"))
+    assert [path.stem for path in paths] == [
+        *("epoch_seconds", "masks", "peak_memory", "si_snr")
+    ]
+    for path in paths:
+        image = imread(path)
+        assert min(image.shape[:2]) > 400
+        # more than axes on white
+        colours = np.unique(
+            (image[..., :3] * 7).astype(int).reshape(-1, 3), axis=0
+        )
+        assert len(colours) > 10, path.name
+
+
+def test_figure_has_all_lines_and_marks_out_of_memory(finished):
+    cells = grid_tables.load_cells(finished / "out")
+    axis = Figure().subplots()
+    grid_report.draw(axis, cells, "mixture_si_snr")
+    _, labels = axis.get_legend_handles_labels()
+    assert len(labels) == 6 + 2
+    assert "paper: performer_mae" in labels
+    (line,) = [
+        line
+        for line in axis.lines
+        if line.get_label() == "performer, mixit_div_sp"
+    ]
+    assert line.get_xydata().tolist() == [[3.0, 3.5], [30.0, 30.5]]
+    assert [text.get_text() for text in axis.texts] == ["OOM convtasnet"]
+    assert "(s)" in axis.get_xlabel()
+
+
+# --- the parent --------------------------------------------------------------
+
+
+def test_parent_loads_no_torch(repository):
+    code = f"""
+import runpy, sys
+sys.argv = ["reproduce.py", *{arguments(repository, "--dry-run")!r}]
+try:
+    runpy.run_path({str(repository / "recipes" / "reproduce.py")!r},
+                   run_name="__main__")
+except SystemExit as error:
+    assert not error.code, error.code
+heavy = {{"torch", "speechbrain", "matplotlib", "numpy"}}
+print("loaded", *sorted(heavy & sys.modules.keys()))
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "loaded", result.stderr
+    assert len(calls(repository)) == 8
+
+
+# --- the real recipe ---------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_real_training(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(7):
+        folder = tmp_path / "music" / f"song {number}"
+        folder.mkdir(parents=True)
+        for name in ("one", "two"):
+            sig = 0.1 * rng.standard_normal(9600)
+            soundfile.write(folder / f"{name}.wav", sig, 8000)
+    keys = {
+        "sample_rate": 8000,
+        "num_workers": 0,
+        "batch_size": 2,
+        "num_spks": 3,
+        "n_fft": 128,
+        "hop_length": 32,
+        "num_layers": 1,
+        "d_model": 16,
+        "nhead": 2,
+        "n_features": 16,
+    }
+    command = [
+        *(sys.executable, str(ROOT / "recipes" / "reproduce.py")),
+        *("--models", "performer", "--lengths", "0.3", "--losses", "mixit"),
+        *(f"--data_folder={tmp_path / 'music'}", "--dataset=stems"),
+        *("--minutes=0.002", f"--output_folder={tmp_path / 'out'}"),
+        *(f"--{key}={value}" for key, value in keys.items()),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    dry = subprocess.run(
+        [*command, "--dry-run"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert dry.returncode == 0, dry.stdout + dry.stderr
+    assert not (tmp_path / "out").exists()
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    cell = tmp_path / "out" / "performer" / "0.3s" / "mixit"
+    found = json.loads((cell / "cell.json").read_text())
+    metrics = json.loads((cell / "run" / "metrics.json").read_text())
+    assert found["status"] == "done"
+    assert metrics["history"][-1]["step"] == found["steps"] >= 1
+    with open(tmp_path / "out" / "cells.csv", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    for name in ("mixture_si_snr", "si_snri", "sdr", "effective_mask_count"):
+        assert float(row[name]) == pytest.approx(metrics[name], rel=1e-6)
+    assert float(row["epoch_seconds"]) == pytest.approx(
+        metrics["step_seconds"] * metrics["batches"], rel=1e-6
+    )

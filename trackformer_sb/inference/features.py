@@ -1,0 +1,257 @@
+"""Pre-trained encoders as feature extractors for other recipes."""
+
+from speechbrain.inference.interfaces import Pretrained
+from speechbrain.utils.fetching import LocalStrategy
+
+import trackformer_sb
+from trackformer_sb.inference.export import (
+    card_sections,
+    read_model,
+    write_model,
+)
+from trackformer_sb.inference.hub import fetched_file, load_strictly
+
+NODES = {"stft": "Encoder", "encoder": "Features"}
+
+# What a masknet must have in common with the encoder that initialises it.
+SETTINGS = (
+    "sample_rate",
+    "n_fft",
+    "hop_length",
+    "spec_norm",
+    "d_model",
+    "nhead",
+    "num_layers",
+    "d_ffn",
+    "n_features",
+)
+
+HEADER = """\
+# {title}
+# Written by trackformer_sb {version}. As the start of a separator:
+#   python recipes/train.py hparams/performer_mixit_mae.yaml \\
+#       --pretrained_encoder=<this folder>
+# As features for other recipes:
+#   from trackformer_sb.inference.features import PerformerFeatures
+#   features = PerformerFeatures.from_hparams(source="<this folder>")
+"""
+
+CARD = """\
+---
+library_name: speechbrain
+pipeline_tag: feature-extraction
+license: apache-2.0
+tags:
+- speechbrain
+- audio
+- music
+- masked-autoencoder
+- self-supervised
+---
+
+# {title}
+
+A Performer pre-trained as a masked autoencoder on unlabelled music. It turns
+waveforms at {sample_rate} Hz into {d_model} features per frame of {hop_length}
+samples.
+
+## How to use
+
+```python
+from trackformer_sb.inference.features import PerformerFeatures
+
+features = PerformerFeatures.from_hparams(source="path/to/this/folder")
+x = features.encode_batch(wavs)  # [batch, time] -> [batch, frames, d_model]
+```
+
+To start a separator from it:
+
+```shell
+python recipes/train.py hparams/performer_mixit_mae.yaml \\
+    --pretrained_encoder=path/to/this/folder
+```
+{sections}"""
+
+
+class PerformerFeatures(Pretrained):
+    """A pre-trained encoder: waveforms to [batch, frames, d_model] features.
+
+    Its weights are frozen unless ``freeze_params=False`` is given; it can be a
+    module of another recipe.
+
+    Arguments
+    ---------
+    modules : dict
+        ``stft``, an encoder of waveforms, and ``encoder``, a
+        ``SpectrogramEncoder``.
+    hparams : dict
+        ``sample_rate`` in Hz.
+    **kwargs : dict
+        ``run_opts`` and ``freeze_params`` of ``Pretrained``.
+
+    Example
+    -------
+    >>> import torch
+    >>> from trackformer_sb.nnet.features import SpectrogramEncoder
+    >>> from trackformer_sb.nnet.stft import STFTEncoder
+    >>> features = PerformerFeatures(
+    ...     modules={
+    ...         "stft": STFTEncoder(n_fft=128, hop_length=32),
+    ...         "encoder": SpectrogramEncoder(65, d_model=32, num_layers=1),
+    ...     },
+    ...     hparams={"sample_rate": 44100},
+    ...     run_opts={"device": "cpu"},
+    ... )
+    >>> features.encode_batch(torch.randn(2, 320)).shape
+    torch.Size([2, 10, 32])
+    """
+
+    MODULES_NEEDED = ("stft", "encoder")
+    HPARAMS_NEEDED = ("sample_rate",)
+
+    @classmethod
+    def from_hparams(
+        cls,
+        source,
+        hparams_file="hyperparams.yaml",
+        savedir=None,
+        overrides=None,
+        overrides_must_match=True,
+        local_strategy=LocalStrategy.COPY,
+        fetch_config=None,
+        **kwargs,
+    ):
+        """Loads an encoder from a folder or the hub, with strict weights.
+
+        Arguments
+        ---------
+        source, hparams_file, savedir, overrides, overrides_must_match
+            As of ``PerformerSeparation.from_hparams``.
+        local_strategy, fetch_config
+            How files come from the hub.
+        **kwargs : dict
+            ``run_opts={"device": ...}`` and ``freeze_params``.
+
+        Returns
+        -------
+        PerformerFeatures
+            The encoder, in evaluation mode.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the folder, its yaml or its weights do not exist.
+        ValueError
+            If the weights are damaged or do not fit the modules exactly.
+        """
+        hparams = load_strictly(
+            source,
+            hparams_file,
+            savedir,
+            overrides,
+            overrides_must_match,
+            local_strategy,
+            fetch_config,
+            what="encoder",
+        )
+        return cls(modules=hparams["modules"], hparams=hparams, **kwargs)
+
+    def encode_batch(self, wavs):
+        """Features of a batch of waveforms at the rate of the model.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            [batch, time].
+
+        Returns
+        -------
+        torch.Tensor
+            [batch, frames, d_model], a frame every ``hop_length`` samples.
+
+        Raises
+        ------
+        ValueError
+            For an input of another shape.
+        """
+        if wavs.dim() != 2:
+            raise ValueError(
+                f"expected waveforms [batch, time], got {list(wavs.shape)}"
+            )
+        return self.mods.encoder(self.mods.stft(wavs.to(self.device)))
+
+    def forward(self, wavs):
+        """Features of a batch, see ``encode_batch``."""
+        return self.encode_batch(wavs)
+
+
+def export_encoder(hparams_file, modules, folder, metadata=None):
+    """Writes the folder of a pre-trained encoder.
+
+    It loads in ``PerformerFeatures`` and initialises masknets, see
+    ``trackformer_sb.nnet.transfer``. On the main process only.
+
+    Arguments
+    ---------
+    hparams_file : str or Path
+        The yaml of the pre-training with its references resolved, with
+        ``Encoder`` and ``Features`` as ``!new:`` nodes and all ``SETTINGS``.
+    modules : dict
+        The trained ``stft`` and ``encoder``.
+    folder : str or Path
+        Where to write. An encoder that is there is replaced.
+    metadata : dict, optional
+        Sections of the model card: title -> text, or a dict as a table.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    ValueError
+        If keys or modules are missing, or the yaml does not build modules
+        that fit the trained ones.
+    FileExistsError
+        If the folder holds other files than those of an encoder.
+    """
+    hparams = read_model(hparams_file, modules, SETTINGS, NODES)
+    settings = {key: hparams[key] for key in SETTINGS}
+    title = (
+        f"Performer encoder of music: {settings['num_layers']} layers at "
+        f"{settings['sample_rate']} Hz"
+    )
+    sections = card_sections(metadata or {})
+    return write_model(
+        folder,
+        hparams,
+        modules,
+        NODES,
+        settings,
+        HEADER.format(title=title, version=trackformer_sb.__version__),
+        CARD.format(title=title, sections=sections, **settings),
+        "encoder",
+    )
+
+
+def encoder_folder(source):
+    """The local folder of an encoder that is in a folder or on the hub.
+
+    Arguments
+    ---------
+    source : str or Path
+        Folder, or id on the hub.
+
+    Returns
+    -------
+    Path
+        Folder with its yaml and its weights.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such encoder.
+    """
+    fetched_file(source, "encoder.ckpt", "encoder")
+    return fetched_file(source, "hyperparams.yaml", "encoder").parent

@@ -1,0 +1,178 @@
+"""Files of pre-trained models: in a local folder, or on the hub."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.fetching import (
+    FetchConfig,
+    FetchFrom,
+    LocalStrategy,
+    fetch,
+    guess_source,
+)
+
+from trackformer_sb.inference.weights import load_weights
+
+# A hub id is owner/name. Anything else that is no folder is a mistyped one.
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def fetched_file(
+    source,
+    filename,
+    what="separator",
+    savedir=None,
+    local_strategy=LocalStrategy.COPY,
+    fetch_config=None,
+):
+    """The local path of one file of a model.
+
+    Arguments
+    ---------
+    source : str or Path or FetchSource
+        Folder, or id on the hub.
+    filename : str
+        Name of the file in it.
+    what : str
+        What the folder holds, for messages.
+    savedir, local_strategy, fetch_config
+        Where to put what comes from the hub, see ``fetch`` of SpeechBrain.
+
+    Returns
+    -------
+    Path
+        The file; a local one stays where it is.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder, model or file.
+    """
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    fetch_from, place = guess_source(source)
+    if fetch_from == FetchFrom.LOCAL:
+        path = Path(place) / filename
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} not found: expected {_a(what)} folder with "
+                f"{filename} beside its other files, as training writes it"
+            )
+        return path
+    if fetch_from == FetchFrom.HUGGING_FACE and (
+        not HUB_ID.fullmatch(place) or Path(place).parent.is_dir()
+    ):
+        raise FileNotFoundError(
+            f"{place} not found: expected {_a(what)} folder with "
+            f"{filename}, or the owner/name of a model on the hub"
+        )
+    try:
+        return Path(
+            fetch(
+                filename,
+                source,
+                savedir=savedir,
+                local_strategy=local_strategy,
+                fetch_config=fetch_config or FetchConfig(),
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{place} is no folder, and as a model on the hub it could not be "
+            f"fetched: {error}"
+        ) from error
+
+
+def _a(what):
+    return f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
+
+
+def is_local(source):
+    """Whether a source is a folder of this machine."""
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    return guess_source(source)[0] == FetchFrom.LOCAL
+
+
+def _check_covered(pretrainer, modules, path):
+    """Refuses a yaml that leaves a module with the weights it was born with."""
+    loaded = [id(module) for module in pretrainer.loadables.values()]
+    untrained = [
+        name
+        for name, module in modules.items()
+        if module.state_dict() and id(module) not in loaded
+    ]
+    if untrained:
+        raise ValueError(
+            f"{path}: the pretrainer loads no weights for "
+            f"{', '.join(untrained)}"
+        )
+
+
+def load_strictly(
+    source,
+    hparams_file="hyperparams.yaml",
+    savedir=None,
+    overrides=None,
+    overrides_must_match=True,
+    local_strategy=LocalStrategy.COPY,
+    fetch_config=None,
+    what="separator",
+):
+    """Loads a yaml and all its weights, strictly.
+
+    SpeechBrain's ``pretrained_from_hparams`` only warns of wrong or missing
+    keys and then runs on random weights.
+
+    Arguments
+    ---------
+    source, hparams_file, savedir, overrides, overrides_must_match
+        As of ``Pretrained.from_hparams``; a local folder is read where it is.
+    local_strategy, fetch_config
+        How files come from the hub.
+    what : str
+        What the folder holds, for messages.
+
+    Returns
+    -------
+    dict
+        The loaded yaml, its ``modules`` with their weights.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder, its yaml or its weights do not exist.
+    ValueError
+        If the weights are damaged or do not fit the modules exactly.
+    """
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    collect_in = None if is_local(source) else savedir
+    how = {
+        "local_strategy": local_strategy,
+        "fetch_config": fetch_config or FetchConfig(),
+    }
+    path = fetched_file(source, hparams_file, what, collect_in, **how)
+    with open(path, encoding="utf-8") as file:
+        hparams = load_hyperpyyaml(file, overrides, overrides_must_match)
+    for key in ("modules", "pretrainer"):
+        if key not in hparams:
+            raise ValueError(f"{path}: expected the key {key}")
+    hparams["savedir"] = savedir
+    pretrainer = hparams["pretrainer"]
+    pretrainer.add_custom_hooks(
+        {
+            name: load_weights
+            for name, loadable in pretrainer.loadables.items()
+            if isinstance(loadable, torch.nn.Module)
+            and name not in pretrainer.custom_hooks
+        }
+    )
+    _check_covered(pretrainer, hparams["modules"], path)
+    pretrainer.set_collect_in(collect_in)
+    pretrainer.collect_files(default_source=source, **how)
+    pretrainer.load_collected()
+    return hparams

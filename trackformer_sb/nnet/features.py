@@ -1,0 +1,208 @@
+"""What the networks see of a mixture, and the encoder they share.
+
+``SpectrogramEncoder`` is the part of a masknet that pre-training provides:
+masked autoencoders and masknets are made of the same class, so that every
+weight carries over.
+"""
+
+import torch
+from torch import nn
+
+from trackformer_sb.nnet.performer import PerformerEncoder
+
+SPEC_NORMS = ("zscore", "minmax", "band_zscore", "none")
+
+# Bins this far below the mean magnitude of an item (-60 dB) count as silent.
+# Without a floor the empty top of a lossy file rules the statistics.
+LOG_FLOOR = 1e-3
+
+# Keeps the logarithm of silence, and its gradient, finite.
+SILENT_MAGNITUDE = 1e-10
+
+
+def log_magnitude(spectrum, key_padding_mask=None):
+    """Log-magnitude with a floor relative to the item's mean magnitude.
+
+    ``log(|X| + 1e-3 mean|X|)``: a gain on the input becomes an offset, which
+    the normalisation that follows takes out.
+
+    Arguments
+    ---------
+    spectrum : torch.Tensor
+        Complex, [batch, freq, frames].
+    key_padding_mask : torch.Tensor, optional
+        Boolean, [batch, frames]; frames that do not count.
+
+    Returns
+    -------
+    torch.Tensor
+        Real, [batch, freq, frames]; finite on silence.
+    """
+    magnitude = spectrum.abs()
+    if key_padding_mask is None:
+        mean = magnitude.mean((-2, -1), keepdim=True)
+    else:
+        padding = key_padding_mask.unsqueeze(1)
+        count = (~padding).sum((-2, -1), True) * magnitude.shape[1]
+        mean = magnitude.masked_fill(padding, 0.0).sum((-2, -1), True) / count
+    return (magnitude + LOG_FLOOR * mean + SILENT_MAGNITUDE).log()
+
+
+def normalise_spectrogram(x, spec_norm, key_padding_mask=None):
+    """Normalises each item by itself, over its channels and frames.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        [batch, channels, frames].
+    spec_norm : str
+        "zscore": zero mean, unit variance; "minmax": to [0, 1]; "none";
+        "band_zscore": zero mean and unit variance of each channel over time,
+        which takes out the colour of a recording and leaves what changes.
+    key_padding_mask : torch.Tensor, optional
+        Boolean, [batch, frames]; frames that do not count.
+
+    Returns
+    -------
+    torch.Tensor
+        [batch, channels, frames]; a constant item becomes zero.
+
+    Example
+    -------
+    >>> normalise_spectrogram(torch.tensor([[[1.0, 3.0]]]), "zscore")
+    tensor([[[-1.,  1.]]])
+    """
+    if spec_norm == "none":
+        return x
+    dims = -1 if spec_norm == "band_zscore" else (-2, -1)
+    if key_padding_mask is None:
+        low, high = x.amin(dims, True), x.amax(dims, True)
+        mean = x.mean(dims, True)
+        variance = (x - mean).square().mean(dims, True)
+    else:
+        padding = key_padding_mask.unsqueeze(1)
+        low = x.masked_fill(padding, torch.inf).amin(dims, True)
+        high = x.masked_fill(padding, -torch.inf).amax(dims, True)
+        count = (~padding).expand_as(x).sum(dims, True)
+        mean = x.masked_fill(padding, 0.0).sum(dims, True) / count
+        variance = (x - mean).masked_fill(padding, 0.0).square()
+        variance = variance.sum(dims, True) / count
+    if spec_norm == "minmax":
+        return (x - low) / (high - low).clamp(min=1e-5)
+    # clamped before the root, whose slope at zero is infinite; a steady band
+    # is left steady rather than blown up to noise
+    least = 1e-2 if spec_norm == "band_zscore" else 1e-10
+    return (x - mean) / variance.clamp(min=least).sqrt()
+
+
+class SpectrogramEncoder(nn.Module):
+    """Embeds the frames of an encoded mixture and encodes them.
+
+    From a complex STFT it sees the normalised log-magnitude.
+
+    Arguments
+    ---------
+    in_channels : int
+        Channels of the encoded mixture: ``n_fft // 2 + 1`` for an STFT.
+    d_model, nhead, num_layers, d_ffn, n_features, dropout, attention, causal
+        Sizes of the Performer, see ``PerformerEncoder``.
+    spec_norm : str
+        How the spectrogram is normalised per item: "zscore", "minmax",
+        "band_zscore" or "none", see ``normalise_spectrogram``.
+
+    Raises
+    ------
+    ValueError
+        For an unknown option, or an input with another number of channels.
+
+    Example
+    -------
+    >>> model = SpectrogramEncoder(65, d_model=32, nhead=2, num_layers=1)
+    >>> model(torch.randn(2, 65, 50, dtype=torch.complex64)).shape
+    torch.Size([2, 50, 32])
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        d_model=256,
+        nhead=4,
+        num_layers=12,
+        d_ffn=None,
+        n_features=256,
+        dropout=0.1,
+        attention="favor",
+        causal=False,
+        spec_norm="zscore",
+    ):
+        super().__init__()
+        if spec_norm not in SPEC_NORMS:
+            raise ValueError(
+                f"spec_norm must be one of {', '.join(SPEC_NORMS)}, got "
+                f"{spec_norm!r}"
+            )
+        self.in_channels = in_channels
+        self.spec_norm = spec_norm
+        self.embedding = nn.Linear(in_channels, d_model)
+        self.encoder = PerformerEncoder(
+            d_model,
+            nhead,
+            num_layers,
+            d_ffn,
+            n_features,
+            dropout,
+            attention,
+            causal,
+        )
+
+    def redraw_projections(self, generator=None):
+        """Draws new random features, see ``PerformerEncoder``."""
+        self.encoder.redraw_projections(generator)
+
+    def spectrogram(self, mix_w, key_padding_mask=None):
+        """What the network sees of an encoded mixture.
+
+        Arguments
+        ---------
+        mix_w : torch.Tensor
+            Real or complex, [batch, channels, frames].
+        key_padding_mask : torch.Tensor, optional
+            Boolean, [batch, frames], True for padding.
+
+        Returns
+        -------
+        torch.Tensor
+            Real, [batch, frames, channels], normalised.
+        """
+        if mix_w.dim() != 3 or mix_w.shape[1] != self.in_channels:
+            raise ValueError(
+                f"expected an encoded mixture [batch, {self.in_channels}, "
+                f"frames], got {list(mix_w.shape)}"
+            )
+        x = mix_w
+        if x.is_complex():
+            x = log_magnitude(x, key_padding_mask)
+        x = normalise_spectrogram(x, self.spec_norm, key_padding_mask)
+        return x.transpose(1, 2)
+
+    def encode(self, mix_w, key_padding_mask=None):
+        """Features of an encoded mixture.
+
+        Arguments
+        ---------
+        mix_w : torch.Tensor
+            Real or complex, [batch, channels, frames].
+        key_padding_mask : torch.Tensor, optional
+            Boolean, [batch, frames], True for padding.
+
+        Returns
+        -------
+        torch.Tensor
+            [batch, frames, d_model].
+        """
+        x = self.embedding(self.spectrogram(mix_w, key_padding_mask))
+        return self.encoder(x, key_padding_mask)
+
+    def forward(self, mix_w, key_padding_mask=None):
+        """Features of an encoded mixture, see ``encode``."""
+        return self.encode(mix_w, key_padding_mask)

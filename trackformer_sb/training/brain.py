@@ -1,0 +1,243 @@
+"""The Brain that the recipes share: data, schedule, history, costs."""
+
+import resource
+import statistics
+import sys
+import time
+
+import numpy as np
+import speechbrain as sb
+import torch
+from speechbrain.utils.distributed import ddp_broadcast, if_main_process
+from speechbrain.utils.logger import get_logger
+
+from trackformer_sb.objectives.metrics import SILENT_ENERGY
+from trackformer_sb.training.optimization import (
+    clip_all_groups,
+    separate_group,
+)
+
+logger = get_logger(__name__)
+
+
+class MusicBrain(sb.Brain):
+    """Training on pairs of mixtures, see ``trackformer_sb.data.mixtures``.
+
+    Made by ``training.experiment.make_brain``, which sets what it needs. A
+    recipe adds ``compute_forward``, ``compute_objectives``, which sets
+    ``losses``, and the methods below that raise NotImplementedError.
+    """
+
+    # parameters that came from a pre-training and are trained apart
+    pretrained = ()
+
+    def averages(self):
+        """What was measured in the stage: name -> mean or None."""
+        raise NotImplementedError
+
+    def log_picture(self, epoch):
+        """Shows one validation item in TensorBoard."""
+        raise NotImplementedError
+
+    def write_results(self, test_loss):
+        """Writes the files of the test."""
+        raise NotImplementedError
+
+    def prepare_stage(self):
+        """Resets what a recipe measures."""
+        raise NotImplementedError
+
+    def note_input(self, batch):
+        """Names each unreadable file once, counts, and notes silent songs."""
+        for skipped in batch.skipped:
+            for path, reason in skipped:
+                if path not in self.skipped:
+                    logger.warning(f"segments are skipped: {reason}")
+                self.skipped[path] = self.skipped.get(path, 0) + 1
+        energy = batch.mixtures.data[:, 0].square().mean(-1)
+        for song, value in zip(batch.song, energy.tolist()):
+            sounds = value > SILENT_ENERGY
+            self.sounding[song] = self.sounding.get(song, False) or sounds
+
+    def report_silent_songs(self):
+        """Names the songs that were silent in a whole epoch, once.
+
+        Raises
+        ------
+        ValueError
+            If there was no sound at all.
+        """
+        if self.sounding and not any(self.sounding.values()):
+            raise ValueError(
+                "data_folder: expected music, but all that was read from its "
+                f"{len(self.sounding)} training songs is silent"
+            )
+        for song, sounds in self.sounding.items():
+            if not sounds and song not in self.silent_songs:
+                self.silent_songs.add(song)
+                logger.warning(f"the song {song} is silent")
+
+    def on_stage_start(self, stage, epoch=None):
+        """Resets what is measured."""
+        self.started = time.monotonic()
+        self.prepare_stage()
+        if stage == sb.Stage.TRAIN:
+            self.pairs.set_epoch(epoch)
+            self.waiting, self.last_batch_end = 0.0, time.monotonic()
+            self.step_seconds = []
+            self.sounding = {}
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Adds up the time the step waited for its data."""
+        self.waiting += time.monotonic() - self.last_batch_end
+
+    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+        """Steps the schedule, redraws random features, logs the losses."""
+        if should_step:
+            self.lr_scheduler.step()
+            interval = getattr(self.hparams, "redraw_interval", 0)
+            if interval and self.optimizer_step % interval == 0:
+                self.redraw_projections()
+            if if_main_process():
+                for name, value in self.losses.items():
+                    self.tensorboard.writer.add_scalar(
+                        f"step/{name}", value, self.optimizer_step
+                    )
+        now = time.monotonic()
+        self.step_seconds.append(now - self.last_batch_end)
+        self.last_batch_end = now
+
+    def redraw_projections(self):
+        """New random features, the same on all ranks and after a resume."""
+        seed = np.random.SeedSequence(
+            [self.hparams.seed, self.optimizer_step]
+        ).generate_state(1)
+        generator = torch.Generator().manual_seed(int(seed[0]))
+        self.redrawn.redraw_projections(generator)
+
+    def init_optimizers(self):
+        """Adds the learning rate schedule, a cosine over all steps."""
+        super().init_optimizers()
+        if self.pretrained:
+            separate_group(
+                self.optimizer,
+                self.pretrained,
+                self.hparams.pretrained_lr_scale,
+                self.hparams.pretrained_freeze_steps,
+            )
+            # SpeechBrain clips the first group only
+            clip_all_groups(self.optimizer, self.max_grad_norm)
+            self.max_grad_norm = float("inf")
+        self.lr_scheduler = self.hparams.lr_scheduler(
+            self.optimizer, num_steps=self.num_steps
+        )
+        self.checkpointer.add_recoverable("lr_scheduler", self.lr_scheduler)
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Logs, saves, and after the test writes all results."""
+        seconds = time.monotonic() - self.started
+        if stage == sb.Stage.TRAIN:
+            self.report_silent_songs()
+            # the first batch waits for the workers to start
+            steps = self.step_seconds[1:] or self.step_seconds
+            self.train_figures = {
+                "train_loss": float(stage_loss),
+                "epoch_seconds": seconds,
+                "waiting_seconds": self.waiting,
+                "step_seconds": statistics.median(steps) if steps else None,
+            }
+        elif stage == sb.Stage.VALID:
+            self.end_epoch(float(stage_loss), seconds, epoch)
+        else:
+            self.end_test(float(stage_loss))
+
+    def known_averages(self):
+        """The averages that there are."""
+        return {k: v for k, v in self.averages().items() if v is not None}
+
+    def end_epoch(self, valid_loss, seconds, epoch):
+        """What follows a validation."""
+        averages = self.known_averages()
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.hparams.history.add(
+            epoch,
+            **self.train_figures,
+            step=self.optimizer_step,
+            lr=rate,
+            valid_loss=valid_loss,
+            valid_seconds=seconds,
+            **{f"valid_{name}": value for name, value in averages.items()},
+        )
+        meta = {"epoch": epoch, "lr": rate}
+        train = {
+            "loss": self.train_figures["train_loss"],
+            "seconds": self.train_figures["epoch_seconds"],
+        }
+        valid = {"loss": valid_loss, **averages}
+        # loggers act on the main process but are collective calls
+        self.hparams.train_logger.log_stats(meta, train, valid)
+        self.tensorboard.log_stats(meta, train, valid)
+        if if_main_process():
+            self.log_picture(epoch)
+        # one decision for all ranks: they would wait for one another forever
+        score = ddp_broadcast(
+            averages.get(self.hparams.selection_metric, -valid_loss)
+        )
+        self.hparams.epoch_counter.update_metric(score)
+        self.checkpointer.save_and_keep_only(
+            meta={"score": score, "epoch": epoch}, max_keys=["score"]
+        )
+
+    def on_evaluate_start(self, max_key=None, min_key=None):
+        """Loads the best checkpoint; there must be one."""
+        if self.checkpointer.find_checkpoint(max_key=max_key) is None:
+            raise FileNotFoundError(
+                "nothing to evaluate: no checkpoint of a finished epoch in "
+                f"{self.checkpointer.checkpoints_dir}"
+            )
+        super().on_evaluate_start(max_key=max_key, min_key=min_key)
+        # the best checkpoint's history ends with its epoch
+        latest = self.checkpointer.find_checkpoint()
+        self.hparams.history.load(latest.paramfiles["history"])
+
+    def end_test(self, test_loss):
+        """What follows the test."""
+        self.hparams.train_logger.log_stats(
+            {"epochs": len(self.hparams.history.epochs)},
+            test_stats={"loss": test_loss, **self.known_averages()},
+        )
+        if if_main_process():
+            self.write_results(test_loss)
+
+    def peak_memory(self):
+        """Largest memory in use so far, in MB: the GPU's, or the process's."""
+        if self.device_type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+    def costs(self):
+        """What the training took, and its history, for metrics.json."""
+        history = self.hparams.history
+        _, epoch_seconds = history.series("epoch_seconds")
+        _, step_seconds = history.series("step_seconds")
+        return {
+            "unreadable_segments": sum(self.skipped.values()),
+            "epochs": len(history.epochs),
+            "batches": self.num_batches,
+            "steps": self.optimizer_step,
+            "step_seconds": (
+                statistics.median(step_seconds) if step_seconds else None
+            ),
+            "epoch_seconds": (
+                float(np.mean(epoch_seconds)) if epoch_seconds else None
+            ),
+            "total_seconds": (
+                history.total("epoch_seconds") + history.total("valid_seconds")
+            ),
+            "waiting_for_data_seconds": history.total("waiting_seconds"),
+            "peak_memory_mb": self.peak_memory(),
+            "device": self.device,
+            "num_parameters": sum(p.numel() for p in self.modules.parameters()),
+            "history": history.epochs,
+        }

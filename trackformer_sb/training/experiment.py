@@ -1,0 +1,273 @@
+"""From a command line to a Brain with its data, for all recipes."""
+
+import pathlib
+import sys
+from typing import NamedTuple
+
+import speechbrain as sb
+import torch
+from speechbrain.dataio.sampler import ReproducibleRandomSampler
+from speechbrain.utils.distributed import ddp_broadcast, run_on_main
+from speechbrain.utils.logger import get_logger
+from speechbrain.utils.run_opts import RunOptions
+
+from trackformer_sb.data.audio import UnreadableAudio
+from trackformer_sb.data.catalogue import prepare
+from trackformer_sb.data.mixtures import MixtureOfMixtures
+from trackformer_sb.training.arguments import load_hparams, parse_arguments
+
+logger = get_logger(__name__)
+
+# What torch says in a RuntimeError when memory on the CPU is used up.
+CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
+
+
+class Experiment(NamedTuple):
+    """What a command line asks for."""
+
+    hparams: dict
+    run_opts: RunOptions
+    # arguments of create_experiment_directory, which also keeps a copy of the
+    # file that calls it
+    directory: dict
+
+
+def load_experiment(argv, selection_metrics):
+    """Reads the command line and the yaml; writes nothing.
+
+    Arguments
+    ---------
+    argv : list of str
+        The command line, see ``parse_arguments``.
+    selection_metrics : sequence of str
+        Valid values of the key ``selection_metric``.
+
+    Returns
+    -------
+    Experiment
+        The loaded yaml, and what it was loaded from.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        For settings that cannot work, or an output folder with checkpoints of
+        another model.
+    """
+    hparams_file, run_opts, overrides = parse_arguments(argv)
+    hparams = load_hparams(hparams_file, overrides)
+    if hparams["selection_metric"] not in selection_metrics:
+        raise ValueError(
+            f"selection_metric must be one of {', '.join(selection_metrics)}, "
+            f"got {hparams['selection_metric']!r}"
+        )
+    hparams["checkpointer"].check_fits()
+    sb.utils.distributed.ddp_init_group(run_opts)
+    directory = {
+        "experiment_directory": hparams["output_folder"],
+        "hyperparams_to_save": hparams_file,
+        "overrides": overrides,
+    }
+    return Experiment(hparams, run_opts, directory)
+
+
+def prepare_data(hparams):
+    """Makes the manifests of the data, on the main process.
+
+    Arguments
+    ---------
+    hparams : dict
+        The loaded yaml.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        For a data folder that cannot be used.
+    """
+    keys = (
+        "data_folder",
+        "dataset",
+        "segment_seconds",
+        "segment_hop_seconds",
+        "split_ratio",
+        "seed",
+        "sample_rate",
+        "test_folder",
+        "test_dataset",
+    )
+    run_on_main(
+        prepare,
+        kwargs={
+            "manifest_folder": manifest_folder(hparams),
+            **{key: hparams[key] for key in keys},
+        },
+    )
+
+
+def manifest_folder(hparams):
+    """Where the manifests of an experiment are."""
+    return pathlib.Path(hparams["output_folder"]) / "manifests"
+
+
+def dataio_prep(hparams, rank):
+    """Datasets of pairs of mixtures from the prepared manifests.
+
+    Returns
+    -------
+    datasets : dict
+        "train", "valid" and "test".
+    pairs : MixtureOfMixtures
+        What draws the training pairs; to be told the epoch.
+    """
+    folder = manifest_folder(hparams)
+    datasets, train_pairs = {}, None
+    for split in ("train", "valid", "test"):
+        dataset = sb.dataio.dataset.DynamicItemDataset.from_json(
+            folder / f"{split}.json"
+        )
+        training = {
+            "rank": rank,
+            "gain_db": hparams["gain_db"],
+            "single_stem_share": hparams["single_stem_share"],
+            "silent_share": hparams["silent_share"],
+        }
+        pairs = MixtureOfMixtures(
+            dataset.data,
+            hparams["sample_rate"],
+            hparams["seed"],
+            **(training if split == "train" else {"with_stems": True}),
+        )
+        dataset.add_dynamic_item(
+            pairs, takes="id", provides=["mixtures", "stems", "skipped"]
+        )
+        dataset.add_dynamic_item(list, takes="tracks", provides="names")
+        keys = ["id", "song", "mixtures", "skipped"]
+        if split == "train":
+            train_pairs = pairs
+        else:
+            keys += ["stems", "names"]
+        dataset.set_output_keys(keys)
+        datasets[split] = dataset
+    return datasets, train_pairs
+
+
+def make_brain(brain_class, experiment):
+    """A Brain with its data, knowing how many steps it will take.
+
+    Arguments
+    ---------
+    brain_class : type
+        A ``MusicBrain``.
+    experiment : Experiment
+        See ``load_experiment``; its folder is prepared.
+
+    Returns
+    -------
+    brain : MusicBrain
+        Ready for ``fit``.
+    datasets : dict
+        "train", "valid" and "test".
+
+    Raises
+    ------
+    ValueError
+        If an epoch has no batch or no optimizer step.
+    """
+    hparams, run_opts = experiment.hparams, experiment.run_opts
+    brain = brain_class(
+        modules=hparams["modules"],
+        opt_class=hparams["optimizer"],
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=hparams["checkpointer"],
+    )
+    if brain.max_grad_norm < 0:
+        # SpeechBrain documents a negative norm as "off" but turns the
+        # gradient around with it
+        brain.max_grad_norm = float("inf")
+    hparams["train_loader_options"]["pin_memory"] = brain.device_type == "cuda"
+    rank = getattr(brain, "rank", 0)
+    datasets, brain.pairs = dataio_prep(hparams, rank)
+    brain.skipped, brain.silent_songs, brain.sounding = {}, set(), {}
+    brain.results_folder = pathlib.Path(hparams["output_folder"])
+    if brain.debug and not brain.debug_persistently:
+        # a few batches must not replace the results of a training, and all
+        # ranks need the same of SpeechBrain's temporary folders
+        brain.results_folder = brain.results_folder / "debug"
+        brain.checkpointer.checkpoints_dir = pathlib.Path(
+            ddp_broadcast(str(brain.checkpointer.checkpoints_dir))
+        )
+        brain.results_folder.mkdir(exist_ok=True)
+    brain.tensorboard = hparams["tensorboard_logger"]()
+    segments = len(datasets["train"])
+    if hparams["epoch_segments"] and hparams["epoch_segments"] < segments:
+        segments = hparams["epoch_segments"]
+        # a set of its own in each epoch
+        brain.train_sampler = ReproducibleRandomSampler(
+            datasets["train"], seed=hparams["seed"], num_samples=segments
+        )
+        del hparams["train_loader_options"]["shuffle"]
+        hparams["train_loader_options"]["sampler"] = brain.train_sampler
+    brain.num_batches, brain.num_steps = _count_steps(brain, hparams, segments)
+    # ranks start from equal weights but draw their own dropout
+    torch.manual_seed(hparams["seed"] + rank)
+    return brain, datasets
+
+
+def _count_steps(brain, hparams, segments):
+    """Batches of an epoch, and optimizer steps of the training."""
+    world = (
+        torch.distributed.get_world_size() if brain.distributed_launch else 1
+    )
+    batches = segments // (hparams["batch_size"] * world)
+    if not batches:
+        raise ValueError(
+            f"batch_size: {hparams['batch_size']} on {world} process(es) is "
+            f"more than the {segments} training segments"
+        )
+    # SpeechBrain counts batches anew in each epoch
+    steps = batches // brain.grad_accumulation_factor
+    if not steps:
+        raise ValueError(
+            f"grad_accumulation_factor: {brain.grad_accumulation_factor} is "
+            f"more than the {batches} batches of an epoch"
+        )
+    steps *= hparams["number_of_epochs"]
+    return batches, min(steps, brain.optimizer_step_limit or steps)
+
+
+def train_and_test(brain, datasets, hparams):
+    """Fits, then evaluates the best checkpoint."""
+    brain.fit(
+        hparams["epoch_counter"],
+        datasets["train"],
+        datasets["valid"],
+        train_loader_kwargs=hparams["train_loader_options"],
+        valid_loader_kwargs=hparams["eval_loader_options"],
+    )
+    brain.evaluate(
+        datasets["test"],
+        max_key="score",
+        test_loader_kwargs=dict(hparams["eval_loader_options"]),
+    )
+
+
+def run(main):
+    """Runs a recipe with one line in place of a traceback for the user."""
+    try:
+        main(sys.argv[1:])
+    except (OSError, ValueError, ImportError, UnreadableAudio) as error:
+        logger.debug("stopped", exc_info=True)
+        message = f"{type(error).__name__}: {error}"
+        if "Traceback" in message:
+            # from a loader worker: the last line says what happened
+            message = message.strip().splitlines()[-1]
+        sys.exit(message)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not any(x in str(error) for x in CPU_OUT_OF_MEMORY):
+            raise
+        logger.debug("stopped", exc_info=True)
+        sys.exit(
+            "out of memory: expected a smaller batch_size or segment_seconds, "
+            f"or more memory ({str(error).splitlines()[0]})"
+        )

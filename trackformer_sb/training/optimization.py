@@ -1,0 +1,114 @@
+"""Learning rates: a cosine over all steps, slower for what was pre-trained."""
+
+import math
+
+import torch
+
+
+def cosine_schedule(optimizer, num_steps, lr_final, warmup_steps=0):
+    """From the optimizer's learning rate to ``lr_final`` along a half cosine.
+
+    Half a period of SGDR (arXiv 1608.03983, equation 5). Parameter groups may
+    have ``lr_scale``, which multiplies their learning rate all along, and
+    ``freeze_steps``, for which it is zero; see ``separate_group``.
+
+    Arguments
+    ---------
+    optimizer : torch.optim.Optimizer
+        Its learning rate is the highest of the schedule.
+    num_steps : int
+        Number of steps until ``lr_final``, where it stays.
+    lr_final : float
+        Lowest learning rate.
+    warmup_steps : int
+        Steps over which the learning rate rises from zero at first.
+
+    Returns
+    -------
+    torch.optim.lr_scheduler.LambdaLR
+        To be stepped after each optimizer step.
+
+    Example
+    -------
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    >>> schedule = cosine_schedule(optimizer, num_steps=2, lr_final=0.5)
+    >>> rates = []
+    >>> for _ in range(4):
+    ...     rates.append(round(schedule.get_last_lr()[0], 3))
+    ...     optimizer.step()
+    ...     schedule.step()
+    >>> rates
+    [1.0, 0.75, 0.5, 0.5]
+    """
+    lowest = lr_final / optimizer.defaults["lr"]
+
+    def factor(step):
+        progress = min(1.0, step / max(1, num_steps))
+        cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+        rise = min(1.0, (step + 1) / (warmup_steps + 1))
+        return rise * (lowest + (1.0 - lowest) * cosine)
+
+    def of_group(group):
+        scale = group.get("lr_scale", 1.0)
+        frozen = group.get("freeze_steps", 0)
+        return lambda step: scale * factor(step) if step >= frozen else 0.0
+
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, [of_group(group) for group in optimizer.param_groups]
+    )
+
+
+def separate_group(optimizer, parameters, lr_scale=1.0, freeze_steps=0):
+    """Gives parameters a group of their own, for ``cosine_schedule``.
+
+    Frozen means a learning rate of zero, which AdamW applies to its weight
+    decay as well: gradients are still computed, as DistributedDataParallel
+    expects them.
+
+    Arguments
+    ---------
+    optimizer : torch.optim.Optimizer
+        With one group, which has the parameters.
+    parameters : iterable of torch.nn.Parameter
+        What to separate.
+    lr_scale : float
+        Their learning rate as a share of that of the others.
+    freeze_steps : int
+        Steps for which they do not change.
+
+    Raises
+    ------
+    ValueError
+        If a number is negative.
+    """
+    if lr_scale < 0 or freeze_steps < 0:
+        raise ValueError(
+            "expected pretrained_lr_scale and pretrained_freeze_steps from 0, "
+            f"got {lr_scale} and {freeze_steps}"
+        )
+    chosen = {id(parameter) for parameter in parameters}
+    first = optimizer.param_groups[0]
+    apart = [p for p in first["params"] if id(p) in chosen]
+    first["params"] = [p for p in first["params"] if id(p) not in chosen]
+    optimizer.add_param_group(
+        {
+            **first,
+            "params": apart,
+            "lr_scale": lr_scale,
+            "freeze_steps": freeze_steps,
+        }
+    )
+
+
+def clip_all_groups(optimizer, max_norm):
+    """Clips the gradients of all groups together before each step."""
+    parameters = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+
+    def clip(*_):
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    optimizer.register_step_pre_hook(clip)
