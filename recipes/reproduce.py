@@ -18,6 +18,7 @@ table5.csv, cells.csv, figures/, and each run in <model>/<length>s/<loss>/.
 
 import argparse
 import pathlib
+import re
 import sys
 
 from trackformer_sb.training import grid
@@ -50,7 +51,7 @@ def _add_budget(parser, prefix, default):
             f"--{prefix}{unit}",
             type=_positive(kind),
             metavar="N",
-            help=f"{unit} of training, default: {default}",
+            help=f"budget of training; {default}",
         )
 
 
@@ -66,11 +67,12 @@ def make_parser():
     add = parser.add_argument
     add("--dry-run", action="store_true", help="measure the cost of each cell")
     add("--no-probe", action="store_true", help="in a dry run: do not measure")
-    add("--data_folder", type=_folder, help="music to train on")
+    folder = {"type": _folder, "metavar": "FOLDER"}
+    add("--data_folder", help="music to train on", **folder)
     add("--dataset", choices=grid.DATASETS, default="demo")
-    add("--test_folder", type=_folder, help="music to test on")
+    add("--test_folder", help="music to test on", **folder)
     add("--test_dataset", choices=grid.DATASETS[1:])
-    add("--output_folder", type=_folder, default=_folder("results/reproduce"))
+    add("--output_folder", default=_folder("results/reproduce"), **folder)
     for name, default, options in (
         ("models", grid.MODELS, {"choices": grid.MODELS}),
         ("lengths", grid.LENGTHS, {"type": _positive(float)}),
@@ -78,13 +80,55 @@ def make_parser():
         ("devices", ("cpu",), {"help": "as many cells run at once"}),
     ):
         add(f"--{name}", nargs="+", default=default, **options)
-    _add_budget(parser, "", "100 epochs, as the paper")
-    _add_budget(parser, "pretrain_", "that of the cells")
-    add("--pretrained_encoder", type=_folder, help="instead of pre-training")
-    add("--memory_gb", type=_positive(float), help="limit on a CPU, of a cell")
+    _add_budget(parser, "", "default: 100 epochs, as the paper")
+    _add_budget(parser, "pretrain_", "default: the budget of a cell")
+    add("--pretrained_encoder", help="instead of pre-training", **folder)
+    add(
+        "--memory_gb",
+        type=_positive(float),
+        metavar="GB",
+        help="limit of a cell on a CPU, default: its share of what is free",
+    )
     add("--seed", type=int, default=1234)
     add("--retry_oom", action="store_true", help="run again what had no memory")
     return parser
+
+
+def split_overrides(words):
+    """Sorts the overrides of a command line by whom they are for.
+
+    Arguments
+    ---------
+    words : list of str
+        ``--key=value`` for all cells, ``--group.key=value`` for some.
+
+    Returns
+    -------
+    dict
+        Group -> key -> value; "" for all cells.
+
+    Raises
+    ------
+    ValueError
+        For a word of another form or an unknown group.
+    """
+    overrides = {group: {} for group in grid.GROUPS}
+    for word in words:
+        found = re.fullmatch(r"--(?:(\w+)\.)?(\w+)=(.*)", word, re.DOTALL)
+        if not found:
+            raise ValueError(
+                f"unknown argument {word!r}: expected an option of --help, "
+                "--key=value, or --group.key=value with a group of "
+                + ", ".join(grid.GROUPS[1:])
+            )
+        group, key, value = found.groups(default="")
+        if group not in overrides:
+            raise ValueError(
+                f"unknown group {group!r} in {word!r}: expected one of "
+                + ", ".join(grid.GROUPS[1:])
+            )
+        overrides[group][key] = value
+    return overrides
 
 
 def _budget(args, prefix, default):
@@ -120,7 +164,7 @@ def main(argv):
         budget,
         _budget(args, "pretrain_", budget),
         args.seed,
-        grid.split_overrides(words),
+        split_overrides(words),
         args.pretrained_encoder,
         args.memory_gb,
     )

@@ -117,7 +117,8 @@ class Separation(MusicBrain):
         if stage == sb.Stage.TRAIN:
             self.losses = {k: v.detach() for k, v in parts.items()}
         else:
-            self.rows.append(self.measure(predictions, batch, stage))
+            row = self.measure(predictions, batch, stage)
+            self.rows.append({**row, "mixit_loss": parts["mixit"].item()})
         return sum(
             loss * getattr(self.hparams, f"lambda_{name}", 1.0)
             for name, loss in parts.items()
@@ -178,7 +179,7 @@ class Separation(MusicBrain):
         """Mean of each column over the items that have it."""
         values = {
             name: [row[name] for row in self.rows if row.get(name) is not None]
-            for name in COLUMNS
+            for name in (*COLUMNS, "mixit_loss")
         }
         return {
             name: float(np.mean(column)) if column else None
@@ -216,7 +217,9 @@ class Separation(MusicBrain):
         with open(
             folder / "test_results.csv", "w", newline="", encoding="utf-8"
         ) as file:
-            writer = csv.DictWriter(file, ("id", *COLUMNS))
+            writer = csv.DictWriter(
+                file, ("id", *COLUMNS), extrasaction="ignore"
+            )
             writer.writeheader()
             writer.writerows(self.rows)
             writer.writerow({"id": "avg", **averages})
@@ -250,8 +253,8 @@ def model_card(hparams, brain):
         },
         "Measured on the test songs": {
             name: f"{value:.2f}"
-            for name, value in brain.averages().items()
-            if value is not None
+            for name, value in brain.known_averages().items()
+            if name in COLUMNS
         },
     }
 

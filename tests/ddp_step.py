@@ -60,6 +60,7 @@ def one_step(folder, batch):
         for i, x in enumerate(batch)
     ]
     brain.waiting = brain.last_batch_end = 0.0
+    brain.step_seconds = []
     brain.fit_batch(PaddedBatch(items))
     return {
         "before": before,

@@ -8,7 +8,9 @@ import torch
 from trackformer_sb.training.checkpoints import TrainingHistory
 from trackformer_sb.training.figures import (
     CURVES,
+    PRETRAINING_CURVES,
     RANGE_DB,
+    reconstruction_figure,
     save_figure,
     separation_figure,
     training_curves,
@@ -75,6 +77,29 @@ def test_curves_without_epochs(tmp_path):
     assert texts(figure) == ["not measured"] * 4
     save_figure(figure, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_curves_of_a_pretraining():
+    history = TrainingHistory()
+    for epoch, share in ((1, 0.1), (2, 0.4)):
+        history.add(
+            epoch,
+            train_loss=1 - share,
+            valid_loss=1 - share / 2,
+            valid_explained_variance=share,
+            # of a separator's training, which this is not
+            valid_si_snri=3.0,
+        )
+    figure = training_curves(history, PRETRAINING_CURVES)
+    loss, explained = panels(figure)
+    assert titles(figure) == [title for title, _, _ in PRETRAINING_CURVES]
+    lines = {line.get_label(): line for line in loss.lines}
+    assert list(lines) == ["train_loss", "valid_loss"]
+    assert list(lines["valid_loss"].get_ydata()) == [0.95, 0.8]
+    (line,) = explained.lines
+    assert list(line.get_xdata()) == [1, 2]
+    assert list(line.get_ydata()) == [0.1, 0.4]
+    assert texts(figure) == []
 
 
 # --- separation --------------------------------------------------------------
@@ -156,6 +181,87 @@ def test_half_precision_is_drawn():
     what = separation()
     what["est_source"] = what["est_source"].bfloat16()
     assert "output 1 (-20 dB)" in titles(separation_figure(**what))
+
+
+# --- reconstruction ----------------------------------------------------------
+
+
+def reconstruction(frames=50, channels=65):
+    """A spectrogram in the manner of a zscore, a share of it hidden."""
+    return {
+        "target": torch.randn(frames, channels),
+        "prediction": torch.randn(frames, channels),
+        "hidden": torch.rand(frames, channels) < 0.3,
+        "sample_rate": RATE,
+        "hop_length": 32,
+    }
+
+
+def shown(figure):
+    """The pictures of a figure, [panels, channels, frames]."""
+    images = [axis.images for axis in panels(figure)]
+    assert [len(one) for one in images] == [1, 1, 1, 1]
+    return [one[0].get_array() for one in images]
+
+
+def test_panels_of_a_reconstruction():
+    what = reconstruction()
+    target, prediction, hidden = (
+        what[name].T.numpy() for name in ("target", "prediction", "hidden")
+    )
+    given, seen, rebuilt, error = shown(reconstruction_figure(**what))
+    assert np.array_equal(given, target)
+    # what is hidden is left out of the second picture
+    assert np.array_equal(np.ma.getmaskarray(seen), hidden)
+    assert np.array_equal(seen[~hidden], target[~hidden])
+    # and taken from the prediction in the third, which shows nothing else of it
+    assert np.array_equal(rebuilt, np.where(hidden, prediction, target))
+    assert np.allclose(error, np.where(hidden, abs(prediction - target), 0))
+
+
+def test_reconstruction_is_in_seconds_and_kilohertz():
+    figure = reconstruction_figure(**reconstruction())
+    axes = panels(figure)
+    assert len(titles(figure)) == 4
+    for axis in axes:
+        image = axis.images[0]
+        assert image.get_extent() == [0, 50 * 32 / RATE, 0, RATE / 2000]
+        assert image.origin == "lower"
+        assert axis.get_ylabel() == "kHz"
+    assert axes[-1].get_xlabel() == "s"
+    # the first three have one scale, without the outermost values
+    limits = {axis.images[0].get_clim() for axis in axes[:3]}
+    assert len(limits) == 1
+    low, high = limits.pop()
+    assert -3.5 < low < -1.5 and 1.5 < high < 3.5
+
+
+def test_silent_reconstruction_is_drawn(tmp_path):
+    what = reconstruction()
+    what["target"] = torch.zeros(50, 65)
+    figure = reconstruction_figure(**what)
+    save_figure(figure, tmp_path / "silence.png")
+    pixels = matplotlib.image.imread(tmp_path / "silence.png")
+    assert np.isfinite(pixels).all() and pixels.std() > 0
+
+
+def test_reconstruction_of_a_training_is_drawn_and_left_as_it_is():
+    what = reconstruction()
+    what["prediction"].requires_grad_()
+    what["prediction"] = what["prediction"].bfloat16()
+    # one row of masks for all channels, as AudioMAE expands it
+    what["hidden"] = what["hidden"][:, :1].expand(-1, 65)
+    before = {
+        name: value.detach().clone()
+        for name, value in what.items()
+        if torch.is_tensor(value)
+    }
+    _, _, rebuilt, _ = shown(reconstruction_figure(**what))
+    for name, value in before.items():
+        assert torch.equal(what[name], value), name
+    hidden = before["hidden"].T.numpy()
+    prediction = before["prediction"].float().T.numpy()
+    assert np.array_equal(rebuilt[hidden], prediction[hidden])
 
 
 # --- files -------------------------------------------------------------------

@@ -1,10 +1,6 @@
 """The training recipe with every yaml, as a user runs it."""
 
-import csv
-import importlib.util
 import json
-import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -14,11 +10,21 @@ import pytest
 import soundfile
 import torch
 import yaml
-from speechbrain.utils.run_opts import RunOptions
+from recipe_runs import (
+    RATE,
+    ROOT,
+    interrupted,
+    load_recipe,
+    read_results,
+    source_of,
+    tiny,
+    torchrun,
+    unused_keys,
+    write_songs,
+)
 
 from trackformer_sb.inference.interfaces import PerformerSeparation
 
-ROOT = pathlib.Path(__file__).parents[1]
 SEPARATION_YAMLS = (
     "performer_mixit.yaml",
     "performer_mixit_mae.yaml",
@@ -26,78 +32,13 @@ SEPARATION_YAMLS = (
     "convtasnet_mixit.yaml",
     "asteroid_convtasnet_mixit.yaml",
 )
-RATE = 8000
 
-
-def load_recipe(name="train"):
-    path = ROOT / "recipes" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-recipe = load_recipe()
-
-
-def write_songs(folder, num_songs=7, seconds=1.2, stems=True):
-    """Tones and noise: songs with two stems, or finished mixtures."""
-    rng = np.random.default_rng(0)
-    time = np.arange(int(seconds * RATE)) / RATE
-    for number in range(num_songs):
-        tone = 0.3 * np.sin(2 * np.pi * (200 + 60 * number) * time)
-        noise = 0.1 * rng.standard_normal(len(time))
-        if stems:
-            song = folder / f"song {number}"
-            song.mkdir(parents=True)
-            soundfile.write(song / "tone.wav", tone, RATE)
-            soundfile.write(song / "noise.wav", noise, RATE)
-        else:
-            folder.mkdir(exist_ok=True)
-            soundfile.write(folder / f"{number}.wav", tone + noise, RATE)
-    return folder
-
-
-def tiny(yaml_name, data_folder, output_folder, **more):
-    """A command line that trains a tiny model on short segments."""
-    keys = {
-        "data_folder": data_folder,
-        "dataset": "stems",
-        "output_folder": output_folder,
-        "sample_rate": RATE,
-        "segment_seconds": 0.3,
-        "num_workers": 0,
-        "batch_size": 2,
-        "num_spks": 3,
-        "number_of_epochs": 1,
-        "device": "cpu",
-        "noprogressbar": True,
-    }
-    if "convtasnet" in yaml_name:
-        keys |= {"num_channels": 16, "kernel_size": 4}
-    else:
-        keys |= {"n_fft": 128, "hop_length": 32, "num_layers": 1}
-        keys |= {"d_model": 16, "nhead": 2, "n_features": 16}
-    if yaml_name == "performer_mixit_mae.yaml":
-        # see test_pretrain.py for a run that has one
-        keys |= {"pretrained_encoder": "null"}
-    keys |= more
-    return [
-        str(ROOT / "hparams" / yaml_name),
-        *(f"--{key}={value}" for key, value in keys.items()),
-    ]
+recipe = load_recipe("train")
 
 
 @pytest.fixture(scope="module")
 def songs(tmp_path_factory):
     return write_songs(tmp_path_factory.mktemp("songs"))
-
-
-def read_results(folder):
-    with open(folder / "test_results.csv", encoding="utf-8") as file:
-        *rows, average = csv.DictReader(file)
-    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
-    return rows, average, metrics
 
 
 @pytest.mark.parametrize("yaml_name", SEPARATION_YAMLS)
@@ -153,34 +94,10 @@ def test_paper_values():
         assert re.search(rf"^{key}: {value}(\s|$)", text, re.M), key
 
 
-def source_of(recipe_path):
-    """A recipe with what all recipes share."""
-    shared = ("brain", "experiment")
-    paths = [f"trackformer_sb/training/{name}.py" for name in shared]
-    return "".join(
-        (ROOT / path).read_text("utf-8") for path in (recipe_path, *paths)
-    )
-
-
 @pytest.mark.parametrize("yaml_name", SEPARATION_YAMLS)
 def test_every_key_is_used(yaml_name):
-    text = (ROOT / "hparams" / yaml_name).read_text("utf-8")
+    assert unused_keys(yaml_name, "recipes/train.py") == []
     source = source_of("recipes/train.py")
-    keys = re.findall(r"^(\w+):", text, re.M)
-    assert len(keys) > 40
-    assert len(keys) == len(set(keys))
-    used_elsewhere = {"mixture_consistency", *RunOptions().as_dict()}
-    unused = [
-        key
-        for key in keys
-        if f"<{key}>" not in text
-        and f'"{key}"' not in source
-        and f"hparams.{key}" not in source
-        and key not in used_elsewhere
-        and not key.startswith("__")
-        and not key.startswith("lambda_")
-    ]
-    assert unused == []
     for key in ("lambda_diversity", "lambda_sparsity"):
         assert f"hparams.{key}" in source
 
@@ -232,25 +149,6 @@ def test_training_lowers_the_loss(songs, tmp_path):
     assert history[-1]["lr"] == pytest.approx(1e-5)
 
 
-class Killed(BaseException):
-    """Stands in for a signal: nothing catches it."""
-
-
-def interrupted(argv, monkeypatch, stop_at):
-    """Runs the recipe until a given optimizer step."""
-    step = recipe.Separation.on_fit_batch_end
-
-    def stop(self, *args):
-        step(self, *args)
-        if self.optimizer_step == stop_at:
-            raise Killed
-
-    with monkeypatch.context() as context:
-        context.setattr(recipe.Separation, "on_fit_batch_end", stop)
-        with pytest.raises(Killed):
-            recipe.main(argv)
-
-
 def weights(out):
     return torch.load(out / "separator" / "masknet.ckpt", weights_only=True)
 
@@ -270,7 +168,13 @@ def test_resumed_run_equals_uninterrupted_one(songs, tmp_path, monkeypatch):
 
     recipe.main(command(tmp_path / "whole"))
     # 5 songs of 4 segments in batches of 2: 10 steps an epoch
-    interrupted(command(tmp_path / "cut"), monkeypatch, stop_at=14)
+    interrupted(
+        recipe.main,
+        recipe.Separation,
+        command(tmp_path / "cut"),
+        monkeypatch,
+        stop_at=14,
+    )
     recipe.main(command(tmp_path / "cut"))
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     for key in whole:
@@ -472,20 +376,6 @@ def test_wrong_path_exits_with_one_line(tmp_path):
     assert result.returncode == 1
     assert "no hyperparameter file hparams/no_such.yaml" in result.stderr
     assert "Traceback" not in result.stderr
-
-
-def torchrun(script, *arguments):
-    """Two processes on CPU."""
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    command += ["--nproc_per_node=2", "--standalone", str(script)]
-    result = subprocess.run(
-        [*command, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_ddp_step_equals_joined_batch(songs, tmp_path):

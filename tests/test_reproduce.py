@@ -39,7 +39,8 @@ here = pathlib.Path(__file__).parent
 keys = dict(w[2:].split("=", 1) for w in sys.argv[2:] if "=" in w)
 debug = "--debug" in sys.argv
 out = pathlib.Path(keys["output_folder"])
-name = "pretrain" if "pretrain" in sys.argv[0] else "/".join(out.parts[-4:-1])
+pretraining = pathlib.Path(__file__).stem == "pretrain"
+name = "pretrain" if pretraining else "/".join(out.parts[-4:-1])
 behaviour = json.loads((here / "behaviour.json").read_text())
 how = behaviour.get(name, behaviour.get("all", "ok"))
 
@@ -62,6 +63,11 @@ if how == "allocate":
 if how == "fail":
     sys.exit("ValueError: this went wrong")
 if how == "hang" and not debug:
+    def end(*_):
+        note(event="terminated")
+        sys.exit(1)
+    signal.signal(signal.SIGTERM, end)
+    note(event="hangs")
     time.sleep(60)
 if how == "slow":
     time.sleep(0.8)
@@ -83,7 +89,7 @@ for split in ("train", "valid", "test"):
     song = behaviour.get(f"{name} {split}", f"{split} song")
     rows = {"a": {"song": song, "tracks": {"mixture": f"/m/{song}.wav"}}}
     (folder / "manifests" / f"{split}.json").write_text(json.dumps(rows))
-if name == "pretrain" or "pretrain" in sys.argv[0]:
+if pretraining:
     (folder / "encoder").mkdir(exist_ok=True)
 (folder / "metrics.json").write_text(json.dumps(metrics))
 note(event="end")
@@ -106,10 +112,8 @@ SEPARATION_KEYS = "lambda_diversity: 0.1\nlambda_sparsity: 0.1\nnum_spks: 8\n"
 PERFORMER_KEYS = "d_model: 16\npretrained_encoder: null\n"
 
 
-@pytest.fixture
-def repository(tmp_path):
+def make_repository(root):
     """Recipes and yamls like ours, with the stand-in."""
-    root = tmp_path / "repository"
     (root / "recipes").mkdir(parents=True)
     (root / "hparams").mkdir()
     shutil.copy(ROOT / "recipes" / "reproduce.py", root / "recipes")
@@ -126,6 +130,12 @@ def repository(tmp_path):
     (root / "music").mkdir()
     behave(root)
     return root
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """Recipes and yamls like ours, with the stand-in."""
+    return make_repository(tmp_path / "repository")
 
 
 def behave(root, **behaviour):
@@ -164,13 +174,17 @@ def arguments(root, *more):
     ]
 
 
-def run(root, *more):
+def run(root, *more, figures=False):
     """Runs the recipe in this process; returns its exit status."""
     path = root / "recipes" / "reproduce.py"
     spec = importlib.util.spec_from_file_location("recipe_reproduce", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main(arguments(root, *more))
+    with pytest.MonkeyPatch.context() as context:
+        if not figures:
+            # they take longer than all the rest
+            context.setattr(grid_report, "write_figures", lambda folder: None)
+        return module.main(arguments(root, *more))
 
 
 def start(root, *more):
@@ -298,7 +312,7 @@ def test_auxiliary_weights_given_by_the_user_stay_out_of_mixit(repository):
         (["--performer.num_channels=8"], r"'num_channels'.*performer_mixit"),
         (["--perfomer.lr=8"], "unknown group 'perfomer'.*performer"),
         (["--learning"], "unknown argument '--learning'.*--key=value"),
-        (["lr=1"], "unknown argument 'lr=1'"),
+        (["--seed=1", "lr=1"], "unknown argument 'lr=1'"),
         (["--segment_seconds=8"], "segment_seconds is set.*--lengths"),
         (["--optimizer_step_limit=8"], "unknown key 'optimizer_step_limit'"),
         (["--steps=1", "--early_stop_epochs=2"], "early_stop_epochs is set"),
@@ -506,9 +520,6 @@ def test_test_songs_that_the_encoder_heard_are_reported(repository):
 def test_all_cells_share_one_demo_band(repository, monkeypatch):
     monkeypatch.setattr(grid_run, "DEMO_SONGS", 2)
     monkeypatch.setattr(grid_run, "DEMO_SECONDS", 0.2)
-    path = repository / "recipes" / "reproduce.py"
-    path.write_text(path.read_text())
-    argv = ["--dataset=demo", "--lengths", "3", "--losses", "mixit"]
     whole = grid.Grid(
         repository / "out",
         repository / "recipes",
@@ -518,7 +529,6 @@ def test_all_cells_share_one_demo_band(repository, monkeypatch):
         lengths=(3.0,),
         losses=("mixit",),
     )
-    assert argv
     assert grid_run.Runner(whole).run() == []
     band = repository / "out" / "demo_band"
     settings = json.loads((band / "band.json").read_text())
@@ -636,9 +646,12 @@ def test_failed_cell_is_reported_and_others_run(repository):
 def test_training_that_leaves_no_figures_has_failed(repository):
     train = repository / "recipes" / "train.py"
     train.write_text("print('nothing done')")
-    assert run(repository, "--lengths", "3", "--losses", "mixit") == 1
+    more = ("--lengths", "3", "--losses", "mixit")
+    assert run(repository, *more, figures=True) == 1
     found = record(repository, "performer/3s/mixit")
     assert found["status"] == "failed" and "metrics.json" in found["reason"]
+    # nothing to draw but axes
+    assert len(list((repository / "out" / "figures").glob("*.png"))) == 4
 
 
 def test_error_exits_with_one_line(repository):
@@ -682,13 +695,15 @@ def test_stopped_grid_ends_its_processes(number, repository):
     hang = ("performer/3s/mixit", "convtasnet/3s/mixit")
     behave(repository, **dict.fromkeys(hang, "hang"))
     process = start(repository, "--devices", "cpu", "cpu")
-    wait_for(lambda: len(names(repository)) == 2)
+    wait_for(lambda: len(calls(repository, "hangs")) == 2)
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "stopped; the same command goes on" in errors
     assert "Traceback" not in errors
-    assert names(repository) == sorted(hang, reverse=True)
+    assert sorted(names(repository)) == sorted(hang)
+    # asked to end before they would be killed
+    assert len(calls(repository, "terminated")) == 2
     for call in calls(repository):
         assert not is_alive(call["pid"])
         assert record(repository, call["name"])["status"] == "running"
@@ -770,7 +785,8 @@ def test_folder_with_other_things_is_left_alone(repository):
 # --- devices -----------------------------------------------------------------
 
 
-def test_two_devices_run_two_cells_at_once(repository):
+def test_two_devices_run_two_cells_at_once(repository, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "77")
     behave(repository, all="slow")
     more = ("--lengths", "3", "--losses", "mixit", "--devices")
     assert run(repository, *more, "cpu", "cpu") == 0
@@ -884,12 +900,14 @@ def rows_of(text, title):
     ]
 
 
-@pytest.fixture
-def finished(repository):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
     """A grid of all models with a cell out of memory."""
+    repository = make_repository(tmp_path_factory.mktemp("finished"))
     behave(repository, **{"convtasnet/30s/mixit_div_sp": "oom"})
     models = ("performer_mae", "performer", "convtasnet")
-    assert run(repository, "--models", *models, "--performer.lr=2") == 0
+    more = ("--models", *models, "--performer.lr=2")
+    assert run(repository, *more, figures=True) == 0
     return repository
 
 
@@ -899,46 +917,46 @@ def test_tables_have_the_papers_values_and_ours(finished):
     by_key = {tuple(row[:3]): row[3:] for row in rows}
     assert "mixture SI-SNR (dB)" in rows[0]
     # ours, the paper's, si_snri, grouped, sdr (null), items
-    assert by_key["3.00", "mixit_div_sp", "performer_mae"] == [
+    assert by_key["3", "mixit_div_sp", "performer_mae"] == [
         *("3.50", "1.66", "0.30", "5.00", "-", "12")
     ]
-    assert by_key["30.00", "mixit_div_sp", "performer_mae"][:2] == [
+    assert by_key["30", "mixit_div_sp", "performer_mae"][:2] == [
         *("30.50", "3.52")
     ]
-    assert by_key["3.00", "mixit", "performer"][:2] == ["3.75", "-"]
-    assert by_key["3.00", "mixit", "convtasnet"][:2] == ["7.25", "-9.11"]
-    assert by_key["30.00", "mixit_div_sp", "convtasnet"][:2] == ["OOM", "OOM"]
+    assert by_key["3", "mixit", "performer"][:2] == ["3.75", "-"]
+    assert by_key["3", "mixit", "convtasnet"][:2] == ["7.25", "-9.11"]
+    assert by_key["30", "mixit_div_sp", "convtasnet"][:2] == ["OOM", "OOM"]
     # lengths that were not run show what the paper has
-    assert by_key["5.00", "mixit_div_sp", "performer_mae"][:2] == [
+    assert by_key["5", "mixit_div_sp", "performer_mae"][:2] == [
         *("not run", "2.00")
     ]
-    assert by_key["10.00", "mixit_div_sp", "convtasnet"][:2] == [
+    assert by_key["10", "mixit_div_sp", "convtasnet"][:2] == [
         *("not run", "-9.73")
     ]
     assert "the paper's value is not at hand" in text
 
     by_key = {tuple(row[:3]): row[3:] for row in rows_of(text, "Table 2")}
-    row = by_key["3.00", "mixit_div_sp", "performer_mae"]
+    row = by_key["3", "mixit_div_sp", "performer_mae"]
     assert row == ["1.50", "0.25", "100.00", "0.12", "0.74 to 0.83"]
     # no ratio to what ran out of memory
-    assert by_key["30.00", "mixit_div_sp", "performer"][3] == "-"
+    assert by_key["30", "mixit_div_sp", "performer"][3] == "-"
 
     by_key = {tuple(row[:3]): row[3:] for row in rows_of(text, "Table 3")}
-    assert by_key["3.00", "mixit", "performer"][0] in ("1234", "1235")
-    assert by_key["30.00", "mixit_div_sp", "convtasnet"][::2] == ["OOM", "OOM"]
+    assert by_key["3", "mixit", "performer"][0] in ("1234", "1235")
+    assert by_key["30", "mixit_div_sp", "convtasnet"][::2] == ["OOM", "OOM"]
 
     by_key = {tuple(row[:2]): row[2:] for row in rows_of(text, "Table 4")}
-    assert by_key["3.00", "mixit_div_sp"] == [
+    assert by_key["3", "mixit_div_sp"] == [
         *("3.50", "3.50", "0.00", "0.30", "0.30", "0.00"),
         *("1.66", "2.60", "-0.94"),
     ]
-    assert by_key["30.00", "mixit_div_sp"][-3:] == ["3.52", "-", "-"]
+    assert by_key["30", "mixit_div_sp"][-3:] == ["3.52", "-", "-"]
 
     by_key = {tuple(row[:3]): row[3:] for row in rows_of(text, "Table 5")}
-    row = by_key["3.00", "performer", "mixture_si_snr"]
+    row = by_key["3", "performer", "mixture_si_snr"]
     assert row == ["3.75", "3.50", "-0.25", "-"]
-    assert by_key["3.00", "performer_mae", "mixture_si_snr"][3] == "below 0"
-    row = by_key["30.00", "convtasnet", "effective_mask_count"]
+    assert by_key["3", "performer_mae", "mixture_si_snr"][3] == "below 0"
+    row = by_key["30", "convtasnet", "effective_mask_count"]
     assert row == ["5.75", "OOM", "-", "-"]
 
 
@@ -1041,7 +1059,7 @@ def test_figure_has_all_lines_and_marks_out_of_memory(finished):
     axis = Figure().subplots()
     grid_report.draw(axis, cells, "mixture_si_snr")
     _, labels = axis.get_legend_handles_labels()
-    assert len(labels) == 6 + 2
+    assert len(labels) == 6 + 3
     assert "paper: performer_mae" in labels
     (line,) = [
         line
@@ -1049,7 +1067,9 @@ def test_figure_has_all_lines_and_marks_out_of_memory(finished):
         if line.get_label() == "performer, mixit_div_sp"
     ]
     assert line.get_xydata().tolist() == [[3.0, 3.5], [30.0, 30.5]]
-    assert [text.get_text() for text in axis.texts] == ["OOM convtasnet"]
+    assert [text.get_text() for text in axis.texts] == [
+        *("OOM convtasnet, mixit_div_sp", "OOM paper: convtasnet")
+    ]
     assert "(s)" in axis.get_xlabel()
 
 
@@ -1077,47 +1097,59 @@ print("loaded", *sorted(heavy & sys.modules.keys()))
 # --- the real recipe ---------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_real_training(tmp_path):
+TINY = {
+    "sample_rate": 8000,
+    "num_workers": 0,
+    "batch_size": 2,
+    "num_spks": 3,
+    "performer.n_fft": 128,
+    "performer.hop_length": 32,
+    "performer.num_layers": 1,
+    "performer.d_model": 16,
+    "performer.nhead": 2,
+    "performer.n_features": 16,
+    "performer.dropout": 0,
+    "convtasnet.num_channels": 16,
+    "convtasnet.kernel_size": 4,
+    "mae.batch_size": 2,
+    "mae.num_workers": 0,
+    "mae.segment_seconds": 0.3,
+}
+
+
+def run_real(tmp_path, *more):
+    """Trains tiny models by the recipes themselves."""
+    music = tmp_path / "music"
     rng = np.random.default_rng(0)
     for number in range(7):
-        folder = tmp_path / "music" / f"song {number}"
-        folder.mkdir(parents=True)
+        folder = music / f"song {number}"
+        folder.mkdir(parents=True, exist_ok=True)
         for name in ("one", "two"):
             sig = 0.1 * rng.standard_normal(9600)
             soundfile.write(folder / f"{name}.wav", sig, 8000)
-    keys = {
-        "sample_rate": 8000,
-        "num_workers": 0,
-        "batch_size": 2,
-        "num_spks": 3,
-        "n_fft": 128,
-        "hop_length": 32,
-        "num_layers": 1,
-        "d_model": 16,
-        "nhead": 2,
-        "n_features": 16,
-    }
     command = [
         *(sys.executable, str(ROOT / "recipes" / "reproduce.py")),
-        *("--models", "performer", "--lengths", "0.3", "--losses", "mixit"),
-        *(f"--data_folder={tmp_path / 'music'}", "--dataset=stems"),
-        *("--minutes=0.002", f"--output_folder={tmp_path / 'out'}"),
-        *(f"--{key}={value}" for key, value in keys.items()),
+        *(f"--data_folder={music}", "--dataset=stems", "--lengths", "0.3"),
+        f"--output_folder={tmp_path / 'out'}",
+        *(f"--{key}={value}" for key, value in TINY.items()),
+        *more,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    dry = subprocess.run(
-        [*command, "--dry-run"],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert dry.returncode == 0, dry.stdout + dry.stderr
-    assert not (tmp_path / "out").exists()
     result = subprocess.run(
         command, capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_real_training(tmp_path):
+    more = ("--models", "performer", "--losses", "mixit", "--minutes=0.002")
+    text = run_real(tmp_path, *more, "--dry-run")
+    row = re.search(r"\| performer/0\.3s/mixit \|(.*)\|", text)[1]
+    assert all(float(cell.split()[0]) > 0 for cell in row.split("|"))
+    assert not (tmp_path / "out").exists()
+    run_real(tmp_path, *more)
     cell = tmp_path / "out" / "performer" / "0.3s" / "mixit"
     found = json.loads((cell / "cell.json").read_text())
     metrics = json.loads((cell / "run" / "metrics.json").read_text())
@@ -1130,3 +1162,21 @@ def test_real_training(tmp_path):
     assert float(row["epoch_seconds"]) == pytest.approx(
         metrics["step_seconds"] * metrics["batches"], rel=1e-6
     )
+
+
+@pytest.mark.slow
+def test_real_models_train_on_the_same_songs(tmp_path):
+    run_real(tmp_path, "--steps=2", "--losses", "mixit_div_sp")
+    out = tmp_path / "out"
+    assert (out / "pretrain" / "encoder" / "encoder.ckpt").is_file()
+    tests = set()
+    for model in grid_tables.MODELS:
+        run = out / model / "0.3s" / "mixit_div_sp" / "run"
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert metrics["history"][-1]["step"] == 2
+        tests.add((run / "manifests" / "test.json").read_text())
+    assert len(tests) == 1
+    with open(out / "cells.csv", encoding="utf-8") as file:
+        first, *_ = csv.DictReader(file)
+    assert first["model"] == "performer_mae"
+    assert first["test_songs_pretrained_on"] == "0"

@@ -1,11 +1,15 @@
 """Pre-trained weights are loaded whole or not at all."""
 
+import re
+
 import pytest
 import torch
 
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.transfer import (
     ENCODER_FILE,
+    SETTINGS_FILE,
+    check_settings,
     encoder_state,
     load_pretrained_encoder,
 )
@@ -127,3 +131,178 @@ def test_missing_file_is_named(tmp_path):
         FileNotFoundError, match=f"pretrained_encoder: no {ENCODER_FILE} in "
     ):
         load_pretrained_encoder(masknet(0), tmp_path / "nowhere")
+
+
+# --- damaged weights ---------------------------------------------------------
+
+
+def refused(net, source, message):
+    """Expects an error that leaves the masknet as it was."""
+    before = copy_of(net)
+    with pytest.raises(ValueError, match=message):
+        load_pretrained_encoder(net, source)
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("share", (0.0, 0.001, 0.01, 0.3, 0.9, 0.999))
+def test_truncated_weights_are_named(share, source):
+    path = source / ENCODER_FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    message = f"{re.escape(str(path))}: no readable file of weights"
+    refused(masknet(1), source, message)
+
+
+@pytest.mark.parametrize("content", (b"<html>404</html>\n", b"\0" * 500))
+def test_another_file_in_place_of_weights_is_named(content, source):
+    (source / ENCODER_FILE).write_bytes(content)
+    refused(masknet(1), source, "no readable file of weights")
+
+
+@pytest.mark.parametrize("content", ([1, 2], torch.ones(3), None))
+def test_something_else_than_a_dict_is_named(content, source):
+    torch.save(content, source / ENCODER_FILE)
+    name = type(content).__name__
+    refused(masknet(1), source, f"expected a dict of tensors, got {name}$")
+
+
+def test_something_else_than_a_tensor_is_named(source):
+    change(source, **{"embedding.bias": 3.0})
+    refused(masknet(1), source, r"embedding\.bias is \[\], expected \[16\]$")
+
+
+def test_nothing_in_a_file_of_weights_is_executed(source):
+    class Trap:
+        def __reduce__(self):
+            return (source.joinpath("opened").touch, ())
+
+    change(source, **{"embedding.bias": Trap()})
+    refused(masknet(1), source, "no readable file of weights")
+    assert not (source / "opened").exists()
+
+
+# --- settings ----------------------------------------------------------------
+
+SETTINGS = """\
+sample_rate: 44100
+n_fft: 1024
+hop_length: 256
+spec_norm: zscore
+d_model: 16
+d_ffn: null
+
+Encoder: !new:trackformer_sb.nnet.stft.STFTEncoder
+  n_fft: 1024
+modules:
+  stft: !ref <Encoder>
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+  loadables:
+    encoder: !ref <Features>
+"""
+
+SEPARATOR = {
+    "sample_rate": 44100,
+    "n_fft": 1024,
+    "hop_length": 256,
+    "spec_norm": "zscore",
+    "d_model": 16,
+    "d_ffn": 64,
+    "num_spks": 4,
+    "Encoder": torch.nn.Identity(),
+}
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """The yaml of an encoder that fits."""
+    path = tmp_path / SETTINGS_FILE
+    path.write_text(SETTINGS)
+    return path
+
+
+@pytest.mark.parametrize("as_text", (False, True))
+def test_settings_that_agree_are_taken(as_text, settings):
+    folder = settings.parent
+    check_settings(SEPARATOR, str(folder) if as_text else folder)
+
+
+def test_keys_of_the_separator_alone_do_not_matter(settings):
+    # nor do those of the encoder alone, as of a learned encoder's separator
+    check_settings({"num_spks": 3, "sample_rate": 44100}, settings.parent)
+    check_settings({}, settings.parent)
+
+
+def test_every_setting_that_differs_is_named_with_both_values(settings):
+    separator = {
+        **SEPARATOR,
+        "sample_rate": 22050,
+        "hop_length": 512,
+        "spec_norm": "minmax",
+    }
+    message = (
+        f"pretrained_encoder: the encoder in {settings.parent} does not fit: "
+        "sample_rate is 44100, the separator has 22050; "
+        "hop_length is 256, the separator has 512; "
+        "spec_norm is zscore, the separator has minmax"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check_settings(separator, settings.parent)
+
+
+@pytest.mark.parametrize(
+    "key", ("sample_rate", "n_fft", "hop_length", "spec_norm", "d_model")
+)
+def test_one_setting_that_differs_is_named_alone(key, settings):
+    separator = {**SEPARATOR, key: "other"}
+    with pytest.raises(ValueError, match=f"fit: {key} is .* has other$"):
+        check_settings(separator, settings.parent)
+
+
+def test_nothing_in_the_settings_is_executed(settings):
+    opened = settings.with_name("opened")
+    settings.write_text(
+        f"trap: !apply:pathlib.Path.touch [!new:pathlib.Path [{opened}]]\n"
+        f"folder: !apply:os.mkdir [{opened}]\n"
+        "number: !new:no.such.module.Thing {}\n"
+        "sample_rate: !apply:os.abort []\n" + SETTINGS.split("\n", 1)[1]
+    )
+    check_settings(SEPARATOR, settings.parent)
+    assert not opened.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    (
+        b"sample_rate: [44100\n",
+        b"sample_rate: 44100\nn_ff",
+        b"\xff\xfe\x00",
+        b"x: !!python/object/apply:os.abort []\n",
+    ),
+)
+def test_broken_settings_are_named(content, settings):
+    settings.write_bytes(content)
+    message = f"{re.escape(str(settings))}: no readable yaml"
+    with pytest.raises(ValueError, match=message):
+        check_settings(SEPARATOR, settings.parent)
+
+
+@pytest.mark.parametrize("content", ("", "- 1\n", "text", "num_spks: 8\n"))
+def test_settings_of_something_else_are_named(content, settings):
+    settings.write_text(content)
+    message = "expected the settings of an encoder, with the keys pretrainer"
+    with pytest.raises(ValueError, match=message):
+        check_settings(SEPARATOR, settings.parent)
+
+
+@pytest.mark.parametrize("lines", range(SETTINGS.count("\n") - 2))
+def test_settings_cut_between_lines_are_refused(lines, settings):
+    settings.write_text("".join(SETTINGS.splitlines(True)[:lines]))
+    with pytest.raises(ValueError, match=f"{SETTINGS_FILE}: expected the set"):
+        check_settings(SEPARATOR, settings.parent)
+
+
+def test_missing_settings_are_named(tmp_path):
+    message = f"pretrained_encoder: no {SETTINGS_FILE} in .*nowhere"
+    with pytest.raises(FileNotFoundError, match=message):
+        check_settings(SEPARATOR, tmp_path / "nowhere")

@@ -111,14 +111,15 @@ class AudioMAE(nn.Module):
         Whether each frame to predict has zero mean and unit variance, which
         asks for its shape, not its level.
     decoder_layers : int
-        Performer layers of the decoder; 0 for a linear one.
+        Performer layers of the decoder; 0 for a linear one, not with "drop".
     d_decoder, decoder_nhead : int
         Sizes of the decoder.
 
     Raises
     ------
     ValueError
-        For an unknown mode, numbers out of range, or bands with "drop".
+        For an unknown mode, numbers out of range, or "drop" with bands or
+        with a linear decoder.
 
     Example
     -------
@@ -161,6 +162,13 @@ class AudioMAE(nn.Module):
             raise ValueError(
                 "mask_mode drop leaves out whole frames, expected mask_bands 1,"
                 f" got {mask_bands}"
+            )
+        least = 1 if mask_mode == "drop" else 0
+        if decoder_layers < least:
+            # without attention a mask token learns nothing of the encoder
+            raise ValueError(
+                f"expected decoder_layers from {least} with mask_mode "
+                f"{mask_mode}, got {decoder_layers}"
             )
         self.features = features
         self.mask_ratio = mask_ratio

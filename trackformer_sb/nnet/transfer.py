@@ -9,8 +9,19 @@ import yaml
 ENCODER_FILE = "encoder.ckpt"
 SETTINGS_FILE = "hyperparams.yaml"
 
+# The first and the last key of an encoder's settings: a file that is cut at
+# the end of a line is a yaml as well.
+ENDS_OF_SETTINGS = {"sample_rate", "pretrainer"}
+
 # What torch.load raises for a file that is cut, empty or something else.
-DAMAGED = (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError)
+DAMAGED = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    KeyError,
+    pickle.UnpicklingError,
+)
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -57,7 +68,8 @@ def check_settings(settings, source):
     FileNotFoundError
         If there is no such file.
     ValueError
-        Naming all keys that differ, with both values.
+        If the file is damaged, or naming all keys that differ with both
+        values.
     """
     path = pathlib.Path(source) / SETTINGS_FILE
     if not path.is_file():
@@ -68,8 +80,11 @@ def check_settings(settings, source):
         known = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no readable yaml ({error})") from error
-    if not isinstance(known, dict) or "sample_rate" not in known:
-        raise ValueError(f"{path}: expected the settings of an encoder")
+    if not isinstance(known, dict) or not known.keys() >= ENDS_OF_SETTINGS:
+        raise ValueError(
+            f"{path}: expected the settings of an encoder, with the keys "
+            f"{', '.join(sorted(ENDS_OF_SETTINGS))}"
+        )
     different = [
         f"{key} is {value}, the separator has {settings[key]}"
         for key, value in known.items()
@@ -105,7 +120,8 @@ def load_pretrained_encoder(masknet, source):
     FileNotFoundError
         If there is no such file.
     ValueError
-        Naming all missing, extra and misshapen keys; nothing is loaded then.
+        If the file is damaged, or naming all missing, extra and misshapen
+        keys; nothing is loaded then.
     """
     path = pathlib.Path(source) / ENCODER_FILE
     if not path.is_file():
@@ -126,10 +142,10 @@ def load_pretrained_encoder(masknet, source):
     problems = [f"missing {key}" for key in expected.keys() - state.keys()]
     problems += [f"extra {key}" for key in state.keys() - expected.keys()]
     problems += [
-        f"{key} is {list(state[key].shape)}, expected "
+        f"{key} is {list(getattr(state[key], 'shape', []))}, expected "
         f"{list(expected[key].shape)}"
         for key in expected.keys() & state.keys()
-        if state[key].shape != expected[key].shape
+        if getattr(state[key], "shape", None) != expected[key].shape
     ]
     if problems:
         raise ValueError(

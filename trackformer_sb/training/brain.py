@@ -147,7 +147,9 @@ class MusicBrain(sb.Brain):
                 "step_seconds": statistics.median(steps) if steps else None,
             }
         elif stage == sb.Stage.VALID:
-            self.end_epoch(float(stage_loss), seconds, epoch)
+            # a run resumed after its last step has nothing left to train
+            if self.step_seconds:
+                self.end_epoch(float(stage_loss), seconds, epoch)
         else:
             self.end_test(float(stage_loss))
 

@@ -11,7 +11,7 @@ import re
 import sys
 from typing import NamedTuple
 
-from trackformer_sb.training.grid_report import LOSSES, MODELS
+from trackformer_sb.training.grid_tables import LOSSES, MODELS
 
 # of each model its yaml, and the overrides it takes beside the plain ones
 YAMLS = {
@@ -20,7 +20,8 @@ YAMLS = {
     "convtasnet": ("convtasnet_mixit.yaml", "convtasnet"),
 }
 PRETRAIN_YAML = "audio_mae.yaml"
-GROUPS = ("performer", "convtasnet", "mae")
+# whom overrides are for; "": all cells
+GROUPS = ("", "performer", "convtasnet", "mae")
 LENGTHS = (3.0, 5.0, 10.0, 30.0)  # seconds
 # with the auxiliary losses the weights are those of the yaml
 LOSS_KEYS = {
@@ -51,6 +52,7 @@ ENCODER_KEYS = (
     "nhead",
     "d_ffn",
     "n_features",
+    "dropout",
     "attention",
     "spec_norm",
 )
@@ -159,50 +161,6 @@ def yaml_values(path):
     return {key: re.sub(r"\s#.*", "", text).strip() for key, text in pairs}
 
 
-def split_overrides(words):
-    """Sorts the overrides of a command line by whom they are for.
-
-    Arguments
-    ---------
-    words : list of str
-        ``--key=value`` for all cells, ``--group.key=value`` for some.
-
-    Returns
-    -------
-    dict
-        Group -> key -> value; "" for all cells.
-
-    Raises
-    ------
-    ValueError
-        For a word of another form or an unknown group.
-
-    Example
-    -------
-    >>> split_overrides(["--lr=1e-3", "--convtasnet.num_channels=64"])[
-    ...     "convtasnet"
-    ... ]
-    {'num_channels': '64'}
-    """
-    overrides = {group: {} for group in ("", *GROUPS)}
-    for word in words:
-        found = re.fullmatch(r"--(?:(\w+)\.)?(\w+)=(.*)", word, re.DOTALL)
-        if not found:
-            raise ValueError(
-                f"unknown argument {word!r}: expected an option of --help, "
-                "--key=value, or --group.key=value with a group of "
-                + ", ".join(GROUPS)
-            )
-        group, key, value = found.groups(default="")
-        if group not in overrides:
-            raise ValueError(
-                f"unknown group {group!r} in {word!r}: expected one of "
-                + ", ".join(GROUPS)
-            )
-        overrides[group][key] = value
-    return overrides
-
-
 class Grid:
     """All cells of the experiment, and where they go.
 
@@ -221,7 +179,7 @@ class Grid:
     seed : int
         Of all trainings.
     overrides : dict
-        As ``split_overrides`` returns them.
+        Group of GROUPS -> key -> value.
     pretrained_encoder : pathlib.Path or None
         Encoder for ``performer_mae``; with None the grid pre-trains its own.
     memory_gb : float or None
@@ -252,7 +210,7 @@ class Grid:
     ):
         self.folder, self.data, self.seed = folder, data, seed
         self.recipes, self.hparams = recipes, recipes.parent / "hparams"
-        self.overrides = overrides or split_overrides([])
+        self.overrides = overrides or {group: {} for group in GROUPS}
         self.models, self.budget = models, budget
         self.pretrain_budget = pretrain_budget or budget
         self.pretrained_encoder = pretrained_encoder

@@ -20,7 +20,7 @@ TAIL_LINES = 50
 STOP_SECONDS = 10  # until a process that does not end is killed
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can(?:not|'t) allocate memory|bad_alloc|MemoryError"
-    r"|not enough memory|killed by signal: killed",
+    r"|not enough memory|killed by signal: killed|failed to map segment",
     re.IGNORECASE,
 )
 # Limits its memory, will die with the grid, and becomes the command. As

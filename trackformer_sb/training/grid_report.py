@@ -10,6 +10,7 @@ from trackformer_sb.training.grid_tables import (
     CELL_COLUMNS,
     LOSSES,
     MODELS,
+    PAPER_LENGTHS,
     PAPER_SI_SNR,
     SHOWN,
     TABLES,
@@ -62,16 +63,19 @@ def markdown(columns, rows):
     | b | - |
     """
 
-    def show(value):
+    def show(value, column):
         if value is None:
             return "-"
         if not isinstance(value, float):
             return str(value)
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.2f}"
+        if column.startswith("length"):
+            return f"{value:g}"
+        digits = 0 if abs(value) >= 1000 else 3 if 0 < abs(value) < 0.1 else 2
+        return f"{value:.{digits}f}"
 
     lines = [columns, ["---"] * len(columns)]
     text = [f"| {' | '.join(lines[0])} |", f"|{'|'.join(lines[1])}|"]
-    text += [f"| {' | '.join(map(show, row))} |" for row in rows]
+    text += [f"| {' | '.join(map(show, row, columns))} |" for row in rows]
     return "\n".join(text)
 
 
@@ -266,8 +270,8 @@ def plan_text(rows):
 
 def draw(axis, cells, name):
     """One measure against the length, a line for each model and loss."""
-    lengths = sorted({key[0] for key in cells})
-    missing = {}
+    lengths = sorted({key[0] for key in cells}) or list(PAPER_LENGTHS)
+    missing = []
     for model in MODELS:
         for loss in LOSSES:
             points = [
@@ -283,31 +287,29 @@ def draw(axis, cells, name):
             for length in lengths:
                 cell = cells.get((length, loss, model), {})
                 if cell.get("status") == "oom":
-                    missing.setdefault(length, {})[model] = colour
+                    missing.append((length, label, colour))
     if name == "mixture_si_snr":
         for model, values in PAPER_SI_SNR.items():
             points = [x for x in values.items() if is_number(x[1])]
-            axis.plot(
-                *zip(*points),
-                "x:",
-                color=COLOURS[model],
-                alpha=0.6,
-                label=f"paper: {model}",
-            )
-            lengths = sorted({*lengths, *values})
-    for length, models in missing.items():
-        # above the lines, where the axis has no unit
-        for row, (model, colour) in enumerate(models.items()):
-            axis.annotate(
-                f"OOM {model}",
-                (length, 0.98 - 0.06 * row),
-                xycoords=("data", "axes fraction"),
-                color=colour,
-                ha="right",
-                va="top",
-                fontsize=8,
-            )
+            label, colour = f"paper: {model}", COLOURS[model]
+            axis.plot(*zip(*points), "x:", color=colour, label=label)
+            missing += [
+                (length, label, colour)
+                for length, value in values.items()
+                if value == "OOM"
+            ]
+        lengths = sorted({*lengths, *PAPER_LENGTHS})
+    for row, (length, label, colour) in enumerate(missing):
+        axis.annotate(
+            f"OOM {label}",
+            (length, 0.02 + 0.05 * row),
+            xycoords=("data", "axes fraction"),
+            color=colour,
+            ha="right",
+            fontsize=8,
+        )
     axis.set_xscale("log")
+    axis.set_xlim(0.8 * lengths[0], 1.25 * lengths[-1])
     axis.set_xticks(lengths, [f"{length:g}" for length in lengths])
     axis.set_xticks([], minor=True)
     axis.set_xlabel("segment length (s)")
@@ -340,5 +342,6 @@ def write_figures(folder):
             if axis.lines:
                 axis.legend(fontsize=8)
             else:
-                axis.text(0.5, 0.5, "not measured", ha="center")
+                where = {"transform": axis.transAxes, "ha": "center"}
+                axis.text(0.5, 0.5, "not measured", **where)
         figure.savefig(folder / "figures" / f"{file}.png", dpi=110)

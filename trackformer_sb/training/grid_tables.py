@@ -11,14 +11,14 @@ from typing import NamedTuple
 MODELS = ("performer_mae", "performer", "convtasnet")
 LOSSES = ("mixit", "mixit_div_sp")
 
-# What the paper says; its Performer has the Audio-MAE and the auxiliary losses.
+# What the paper says; its Performers have the auxiliary losses.
 PAPER_LENGTHS = (3.0, 5.0, 10.0, 30.0)
 PAPER_LOSS = "mixit_div_sp"
 PAPER_SI_SNR = {
     "performer_mae": dict(zip(PAPER_LENGTHS, (1.66, 2.00, 2.33, 3.52))),
+    "performer": {3.0: 2.60},
     "convtasnet": dict(zip(PAPER_LENGTHS, (-9.11, -8.52, -9.73, "OOM"))),
 }
-PAPER_WITHOUT_MAE = {3.0: 2.60}
 PAPER_TIME_RATIO = "0.74 to 0.83"  # epochs 17 to 26 % shorter
 NOT_AT_HAND = '"-" under paper: the paper\'s value is not at hand.'
 
@@ -161,9 +161,8 @@ def _keys(cells, models=MODELS):
     keys = {key for key in cells if key[2] in models}
     keys |= {
         (length, PAPER_LOSS, model)
-        for length in PAPER_LENGTHS
-        for model in PAPER_SI_SNR
-        if model in models
+        for model in models
+        for length in PAPER_SI_SNR[model]
     }
     return sorted(keys, key=_order)
 
@@ -226,7 +225,8 @@ def time_table(cells):
             base = figure(cells, (length, loss, "convtasnet"), "epoch_seconds")
             if is_number(epoch) and is_number(base):
                 ratio = epoch / base
-        if model == "performer_mae" and loss == PAPER_LOSS:
+        in_paper = _paper_si_snr(length, loss, "convtasnet")
+        if (loss, model) == (PAPER_LOSS, MODELS[0]) and is_number(in_paper):
             paper = PAPER_TIME_RATIO
         rows.append((*key, epoch, *others, ratio, paper))
     columns = (
@@ -271,10 +271,7 @@ def audio_mae_table(cells):
         for name in ("mixture_si_snr", "si_snri"):
             both = [figure(cells, (length, loss, x), name) for x in pair]
             figures += [*both, difference(*both)]
-        paper = [None, None]
-        if loss == PAPER_LOSS:
-            paper[0] = PAPER_SI_SNR["performer_mae"].get(length)
-            paper[1] = PAPER_WITHOUT_MAE.get(length)
+        paper = [_paper_si_snr(length, loss, model) for model in pair]
         rows.append((length, loss, *figures, *paper, difference(*paper)))
     columns = ["length (s)", "loss"]
     for measure in ("mixture SI-SNR", "SI-SNRi", "paper"):
@@ -289,16 +286,17 @@ def audio_mae_table(cells):
 
 def auxiliary_loss_table(cells):
     """Table 5: with and without diversity and sparsity loss."""
-    names = ("mixture_si_snr", "si_snri", "mask_overlap")
+    names = ["mixture_si_snr", "si_snri", "mask_overlap"]
+    names.append("effective_mask_count")
     rows = []
     for length, model in dict.fromkeys(key[::2] for key in _keys(cells)):
-        for name in (*names, "effective_mask_count"):
-            both = [figure(cells, (length, x, model), name) for x in LOSSES]
-            paper = None
-            if name == "mixture_si_snr" and model in PAPER_SI_SNR:
-                paper = "below 0" if model != "convtasnet" else None
-            rows.append((length, model, name, *both, difference(*both[::-1])))
-            rows[-1] += (paper,)
+        pair = [(length, loss, model) for loss in LOSSES]
+        for name in names if cells.keys() & pair else names[:1]:
+            both = [figure(cells, key, name) for key in pair]
+            ours = difference(*both[::-1])
+            known = (model, name) == ("performer_mae", "mixture_si_snr")
+            paper = "below 0" if known else None
+            rows.append((length, model, name, *both, ours, paper))
     columns = ("length (s)", "model", "measure", *LOSSES, "difference", "paper")
     notes = (
         "Difference: what the auxiliary losses change; SI-SNR in dB. Mask "

@@ -28,6 +28,11 @@ def cosine_schedule(optimizer, num_steps, lr_final, warmup_steps=0):
     torch.optim.lr_scheduler.LambdaLR
         To be stepped after each optimizer step.
 
+    Raises
+    ------
+    ValueError
+        If the optimizer's learning rate is zero.
+
     Example
     -------
     >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
@@ -40,7 +45,10 @@ def cosine_schedule(optimizer, num_steps, lr_final, warmup_steps=0):
     >>> rates
     [1.0, 0.75, 0.5, 0.5]
     """
-    lowest = lr_final / optimizer.defaults["lr"]
+    highest = optimizer.defaults["lr"]
+    if not highest > 0:
+        raise ValueError(f"expected lr above 0, got {highest}")
+    lowest = lr_final / highest
 
     def factor(step):
         progress = min(1.0, step / max(1, num_steps))
@@ -81,7 +89,7 @@ def separate_group(optimizer, parameters, lr_scale=1.0, freeze_steps=0):
     ValueError
         If a number is negative.
     """
-    if lr_scale < 0 or freeze_steps < 0:
+    if not (lr_scale >= 0 and freeze_steps >= 0):
         raise ValueError(
             "expected pretrained_lr_scale and pretrained_freeze_steps from 0, "
             f"got {lr_scale} and {freeze_steps}"

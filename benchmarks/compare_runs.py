@@ -1,0 +1,105 @@
+"""Trainings side by side: what they reach, and how soon.
+
+    python benchmarks/compare_runs.py RUN_FOLDER [RUN_FOLDER ...] --title TEXT
+
+The folders are output folders of recipes/train.py; the first is the reference.
+"Reached after" is the share of the reference's optimizer steps after which a
+run's validation loss is for the first time at or below the reference's last
+one, read off the validations, between which nothing is assumed. Losses of the
+same data, seed and segment length can be compared, others cannot: a difference
+of keys that change them is refused.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+from common import Record, add_arguments, say, table
+from real_music import plain_values, shown, training_command
+
+MEASURES = (
+    "mixture_si_snr",
+    "si_snri",
+    "si_snri_grouped",
+    "mask_overlap",
+    "effective_mask_count",
+)
+SAME = ("data_folder", "dataset", "test_folder", "split_ratio", "sample_rate")
+
+
+def load(folder):
+    """metrics.json and the yaml's values of a run."""
+    text = (folder / "metrics.json").read_text(encoding="utf-8")
+    yaml = (folder / "hyperparams.yaml").read_text(encoding="utf-8")
+    return json.loads(text), plain_values(yaml)
+
+
+def loss_of(row):
+    """The MixIT part of the validation loss where it is known."""
+    return row.get("valid_mixit_loss", row["valid_loss"])
+
+
+def reached_after(history, reference):
+    """Share of the reference's steps until its last loss; None if never."""
+    goal = loss_of(reference[-1])
+    steps = [row["step"] for row in history if loss_of(row) <= goal]
+    return steps[0] / reference[-1]["step"] if steps else None
+
+
+def main():
+    """Compares runs and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, "compare_runs")
+    parser.add_argument("run_folders", type=pathlib.Path, nargs="+")
+    parser.add_argument("--title", default="Trainings side by side")
+    parser.add_argument("--note", default="", help="a paragraph of its own")
+    args = parser.parse_args()
+    record = Record(args.title, __doc__, args.output, args.device)
+    runs = {folder.name: load(folder) for folder in args.run_folders}
+    (first, (reference, values)), *_ = runs.items()
+    for name, (_, other) in runs.items():
+        for key in SAME:
+            if other.get(key) != values.get(key):
+                sys.exit(
+                    f"{key}: expected {values.get(key)} as in {first}, got "
+                    f"{other.get(key)} in {name}"
+                )
+    rows, curves = [], {}
+    for name, (metrics, _) in runs.items():
+        history = metrics["history"]
+        share = reached_after(history, reference["history"])
+        rows.append(
+            [
+                name,
+                int(history[-1]["step"]),
+                f"{metrics['total_seconds'] / 60:.1f}",
+                f"{loss_of(history[-1]):.3f}",
+                "never" if share is None else f"{100 * share:.0f} %",
+                *(shown(metrics[key]) for key in MEASURES),
+            ]
+        )
+        for row in history:
+            curves.setdefault(int(row["step"]), {})[name] = loss_of(row)
+    header = ["run", "steps", "minutes", "last validation loss"]
+    header += ["reached after", *MEASURES]
+    points = [
+        [step, *(f"{found[n]:.3f}" if n in found else "-" for n in runs)]
+        for step, found in sorted(curves.items())
+    ]
+    blocks = [
+        *([args.note] if args.note else []),
+        table(header, rows),
+        "## Validation loss (MixIT) by step",
+        table(["step", *runs], points),
+        "## Commands, rebuilt from what the runs left behind",
+        "\n".join(
+            f"    {training_command(folder)}" for folder in args.run_folders
+        ),
+    ]
+    record.write(*blocks)
+    say(*blocks, sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
