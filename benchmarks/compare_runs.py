@@ -5,9 +5,9 @@
 The folders are output folders of recipes/train.py; the first is the reference.
 "Reached after" is the share of the reference's optimizer steps after which a
 run's validation loss is for the first time at or below the reference's last
-one, read off the validations, between which nothing is assumed. Losses of the
-same data, seed and segment length can be compared, others cannot: a difference
-of keys that change them is refused.
+one, read off the validations, between which nothing is assumed: train with
+--epoch_segments for more of them. Losses of other data, seeds, splits or
+segment lengths cannot be compared and are refused.
 """
 
 import argparse
@@ -25,7 +25,20 @@ MEASURES = (
     "mask_overlap",
     "effective_mask_count",
 )
-SAME = ("data_folder", "dataset", "test_folder", "split_ratio", "sample_rate")
+SAME = (
+    "data_folder",
+    "dataset",
+    "test_folder",
+    "test_dataset",
+    "split_ratio",
+    "seed",
+    "sample_rate",
+    "segment_seconds",
+    "mixit_objective",
+    "snr_max",
+    "number_of_epochs",
+    "epoch_segments",
+)
 
 
 def load(folder):
@@ -56,7 +69,14 @@ def main():
     parser.add_argument("--note", default="", help="a paragraph of its own")
     args = parser.parse_args()
     record = Record(args.title, __doc__, args.output, args.device)
-    runs = {folder.name: load(folder) for folder in args.run_folders}
+    folders = [folder.resolve() for folder in args.run_folders]
+    # as short as they can be told apart
+    depth = 1
+    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
+        depth += 1
+        if depth > max(len(folder.parts) for folder in folders):
+            parser.error("a run folder is given twice")
+    runs = {"/".join(folder.parts[-depth:]): load(folder) for folder in folders}
     (first, (reference, values)), *_ = runs.items()
     for name, (_, other) in runs.items():
         for key in SAME:

@@ -13,8 +13,6 @@ arXiv 2207.06405); the encoder then initialises a separator.
 Results are in the yaml's output_folder; its encoder/ is ready to use.
 """
 
-import csv
-import json
 import os
 import pathlib
 
@@ -50,6 +48,8 @@ SELECTION_METRICS = ("explained_variance", "loss")
 class Pretraining(MusicBrain):
     """Training of a masked autoencoder on songs, or on sums of two."""
 
+    columns, curves = COLUMNS, figures.PRETRAINING_CURVES
+
     def compute_forward(self, batch, stage):
         """Hides a part of the spectrograms and rebuilds it.
 
@@ -64,11 +64,16 @@ class Pretraining(MusicBrain):
             # in training a silent partner was drawn
             mixtures = mixtures[:, :1]
         spectrum = self.modules.stft(mixtures.sum(1))
-        if stage == sb.Stage.TRAIN:
-            return self.modules.mae(spectrum)
-        # the same masks whenever an item is evaluated
+        # masks of their own for each batch and rank, after a resume as well,
+        # and the same ones whenever an item is evaluated
+        place = (
+            (1, self.pairs.rank, self.pairs.epoch, self.step)
+            if stage == sb.Stage.TRAIN
+            else (0, len(self.rows))
+        )
+        seed = np.random.SeedSequence((self.hparams.seed, *place))
         generator = torch.Generator(spectrum.device)
-        generator.manual_seed(len(self.rows))
+        generator.manual_seed(int(seed.generate_state(1)[0]))
         return self.modules.mae(spectrum, generator)
 
     def compute_objectives(self, predictions, batch, stage):
@@ -97,21 +102,6 @@ class Pretraining(MusicBrain):
             "explained_variance": 1 - loss / variance if variance else None,
         }
 
-    def prepare_stage(self):
-        """Resets what is measured."""
-        self.rows, self.picture = [], None
-
-    def averages(self):
-        """Mean of each column over the items that have it."""
-        values = {
-            name: [row[name] for row in self.rows if row.get(name) is not None]
-            for name in COLUMNS
-        }
-        return {
-            name: float(np.mean(column)) if column else None
-            for name, column in values.items()
-        }
-
     def reconstruction_figure(self):
         """Picture of the first readable item."""
         return figures.reconstruction_figure(
@@ -129,35 +119,11 @@ class Pretraining(MusicBrain):
                 "reconstruction", self.reconstruction_figure(), epoch
             )
 
-    def write_results(self, test_loss):
-        """Writes test_results.csv, metrics.json and the figures."""
-        folder, averages = self.results_folder, self.averages()
-        with open(
-            folder / "test_results.csv", "w", newline="", encoding="utf-8"
-        ) as file:
-            writer = csv.DictWriter(file, ("id", *COLUMNS))
-            writer.writeheader()
-            writer.writerows(self.rows)
-            writer.writerow({"id": "avg", **averages})
-        results = {
-            **averages,
-            "test_loss": test_loss,
-            "test_items": len(self.rows),
-            **self.costs(),
-        }
-        text = json.dumps(results, indent=2)
-        (folder / "metrics.json").write_text(text, encoding="utf-8")
+    def write_figures(self, folder):
+        """Draws a test item."""
         figures.save_figure(
-            figures.training_curves(
-                self.hparams.history, figures.PRETRAINING_CURVES
-            ),
-            folder / "figures" / "training_curves.png",
+            self.reconstruction_figure(), folder / "reconstruction.png"
         )
-        if self.picture is not None:
-            figures.save_figure(
-                self.reconstruction_figure(),
-                folder / "figures" / "reconstruction.png",
-            )
 
 
 def check_spans(hparams):
@@ -190,8 +156,8 @@ def main(argv):
     experiment = load_experiment(argv, SELECTION_METRICS)
     hparams = experiment.hparams
     check_spans(hparams)
-    sb.create_experiment_directory(**experiment.directory)
     prepare_data(hparams)
+    sb.create_experiment_directory(**experiment.directory)
     brain, datasets = make_brain(Pretraining, experiment)
     brain.redrawn = hparams["AudioMAE"]
     train_and_test(brain, datasets, hparams)
@@ -203,7 +169,16 @@ def main(argv):
             {"stft": hparams["Encoder"], "encoder": hparams["Features"]},
             folder,
         ],
-        kwargs={"metadata": model_card(hparams, brain)},
+        kwargs={
+            "metadata": model_card(hparams, brain),
+            "songs": sorted(
+                {
+                    row["song"]
+                    for split in ("train", "valid")
+                    for row in datasets[split].data.values()
+                }
+            ),
+        },
     )
     logger.info(f"encoder: {folder}")
 

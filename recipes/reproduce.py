@@ -22,9 +22,14 @@ import re
 import sys
 
 from trackformer_sb.training import grid
+from trackformer_sb.training.grid_processes import visible_devices
 from trackformer_sb.training.grid_run import Runner
 
 RECIPES = pathlib.Path(__file__).resolve().parent
+DEVICES_HELP = (
+    "as many cells run at once, default: all GPUs that nvidia-smi lists and "
+    "CUDA_VISIBLE_DEVICES leaves, cpu where there is none"
+)
 
 
 def _positive(kind):
@@ -77,11 +82,16 @@ def make_parser():
         ("models", grid.MODELS, {"choices": grid.MODELS}),
         ("lengths", grid.LENGTHS, {"type": _positive(float)}),
         ("losses", grid.LOSSES, {"choices": grid.LOSSES}),
-        ("devices", ("cpu",), {"help": "as many cells run at once"}),
+        ("devices", None, {"help": DEVICES_HELP}),
     ):
         add(f"--{name}", nargs="+", default=default, **options)
     _add_budget(parser, "", "default: 100 epochs, as the paper")
     _add_budget(parser, "pretrain_", "default: the budget of a cell")
+    add(
+        "--pretrain_yaml",
+        default=grid.PRETRAIN_YAML,
+        help="of hparams/, default: %(default)s",
+    )
     add("--pretrained_encoder", help="instead of pre-training", **folder)
     add(
         "--memory_gb",
@@ -167,8 +177,10 @@ def main(argv):
         split_overrides(words),
         args.pretrained_encoder,
         args.memory_gb,
+        args.pretrain_yaml,
     )
-    runner = Runner(whole, args.devices, args.retry_oom)
+    devices = args.devices or visible_devices()
+    runner = Runner(whole, devices, args.retry_oom)
     if args.dry_run:
         failed = runner.dry_run(not args.no_probe)
     else:

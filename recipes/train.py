@@ -12,7 +12,6 @@ given to the mixture it explains best (arXiv 2006.12701).
 Results are in the yaml's output_folder; its separator/ is ready to use.
 """
 
-import csv
 import json
 import os
 import pathlib
@@ -44,10 +43,12 @@ from trackformer_sb.training.brain import MusicBrain
 from trackformer_sb.training.experiment import (
     load_experiment,
     make_brain,
+    manifest_folder,
     prepare_data,
     run,
     train_and_test,
 )
+from trackformer_sb.training.optimization import check_group
 
 logger = get_logger(__name__)
 
@@ -74,6 +75,8 @@ SELECTION_METRICS = (
 
 class Separation(MusicBrain):
     """MixIT training of any encoder, masknet and decoder."""
+
+    columns, more_averages = COLUMNS, ("mixit_loss",)
 
     def compute_forward(self, batch, stage):
         """Separates sums of mixtures, and in evaluation the first mixture.
@@ -173,18 +176,8 @@ class Separation(MusicBrain):
 
     def prepare_stage(self):
         """Resets what is measured."""
-        self.rows, self.picture, self.silent_stems = [], None, 0
-
-    def averages(self):
-        """Mean of each column over the items that have it."""
-        values = {
-            name: [row[name] for row in self.rows if row.get(name) is not None]
-            for name in (*COLUMNS, "mixit_loss")
-        }
-        return {
-            name: float(np.mean(column)) if column else None
-            for name, column in values.items()
-        }
+        super().prepare_stage()
+        self.silent_stems = 0
 
     def log_picture(self, epoch):
         """One validation item in TensorBoard, to see and to hear."""
@@ -211,35 +204,16 @@ class Separation(MusicBrain):
             **picture, sample_rate=self.hparams.sample_rate
         )
 
-    def write_results(self, test_loss):
-        """Writes test_results.csv, metrics.json and the figures."""
-        folder, averages = self.results_folder, self.averages()
-        with open(
-            folder / "test_results.csv", "w", newline="", encoding="utf-8"
-        ) as file:
-            writer = csv.DictWriter(
-                file, ("id", *COLUMNS), extrasaction="ignore"
-            )
-            writer.writeheader()
-            writer.writerows(self.rows)
-            writer.writerow({"id": "avg", **averages})
-        results = {
-            **averages,
-            "test_loss": test_loss,
-            "test_items": len(self.rows),
+    def write_figures(self, folder):
+        """Draws a test item."""
+        figures.save_figure(self.separation_figure(), folder / "test_item.png")
+
+    def more_results(self):
+        """What else belongs in metrics.json."""
+        return {
             "silent_stems_left_out": self.silent_stems,
-            **self.costs(),
+            "test_songs_pretrained_on": self.songs_pretrained_on,
         }
-        text = json.dumps(results, indent=2)
-        (folder / "metrics.json").write_text(text, encoding="utf-8")
-        figures.save_figure(
-            figures.training_curves(self.hparams.history),
-            folder / "figures" / "training_curves.png",
-        )
-        if self.picture is not None:
-            figures.save_figure(
-                self.separation_figure(), folder / "figures" / "test_item.png"
-            )
 
 
 def model_card(hparams, brain):
@@ -264,24 +238,40 @@ def initialise(hparams):
 
     Returns
     -------
-    list of torch.nn.Parameter
-        The parameters that it initialised, if they are to be trained with
-        another learning rate than the rest.
+    list of str
+        Names of the masknet's parameters and buffers that it initialised.
+    list of str or None
+        The songs that it was trained on.
     """
     source = hparams.get("pretrained_encoder")
     if not source:
-        return []
+        return [], None
     folder = encoder_folder(source)
-    check_settings(hparams, folder)
-    masknet = hparams["MaskNet"]
-    keys = load_pretrained_encoder(masknet, folder)
-    logger.info(f"{len(keys)} tensors from {source}: {', '.join(keys)}")
-    if (
-        hparams["pretrained_lr_scale"] == 1.0
-        and not hparams["pretrained_freeze_steps"]
-    ):
-        return []
-    return [p for name, p in masknet.named_parameters() if name in keys]
+    settings = check_settings(hparams, folder)
+    check_group(
+        hparams["pretrained_lr_scale"], hparams["pretrained_freeze_steps"]
+    )
+    keys = load_pretrained_encoder(hparams["MaskNet"], folder)
+    return keys, settings.get("songs")
+
+
+def songs_heard(hparams, songs):
+    """How many test songs a pre-training heard; warns of any.
+
+    Songs go by their names, as of the same data folder.
+    """
+    if songs is None:
+        return None
+    text = (manifest_folder(hparams) / "test.json").read_text(encoding="utf-8")
+    heard = {row["song"] for row in json.loads(text).values()} & set(songs)
+    if heard:
+        logger.warning(
+            f"pretrained_encoder: its training had {len(heard)} of the test "
+            f"songs: {', '.join(sorted(heard)[:5])} ... The test flatters; "
+            "pre-train with the same seed, split_ratio and segment_seconds, or "
+            "test on a test_folder"
+        )
+    return len(heard)
 
 
 def main(argv):
@@ -289,11 +279,21 @@ def main(argv):
     experiment = load_experiment(argv, SELECTION_METRICS)
     hparams = experiment.hparams
     # before anything of an earlier run is written over
-    pretrained = initialise(hparams)
-    sb.create_experiment_directory(**experiment.directory)
+    keys, songs = initialise(hparams)
     prepare_data(hparams)
+    sb.create_experiment_directory(**experiment.directory)
+    if keys:
+        source = hparams["pretrained_encoder"]
+        logger.info(f"{len(keys)} tensors from {source}: {', '.join(keys)}")
     brain, datasets = make_brain(Separation, experiment)
-    brain.pretrained, brain.redrawn = pretrained, hparams["MaskNet"]
+    brain.redrawn = hparams["MaskNet"]
+    brain.songs_pretrained_on = songs_heard(hparams, songs)
+    if keys and (
+        hparams["pretrained_lr_scale"] != 1.0
+        or hparams["pretrained_freeze_steps"]
+    ):
+        parameters = hparams["MaskNet"].named_parameters()
+        brain.pretrained = [p for name, p in parameters if name in keys]
     train_and_test(brain, datasets, hparams)
     folder = brain.results_folder / "separator"
     run_on_main(

@@ -129,7 +129,7 @@ def test_nothing_of_the_experiment_comes_along(exported, tmp_path):
     assert not re.search(r"(?:[\s:\"'\[]|^)(?:/\w|[A-Z]:\\)", everything)
     yaml = YAML().load(text)
     parts = ["Encoder", "Features", "modules", "audio_normalizer", "pretrainer"]
-    assert list(yaml) == [*SETTINGS, *parts]
+    assert list(yaml) == [*SETTINGS, "songs", *parts]
     # the Pretrained class takes such keys for run options
     assert not set(yaml) & set(RunOptions().as_dict())
     values = (8000, 128, 32, "zscore", 16, 2, 2, 24, 8)
@@ -213,6 +213,20 @@ def test_batch_neighbours_do_not_matter(exported):
         )
 
 
+@pytest.mark.parametrize("filling", [0.0, 50.0])
+@pytest.mark.parametrize("time", [33, 320, 700, 992, 1000])
+def test_padding_equals_a_shorter_input(exported, time, filling):
+    features = loaded(exported[0])
+    wavs = torch.randn(2, 1000)
+    wavs[0, time:] = filling
+    x = features.encode_batch(wavs, torch.tensor([time / 1000, 1.0]))
+    frames = -(-time // 32)
+    alone = features.encode_batch(wavs[:1, :time])
+    torch.testing.assert_close(x[:1, :frames], alone, atol=1e-4, rtol=1e-4)
+    whole = features.encode_batch(wavs[1:])
+    torch.testing.assert_close(x[1:], whole, atol=1e-4, rtol=1e-4)
+
+
 def test_gain_does_not_matter(exported):
     features = loaded(exported[0])
     wavs = torch.randn(2, 1000)
@@ -229,8 +243,12 @@ def test_frozen_unless_asked_for(exported):
     frozen = loaded(folder)
     assert not any(p.requires_grad for p in frozen.parameters())
     assert not any(module.training for module in frozen.mods.modules())
+    # a recipe that trains what is around it calls this
+    frozen.train()
+    assert not any(module.training for module in frozen.mods.modules())
     # a module of another recipe, trained with it
     trained_on = loaded(folder, freeze_params=False)
+    assert trained_on.mods.encoder.training
     trained_on.encode_batch(torch.randn(2, 1000)).square().sum().backward()
     assert len(list(trained_on.parameters())) > 10
     for name, parameter in trained_on.named_parameters():
@@ -302,6 +320,15 @@ def test_weights_that_do_not_fit_are_named(changes, message, exported):
     change(folder, **changes)
     with pytest.raises(ValueError, match=rf"encoder\.ckpt does not.*{message}"):
         loaded(folder)
+
+
+def test_weights_are_strict_without_hooks_in_the_yaml(exported):
+    # as in folders that others make for SpeechBrain
+    path = exported[0] / "hyperparams.yaml"
+    path.write_text(path.read_text().partition("  custom_hooks:")[0])
+    change(exported[0], **{"embedding.bias": None})
+    with pytest.raises(ValueError, match=r"missing embedding\.bias"):
+        loaded(exported[0])
 
 
 def test_truncated_weights_are_named(exported):

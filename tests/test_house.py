@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "data": set(),
     "nnet": set(),
     "objectives": set(),
-    "training": {"data", "objectives"},
+    "training": {"data", "nnet", "objectives"},
     "asteroid": set(),
     "inference": {"nnet"},
     "cli": {"data", "nnet", "inference"},

@@ -41,7 +41,7 @@ def seeded(seed=1):
 # --- what is hidden ----------------------------------------------------------
 
 
-masks = {
+MASKS = {
     "frames": st.integers(2, 60),
     "mask_ratio": st.floats(0.001, 0.999),
     "mask_span": st.integers(1, 12),
@@ -49,7 +49,7 @@ masks = {
 }
 
 
-@given(**masks)
+@given(**MASKS)
 def test_share_is_exact_in_each_item(frames, mask_ratio, mask_span, seed):
     frames = max(frames, mask_span)
     hidden = draw_hidden_frames(4, frames, mask_ratio, mask_span, seeded(seed))
@@ -89,7 +89,7 @@ def test_cut_spans_are_counted():
     assert count("...x.x........") > 1
 
 
-@given(**masks)
+@given(**MASKS)
 def test_whole_spans_are_hidden_but_for_one(
     frames, mask_ratio, mask_span, seed
 ):

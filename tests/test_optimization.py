@@ -201,6 +201,24 @@ def test_norm_over_all_groups_is_clipped(max_norm, expected):
     torch.testing.assert_close(moved, moved[0].expand(25))
 
 
+def test_what_is_frozen_does_not_count_for_the_norm():
+    frozen, weight = parameters(0, 0)
+    optimizer = torch.optim.SGD([frozen, weight], lr=1.0)
+    separate_group(optimizer, [frozen], freeze_steps=2)
+    schedule = cosine_schedule(optimizer, 100, 1.0)
+    clip_all_groups(optimizer, 1.0)
+    seen = []
+    for _ in range(3):
+        # large, as of an encoder below a new head
+        frozen.grad, weight.grad = torch.tensor([3.0]), torch.tensor([4.0])
+        optimizer.step()
+        schedule.step()
+        seen.append((frozen.item(), weight.item()))
+    expected = [(0.0, -1.0), (0.0, -2.0), (-0.6, -2.8)]
+    for found, values in zip(seen, expected):
+        assert found == pytest.approx(values, rel=1e-5)
+
+
 def test_clipping_without_a_limit_changes_nothing():
     weights = parameters(0, 0)
     optimizer = torch.optim.SGD(weights, lr=1.0)

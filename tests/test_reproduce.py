@@ -71,6 +71,8 @@ if how == "hang" and not debug:
     time.sleep(60)
 if how == "slow":
     time.sleep(0.8)
+# no two measurements are alike
+noise = 1 + behaviour.get("noise", 0) * int(time.time() * 1000 % 97)
 length = float(keys.get("segment_seconds", 3))
 model = 4.0 if "convtasnet" in sys.argv[1] else 0.5
 weight = 0.25 if keys.get("lambda_diversity") == "0" else 0.0
@@ -79,7 +81,7 @@ metrics = {
     "si_snr": 1.0, "si_snri": length / 10 + weight, "si_snri_grouped": 5.0,
     "sdr": None, "mask_overlap": 0.5, "effective_mask_count": 6.0 - weight,
     "test_items": 12, "epochs": 2, "batches": 7, "steps": 14,
-    "step_seconds": behaviour.get("step_seconds", 0.5) * model,
+    "step_seconds": behaviour.get("step_seconds", 0.5) * model * noise,
     "epoch_seconds": 3.0 * model, "total_seconds": 100.0,
     "peak_memory_mb": 1234.5, "device": keys["device"], "num_parameters": 9,
 }
@@ -123,7 +125,8 @@ def make_repository(root):
         "performer_mixit.yaml": KEYS + SEPARATION_KEYS + PERFORMER_KEYS,
         "performer_mixit_mae.yaml": KEYS + SEPARATION_KEYS + PERFORMER_KEYS,
         "convtasnet_mixit.yaml": KEYS + SEPARATION_KEYS + "num_channels: 8\n",
-        "audio_mae.yaml": KEYS + "d_model: 16\nmask_ratio: 0.75\n",
+        grid.PRETRAIN_YAML: KEYS + "d_model: 16\nmask_ratio: 0.75\n",
+        "other_mae.yaml": KEYS + "d_model: 16\nmask_ratio: 0.3\n",
     }
     for name, text in texts.items():
         (root / "hparams" / name).write_text(text)
@@ -159,11 +162,12 @@ def keys_of(call):
     return dict(word[2:].split("=", 1) for word in words)
 
 
-def arguments(root, *more):
+def arguments(root, *more, devices="cpu"):
     return [
         f"--data_folder={root / 'music'}",
         "--dataset=mixtures",
         f"--output_folder={root / 'out'}",
+        *(("--devices", devices) if devices else ()),
         "--models",
         "performer",
         "convtasnet",
@@ -174,7 +178,7 @@ def arguments(root, *more):
     ]
 
 
-def run(root, *more, figures=False):
+def run(root, *more, figures=False, devices="cpu"):
     """Runs the recipe in this process; returns its exit status."""
     path = root / "recipes" / "reproduce.py"
     spec = importlib.util.spec_from_file_location("recipe_reproduce", path)
@@ -184,7 +188,7 @@ def run(root, *more, figures=False):
         if not figures:
             # they take longer than all the rest
             context.setattr(grid_report, "write_figures", lambda folder: None)
-        return module.main(arguments(root, *more))
+        return module.main(arguments(root, *more, devices=devices))
 
 
 def start(root, *more):
@@ -282,13 +286,16 @@ def test_overrides_reach_the_right_trainings(repository):
         *("--lengths", "3", "--losses", "mixit"),
         *("--lr=0.5", "--performer.d_model=32", "--performer.num_spks=4"),
         *("--convtasnet.num_channels=4", "--mae.mask_ratio=0.5"),
-        "--precision=bf16",
+        *("--precision=bf16", "--compile=True"),
+        "--convtasnet.eval_precision=fp16",
     )
     keys = {call["name"]: keys_of(call) for call in calls(repository)}
     pretrain = keys.pop("pretrain")
     # what the encoder and the separator have in common, and no more
     assert pretrain["d_model"] == "32" and pretrain["mask_ratio"] == "0.5"
-    assert pretrain.keys().isdisjoint({"lr", "num_spks", "precision"})
+    assert pretrain.keys().isdisjoint({"lr", "num_spks", "eval_precision"})
+    # how all of them run
+    assert pretrain["precision"] == "bf16" and pretrain["compile"] == "True"
     assert [k["lr"] for k in keys.values()] == ["0.5"] * 3
     assert [k["precision"] for k in keys.values()] == ["bf16"] * 3
     assert [k.get("d_model") for k in keys.values()] == ["32", "32", None]
@@ -317,6 +324,14 @@ def test_auxiliary_weights_given_by_the_user_stay_out_of_mixit(repository):
         (["--optimizer_step_limit=8"], "unknown key 'optimizer_step_limit'"),
         (["--steps=1", "--early_stop_epochs=2"], "early_stop_epochs is set"),
         (["--no-probe"], "--no-probe.*--dry-run"),
+        (
+            ["--models", "performer_mae", "--pretrain_yaml=nothing.yaml"],
+            r"--pretrain_yaml: .*other_mae\.yaml.*got 'nothing\.yaml'",
+        ),
+        (
+            ["--models", "performer_mae", "--pretrain_yaml=demo.yaml"],
+            r"--pretrain_yaml: expected a pre-training.*got 'demo\.yaml'",
+        ),
         (["--dataset=demo", "--lengths", "31"], "31 s.*demo band.*30 s"),
         (["--test_folder=/no/such"], "--test_folder: no folder /no/such"),
         (["--data_folder=/no/such"], "--data_folder: no folder /no/such"),
@@ -396,7 +411,7 @@ def test_minutes_become_steps_by_a_probe(repository):
     runs = [call for call in calls(repository) if not call["debug"]]
     assert len(probes) == len(runs) == 2
     for call in probes:
-        assert "--debug_batches=4" in call["argv"]
+        assert "--debug_batches=8" in call["argv"]
         assert "--debug_epochs=1" in call["argv"]
     limits = [keys_of(call)["optimizer_step_limit"] for call in runs]
     assert limits == ["240", "15"]
@@ -424,6 +439,106 @@ def test_resumed_cell_keeps_the_steps_of_its_probe(repository):
     assert keys_of(call)["optimizer_step_limit"] == "240"
 
 
+ALL_MODELS = ("--models", "performer_mae", "performer", "convtasnet")
+
+
+def test_identical_networks_get_the_same_steps(repository):
+    behave(repository, noise=0.01)
+    run(repository, "--minutes=1", "--lengths", "3", *ALL_MODELS)
+    probed = [call["name"] for call in calls(repository) if call["debug"]]
+    # one for each network, whoever needed it first
+    kinds = sorted(name.split("/")[0].split("_")[0] for name in probed)
+    assert kinds == ["convtasnet", "performer", "pretrain"]
+    for models in (("performer", "performer_mae"), ("convtasnet",)):
+        found = [
+            record(repository, f"{model}/3s/{loss}")
+            for model in models
+            for loss in grid.LOSSES
+        ]
+        assert len({cell["steps"] for cell in found}) == 1
+        assert len({cell["probe"]["step_seconds"] for cell in found}) == 1
+    assert list((repository / "out").glob("**/probe")) == []
+
+
+def test_network_is_probed_once_by_two_devices(repository):
+    behave(repository, all="slow", noise=0.01)
+    more = ("--minutes=1", "--lengths", "3", "--models", "performer")
+    run(repository, *more, "--devices", "cpu", "cpu")
+    probed = [call for call in calls(repository) if call["debug"]]
+    assert len(probed) == 1 and len(calls(repository)) == 3
+    one, other = (
+        record(repository, f"performer/3s/{loss}") for loss in grid.LOSSES
+    )
+    assert one["steps"] == other["steps"] and one["probe"] == other["probe"]
+
+
+def test_resumed_and_grown_grids_share_probes_of_before(repository):
+    behave(repository, noise=0.01)
+    more = ("--minutes=1", "--losses", "mixit", "--models")
+    run(repository, *more, "performer", "--performer.d_model=32")
+    more = (*more, "performer_mae", "--performer.d_model=32")
+    more = (*more, "--losses", *grid.LOSSES)
+    behave(repository, noise=0.01)
+    run(repository, *more, "--lengths", "3", "5", "30")
+    probed = [call for call in calls(repository) if call["debug"]]
+    # the pre-training, and a length that is new
+    assert len(probed) == 2
+    steps = {
+        (length, record(repository, f"{model}/{length}s/{loss}")["steps"])
+        for model in ("performer", "performer_mae")
+        for length in (3, 30)
+        for loss in ("mixit", "mixit_div_sp")
+        if (model, loss) != ("performer", "mixit_div_sp")
+    }
+    assert len(steps) == 2
+
+
+def test_only_equal_networks_share_a_probe(repository):
+    def network(overrides=None, number=0, **settings):
+        data = dict.fromkeys(("data_folder", "test_folder", "test_dataset"))
+        cells = grid.Grid(
+            repository / "out",
+            repository / "recipes",
+            data | {"dataset": "demo"},
+            overrides={group: {} for group in grid.GROUPS} | (overrides or {}),
+            **settings,
+        )
+        return cells.jobs[number].network
+
+    one = network(models=("performer",))
+    assert one == network(models=("performer",), losses=("mixit_div_sp",))
+    assert one == network(models=("performer_mae",), number=1)
+    assert one == network({"mae": {"lr": "1"}}, models=("performer",))
+    others = [
+        network(models=("performer_mae",)),  # the pre-training
+        network(models=("convtasnet",)),
+        network(models=("performer",), lengths=(5.0,)),
+        network({"": {"lr": "1"}}, models=("performer",)),
+        network({"performer": {"d_model": "8"}}, models=("performer",)),
+    ]
+    assert len({one, *others}) == 6
+
+
+def test_a_gpu_does_not_get_the_steps_of_a_cpu(repository):
+    behave(repository, all="slow")
+    run(
+        repository,
+        *("--minutes=1", "--lengths", "3", "--models", "performer"),
+        *("--devices", "cpu", "cuda:0"),
+    )
+    devices = [keys_of(c)["device"] for c in calls(repository) if c["debug"]]
+    assert sorted(devices) == ["cpu", "cuda:0"]
+
+
+def test_failed_probe_is_not_shared(repository):
+    behave(repository, **{"performer/3s/mixit": "oom"})
+    more = ("--minutes=1", "--lengths", "3", "--models", "performer")
+    assert run(repository, *more) == 0
+    for loss, status in zip(grid.LOSSES, ("oom", "done")):
+        found = record(repository, f"performer/3s/{loss}")
+        assert found["status"] == status
+
+
 def test_probe_out_of_memory(repository):
     behave(repository, **{"convtasnet/3s/mixit": "oom"})
     more = ("--minutes=1", "--lengths", "3", "--losses", "mixit")
@@ -446,7 +561,7 @@ def test_pretraining_comes_first_and_its_encoder_is_used(repository):
     first, *others = calls(repository)
     out = repository / "out"
     assert first["name"] == "pretrain"
-    assert pathlib.Path(first["argv"][0]).name == "audio_mae.yaml"
+    assert pathlib.Path(first["argv"][0]).name == grid.PRETRAIN_YAML
     keys = keys_of(first)
     assert keys["optimizer_step_limit"] == "5"
     assert keys["output_folder"] == str(out / "pretrain")
@@ -461,6 +576,28 @@ def test_pretraining_comes_first_and_its_encoder_is_used(repository):
             assert call["argv"][0].endswith("performer_mixit_mae.yaml")
         assert keys_of(call).get("pretrained_encoder") == expected
     assert "Pre-training: 5 optimizer steps" in (out / "tables.md").read_text()
+
+
+def test_another_pretraining_in_the_same_folder_is_refused(repository):
+    more = ("--models", "performer_mae", "--lengths", "3", "--losses", "mixit")
+    run(repository, *more, "--pretrain_yaml=other_mae.yaml")
+    (first, _) = calls(repository)
+    assert pathlib.Path(first["argv"][0]).name == "other_mae.yaml"
+    message = "pretrain_yaml: expected other_mae.yaml, got audio_mae"
+    with pytest.raises(ValueError, match=message):
+        run(repository, *more)
+    # nor by what was begun before the yaml had a name of its own
+    path = repository / "out" / "grid.json"
+    config = json.loads(path.read_text())
+    assert config.pop("pretrain_yaml") == "other_mae.yaml"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        run(repository, *more)
+    behave(repository)
+    assert run(repository, *more, "--pretrain_yaml=other_mae.yaml") == 0
+    # of no concern without one
+    assert run(repository, "--models", "performer", "--lengths", "3") == 0
+    assert len(names(repository)) == 2
 
 
 def test_given_encoder_takes_the_place_of_pretraining(repository):
@@ -539,6 +676,18 @@ def test_all_cells_share_one_demo_band(repository, monkeypatch):
     assert "Data: demo" in (repository / "out" / "tables.md").read_text()
 
 
+@pytest.mark.parametrize("code", ("raise MemoryError", "exit('no')"))
+@pytest.mark.parametrize("more", ((), ("--dry-run",)))
+def test_no_band_stops_the_grid(code, more, repository, monkeypatch):
+    monkeypatch.setattr(grid_run, "MAKE_BAND", code)
+    (repository / "band").mkdir()
+    band = ("--dataset=demo", f"--data_folder={repository / 'band'}")
+    message = r"no demo band in .*, (oom: MemoryError|failed: no)$"
+    with pytest.raises(ValueError, match=message):
+        run(repository, *band, *more)
+    assert names(repository) == []
+
+
 # --- what goes wrong ---------------------------------------------------------
 
 
@@ -547,6 +696,10 @@ def test_all_cells_share_one_demo_band(repository, monkeypatch):
     (
         (0, ["out of memory"], "done"),
         (1, ["torch.OutOfMemoryError: CUDA out of memory."], "oom"),
+        (1, ["RuntimeError: CUDA error: out of memory"], "oom"),
+        (1, ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling it"], "oom"),
+        (1, ["cuDNN error: CUDNN_STATUS_ALLOC_FAILED"], "oom"),
+        (1, ["CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"], "failed"),
         (1, ["DefaultCPUAllocator: can't allocate memory: 9 bytes"], "oom"),
         (1, ["OSError: [Errno 12] Cannot allocate memory"], "oom"),
         (1, ["MemoryError", "", "in a line before the last"], "oom"),
@@ -712,6 +865,35 @@ def test_stopped_grid_ends_its_processes(number, repository):
     assert len(names(repository)) == 8
 
 
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_stopped_grid_draws_what_is_done(number, repository):
+    behave(repository, **{"convtasnet/3s/mixit": "hang"})
+    process = start(repository)
+    wait_for(lambda: calls(repository, "hangs"))
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    paths = sorted((repository / "out" / "figures").iterdir())
+    assert [path.name for path in paths] == [
+        f"{name}.png" for name in sorted(grid_report.FIGURES)
+    ]
+    for path in paths:
+        assert min(imread(path).shape[:2]) > 400
+
+
+def test_figures_that_fail_do_not_fail_the_stop(repository):
+    behave(repository, **{"convtasnet/3s/mixit": "hang"})
+    process = start(repository)
+    wait_for(lambda: calls(repository, "hangs"))
+    # no folder can take its place
+    (repository / "out" / "figures").write_text("")
+    process.terminate()
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors == "stopped; the same command goes on from here\n"
+    assert "no figures: FileExistsError" in output
+
+
 def test_second_process_is_refused(repository):
     behave(repository, **{"performer/3s/mixit": "hang"})
     process = start(repository)
@@ -803,6 +985,60 @@ def test_one_device_runs_one_cell_at_a_time(repository, monkeypatch):
     run(repository, "--lengths", "3", "--losses", "mixit")
     assert calls(repository)[1]["time"] > calls(repository, "end")[0]["time"]
     assert calls(repository)[0]["threads"] is None
+
+
+def fake_nvidia_smi(folder, gpus):
+    """One that lists so many GPUs; with -1 it fails."""
+    lines = [
+        f"echo 'GPU {number}: NVIDIA H200 (UUID: GPU-uuid-{number})'"
+        for number in range(gpus)
+    ] or ["echo 'No devices found.'"]
+    if gpus < 0:
+        lines = ["echo 'GPU 0: has failed'", "exit 9"]
+    program = folder / "nvidia-smi"
+    program.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+    program.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "chosen", "expected"),
+    (
+        (2, None, ("cuda:0", "cuda:1")),
+        (0, None, ("cpu",)),
+        (None, None, ("cpu",)),  # no nvidia-smi
+        (-1, None, ("cpu",)),  # no driver
+        (3, "1,2", ("cuda:0", "cuda:1")),
+        (3, " 1", ("cuda:0",)),
+        (3, "", ("cpu",)),
+        (3, "-1", ("cpu",)),
+        (3, "0,7,1", ("cuda:0",)),
+        (3, "GPU-uuid-2,GPU-uuid-0", ("cuda:0", "cuda:1")),
+        (3, "GPU-other", ("cpu",)),
+        (0, "0", ("cpu",)),
+    ),
+)
+def test_devices_are_all_gpus(gpus, chosen, expected, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if gpus is not None:
+        fake_nvidia_smi(tmp_path, gpus)
+    assert grid_processes.visible_devices() == expected
+
+
+def test_default_devices_are_the_visible_ones(repository, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    fake_nvidia_smi(repository, 2)
+    monkeypatch.setenv("PATH", str(repository), prepend=os.pathsep)
+    behave(repository, all="slow")
+    assert run(repository, "--lengths", "3", devices=None) == 0
+    devices = {keys_of(call)["device"] for call in calls(repository)}
+    assert devices == {"cuda:0", "cuda:1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    behave(repository)
+    assert run(repository, "--lengths", "5", devices=None) == 0
+    assert {keys_of(call)["device"] for call in calls(repository)} == {"cpu"}
 
 
 def test_every_cell_has_its_device(repository):
@@ -1130,6 +1366,7 @@ def run_real(tmp_path, *more):
     command = [
         *(sys.executable, str(ROOT / "recipes" / "reproduce.py")),
         *(f"--data_folder={music}", "--dataset=stems", "--lengths", "0.3"),
+        *("--devices", "cpu"),
         f"--output_folder={tmp_path / 'out'}",
         *(f"--{key}={value}" for key, value in TINY.items()),
         *more,

@@ -1,5 +1,6 @@
 """Pre-trained encoders as feature extractors for other recipes."""
 
+import torch
 from speechbrain.inference.interfaces import Pretrained
 from speechbrain.utils.fetching import LocalStrategy
 
@@ -91,7 +92,6 @@ class PerformerFeatures(Pretrained):
 
     Example
     -------
-    >>> import torch
     >>> from trackformer_sb.nnet.features import SpectrogramEncoder
     >>> from trackformer_sb.nnet.stft import STFTEncoder
     >>> features = PerformerFeatures(
@@ -156,13 +156,24 @@ class PerformerFeatures(Pretrained):
         )
         return cls(modules=hparams["modules"], hparams=hparams, **kwargs)
 
-    def encode_batch(self, wavs):
+    def __init__(self, *args, freeze_params=True, **kwargs):
+        super().__init__(*args, freeze_params=freeze_params, **kwargs)
+        self.frozen = freeze_params
+
+    def train(self, mode=True):
+        """As of any module, but frozen features keep their dropout off."""
+        return super().train(mode and not self.frozen)
+
+    def encode_batch(self, wavs, wav_lens=None):
         """Features of a batch of waveforms at the rate of the model.
 
         Arguments
         ---------
         wavs : torch.Tensor
             [batch, time].
+        wav_lens : torch.Tensor, optional
+            [batch], lengths relative to the longest; what is beyond does not
+            influence the features.
 
         Returns
         -------
@@ -178,14 +189,23 @@ class PerformerFeatures(Pretrained):
             raise ValueError(
                 f"expected waveforms [batch, time], got {list(wavs.shape)}"
             )
-        return self.mods.encoder(self.mods.stft(wavs.to(self.device)))
+        wavs, padding = wavs.to(self.device), None
+        if wav_lens is not None:
+            samples = (wav_lens.to(self.device) * wavs.shape[1]).round()
+            place = torch.arange(wavs.shape[1], device=self.device)
+            # windows of the last frames reach beyond the end
+            beyond = place >= samples.unsqueeze(1)
+            wavs = wavs.masked_fill(beyond, 0.0)
+            # a frame counts if its first sample does
+            padding = beyond[:, :: self.mods.stft.hop_length]
+        return self.mods.encoder(self.mods.stft(wavs), padding)
 
-    def forward(self, wavs):
+    def forward(self, wavs, wav_lens=None):
         """Features of a batch, see ``encode_batch``."""
-        return self.encode_batch(wavs)
+        return self.encode_batch(wavs, wav_lens)
 
 
-def export_encoder(hparams_file, modules, folder, metadata=None):
+def export_encoder(hparams_file, modules, folder, metadata=None, songs=()):
     """Writes the folder of a pre-trained encoder.
 
     It loads in ``PerformerFeatures`` and initialises masknets, see
@@ -202,6 +222,8 @@ def export_encoder(hparams_file, modules, folder, metadata=None):
         Where to write. An encoder that is there is replaced.
     metadata : dict, optional
         Sections of the model card: title -> text, or a dict as a table.
+    songs : sequence of str
+        Names of what it was trained on, so that nobody tests on it.
 
     Returns
     -------
@@ -218,6 +240,7 @@ def export_encoder(hparams_file, modules, folder, metadata=None):
     """
     hparams = read_model(hparams_file, modules, SETTINGS, NODES)
     settings = {key: hparams[key] for key in SETTINGS}
+    settings["songs"] = list(songs)
     title = (
         f"Performer encoder of music: {settings['num_layers']} layers at "
         f"{settings['sample_rate']} Hz"

@@ -99,7 +99,7 @@ class AudioMAE(nn.Module):
         Share of what is hidden, in (0, 1); the paper has 0.3.
     mask_mode : str
         "zero": hidden frames are zero, the mean of a zscore; "noise": they
-        are Gaussian noise of its variance; "drop": the encoder
+        are Gaussian noise of unit variance; "drop": the encoder
         sees the other frames only, with their positions, so that time and
         memory fall with the ratio, and the decoder gets a learned token.
     mask_span : int
@@ -111,7 +111,8 @@ class AudioMAE(nn.Module):
         Whether each frame to predict has zero mean and unit variance, which
         asks for its shape, not its level.
     decoder_layers : int
-        Performer layers of the decoder; 0 for a linear one, not with "drop".
+        Performer layers of the decoder; 0 for one without
+        attention, not with "drop".
     d_decoder, decoder_nhead : int
         Sizes of the decoder.
 

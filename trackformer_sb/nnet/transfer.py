@@ -31,6 +31,17 @@ class _PlainLoader(yaml.SafeLoader):
 _PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
+def plain_values(text):
+    """Top-level values of a HyperPyYAML text, nothing in it being executed.
+
+    Example
+    -------
+    >>> plain_values("lr: 0.1\\nnet: !new:torch.nn.ReLU")
+    {'lr': 0.1, 'net': None}
+    """
+    return yaml.load(text, _PlainLoader)
+
+
 def encoder_state(masknet):
     """The part of a masknet that pre-training provides.
 
@@ -63,6 +74,12 @@ def check_settings(settings, source):
         Folder that holds the encoder's ``hyperparams.yaml``; nothing in it is
         executed.
 
+    Returns
+    -------
+    dict
+        The encoder's settings; with ``songs``, if the names of what it was
+        trained on are known.
+
     Raises
     ------
     FileNotFoundError
@@ -77,7 +94,7 @@ def check_settings(settings, source):
             f"pretrained_encoder: no {SETTINGS_FILE} in {source}"
         )
     try:
-        known = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+        known = plain_values(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no readable yaml ({error})") from error
     if not isinstance(known, dict) or not known.keys() >= ENDS_OF_SETTINGS:
@@ -97,6 +114,7 @@ def check_settings(settings, source):
             f"pretrained_encoder: the encoder in {source} does not fit: "
             + "; ".join(different)
         )
+    return known
 
 
 def load_pretrained_encoder(masknet, source):

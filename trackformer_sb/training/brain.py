@@ -1,5 +1,7 @@
 """The Brain that the recipes share: data, schedule, history, costs."""
 
+import csv
+import json
 import resource
 import statistics
 import sys
@@ -12,6 +14,7 @@ from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from speechbrain.utils.logger import get_logger
 
 from trackformer_sb.objectives.metrics import SILENT_ENERGY
+from trackformer_sb.training import figures
 from trackformer_sb.training.optimization import (
     clip_all_groups,
     separate_group,
@@ -25,27 +28,32 @@ class MusicBrain(sb.Brain):
 
     Made by ``training.experiment.make_brain``, which sets what it needs. A
     recipe adds ``compute_forward``, ``compute_objectives``, which sets
-    ``losses``, and the methods below that raise NotImplementedError.
+    ``losses`` in training and adds to ``rows`` in evaluation, and the methods
+    below that raise NotImplementedError.
     """
 
+    # of test_results.csv, and what else is averaged
+    columns, more_averages = (), ()
+    # panels of the training curves
+    curves = figures.CURVES
     # parameters that came from a pre-training and are trained apart
     pretrained = ()
-
-    def averages(self):
-        """What was measured in the stage: name -> mean or None."""
-        raise NotImplementedError
 
     def log_picture(self, epoch):
         """Shows one validation item in TensorBoard."""
         raise NotImplementedError
 
-    def write_results(self, test_loss):
-        """Writes the files of the test."""
+    def write_figures(self, folder):
+        """Draws a test item."""
         raise NotImplementedError
 
+    def more_results(self):
+        """What else belongs in metrics.json."""
+        return {}
+
     def prepare_stage(self):
-        """Resets what a recipe measures."""
-        raise NotImplementedError
+        """Resets what is measured."""
+        self.rows, self.picture = [], None
 
     def note_input(self, batch):
         """Names each unreadable file once, counts, and notes silent songs."""
@@ -67,12 +75,25 @@ class MusicBrain(sb.Brain):
         ValueError
             If there was no sound at all.
         """
-        if self.sounding and not any(self.sounding.values()):
+        whole = len(self.step_seconds) >= self.num_batches
+        if self.hparams.epoch_segments or not whole:
+            # a few segments may all be rests
+            return
+        heard = [self.sounding]
+        if self.distributed_launch:
+            # all ranks must come to the same end
+            heard = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(heard, self.sounding)
+        songs = {}
+        for sounding in heard:
+            for song, sounds in sounding.items():
+                songs[song] = songs.get(song, False) or sounds
+        if not any(songs.values()):
             raise ValueError(
-                "data_folder: expected music, but all that was read from its "
-                f"{len(self.sounding)} training songs is silent"
+                "data_folder: expected music, but all of its "
+                f"{len(songs)} training songs are silent"
             )
-        for song, sounds in self.sounding.items():
+        for song, sounds in songs.items():
             if not sounds and song not in self.silent_songs:
                 self.silent_songs.add(song)
                 logger.warning(f"the song {song} is silent")
@@ -148,10 +169,25 @@ class MusicBrain(sb.Brain):
             }
         elif stage == sb.Stage.VALID:
             # a run resumed after its last step has nothing left to train
-            if self.step_seconds:
+            if self.step_seconds or not self.has_scored_checkpoint():
                 self.end_epoch(float(stage_loss), seconds, epoch)
         else:
             self.end_test(float(stage_loss))
+
+    def has_scored_checkpoint(self):
+        """Whether an epoch was finished before."""
+        return self.checkpointer.find_checkpoint(max_key="score") is not None
+
+    def averages(self):
+        """Mean of each column over the items that have it, or None."""
+        values = {
+            name: [row[name] for row in self.rows if row.get(name) is not None]
+            for name in (*self.columns, *self.more_averages)
+        }
+        return {
+            name: float(np.mean(column)) if column else None
+            for name, column in values.items()
+        }
 
     def known_averages(self):
         """The averages that there are."""
@@ -165,6 +201,7 @@ class MusicBrain(sb.Brain):
             epoch,
             **self.train_figures,
             step=self.optimizer_step,
+            peak_memory_mb=self.peak_memory(),
             lr=rate,
             valid_loss=valid_loss,
             valid_seconds=seconds,
@@ -211,6 +248,34 @@ class MusicBrain(sb.Brain):
         if if_main_process():
             self.write_results(test_loss)
 
+    def write_results(self, test_loss):
+        """Writes test_results.csv, metrics.json and the figures."""
+        folder, averages = self.results_folder, self.averages()
+        with open(
+            folder / "test_results.csv", "w", newline="", encoding="utf-8"
+        ) as file:
+            writer = csv.DictWriter(
+                file, ("id", *self.columns), extrasaction="ignore"
+            )
+            writer.writeheader()
+            writer.writerows(self.rows)
+            writer.writerow({"id": "avg", **averages})
+        results = {
+            **averages,
+            "test_loss": test_loss,
+            "test_items": len(self.rows),
+            **self.more_results(),
+            **self.costs(),
+        }
+        text = json.dumps(results, indent=2)
+        (folder / "metrics.json").write_text(text, encoding="utf-8")
+        figures.save_figure(
+            figures.training_curves(self.hparams.history, self.curves),
+            folder / "figures" / "training_curves.png",
+        )
+        if self.picture is not None:
+            self.write_figures(folder / "figures")
+
     def peak_memory(self):
         """Largest memory in use so far, in MB: the GPU's, or the process's."""
         if self.device_type == "cuda":
@@ -223,11 +288,14 @@ class MusicBrain(sb.Brain):
         history = self.hparams.history
         _, epoch_seconds = history.series("epoch_seconds")
         _, step_seconds = history.series("step_seconds")
+        _, steps = history.series("step")
+        # of a training in several parts
+        _, peaks = history.series("peak_memory_mb")
         return {
             "unreadable_segments": sum(self.skipped.values()),
             "epochs": len(history.epochs),
             "batches": self.num_batches,
-            "steps": self.optimizer_step,
+            "steps": int(steps[-1]) if steps else None,
             "step_seconds": (
                 statistics.median(step_seconds) if step_seconds else None
             ),
@@ -238,7 +306,7 @@ class MusicBrain(sb.Brain):
                 history.total("epoch_seconds") + history.total("valid_seconds")
             ),
             "waiting_for_data_seconds": history.total("waiting_seconds"),
-            "peak_memory_mb": self.peak_memory(),
+            "peak_memory_mb": max(self.peak_memory(), *peaks, 0.0),
             "device": self.device,
             "num_parameters": sum(p.numel() for p in self.modules.parameters()),
             "history": history.epochs,

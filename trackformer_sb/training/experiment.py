@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import speechbrain as sb
 import torch
+from hyperpyyaml import resolve_references
 from speechbrain.dataio.sampler import ReproducibleRandomSampler
 from speechbrain.utils.distributed import ddp_broadcast, run_on_main
 from speechbrain.utils.logger import get_logger
@@ -14,12 +15,26 @@ from speechbrain.utils.run_opts import RunOptions
 from trackformer_sb.data.audio import UnreadableAudio
 from trackformer_sb.data.catalogue import prepare
 from trackformer_sb.data.mixtures import MixtureOfMixtures
+from trackformer_sb.nnet.transfer import plain_values
 from trackformer_sb.training.arguments import load_hparams, parse_arguments
 
 logger = get_logger(__name__)
 
 # What torch says in a RuntimeError when memory on the CPU is used up.
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
+
+
+# Keys that a training may go on with other values of.
+MAY_CHANGE = (
+    "number_of_epochs",
+    "early_stop_epochs",
+    "num_workers",
+    "train_loader_options",
+    "eval_loader_options",
+    "ckpt_interval_minutes",
+    "precision",
+    "compile_module_keys",
+)
 
 
 class Experiment(NamedTuple):
@@ -61,6 +76,8 @@ def load_experiment(argv, selection_metrics):
             f"got {hparams['selection_metric']!r}"
         )
     hparams["checkpointer"].check_fits()
+    if hparams["checkpointer"].find_checkpoint() is not None:
+        check_same(hparams_file, overrides, hparams["output_folder"])
     sb.utils.distributed.ddp_init_group(run_opts)
     directory = {
         "experiment_directory": hparams["output_folder"],
@@ -68,6 +85,35 @@ def load_experiment(argv, selection_metrics):
         "overrides": overrides,
     }
     return Experiment(hparams, run_opts, directory)
+
+
+def check_same(hparams_file, overrides, output_folder):
+    """Compares an experiment with the one that its folder was begun with.
+
+    What was trained with other settings must not get the name of these.
+
+    Raises
+    ------
+    ValueError
+        Naming the keys that differ, with both values.
+    """
+    path = pathlib.Path(output_folder) / "hyperparams.yaml"
+    if not path.is_file():
+        return
+    with open(hparams_file, encoding="utf-8") as file:
+        asked = resolve_references(file, overrides).getvalue()
+    begun = plain_values(path.read_text(encoding="utf-8"))
+    different = [
+        f"{key} was {begun[key]!r}, now {value!r}"
+        for key, value in plain_values(asked).items()
+        if key not in MAY_CHANGE and key in begun and begun[key] != value
+    ]
+    if different:
+        raise ValueError(
+            f"{output_folder} has checkpoints of an experiment with other "
+            f"settings: {'; '.join(different)}. Choose another output_folder, "
+            "or those settings"
+        )
 
 
 def prepare_data(hparams):

@@ -178,7 +178,7 @@ def reconstruction_figure(target, prediction, hidden, sample_rate, hop_length):
     Returns
     -------
     matplotlib.figure.Figure
-        Input, masked input, reconstruction and its error, one below another.
+        Target, its visible part, reconstruction and error, one below another.
     """
     target, prediction, hidden = (
         x.detach().cpu() for x in (target, prediction.float(), hidden)
@@ -189,9 +189,9 @@ def reconstruction_figure(target, prediction, hidden, sample_rate, hop_length):
     seconds = len(target) * hop_length / sample_rate
     rebuilt = torch.where(hidden, prediction, target)
     images = (
-        ("input", target),
+        ("target", target),
         ("what the encoder sees", target.masked_fill(hidden, torch.nan)),
-        ("visible frames, and the hidden ones rebuilt", rebuilt),
+        ("what is visible, and what was hidden rebuilt", rebuilt),
     )
     style = {
         "origin": "lower",

@@ -19,7 +19,7 @@ YAMLS = {
     "performer": ("performer_mixit.yaml", "performer"),
     "convtasnet": ("convtasnet_mixit.yaml", "convtasnet"),
 }
-PRETRAIN_YAML = "audio_mae.yaml"
+PRETRAIN_YAML = "audio_mae_blocks.yaml"
 # whom overrides are for; "": all cells
 GROUPS = ("", "performer", "convtasnet", "mae")
 LENGTHS = (3.0, 5.0, 10.0, 30.0)  # seconds
@@ -42,8 +42,10 @@ RUN_OPTIONS = (
     "ckpt_interval_minutes",
     "noprogressbar",
 )
-# What a pre-trained encoder and the separator that takes it have in common.
-ENCODER_KEYS = (
+# What a pre-training has in common with the separators that take its encoder.
+SHARED_KEYS = (
+    "split_ratio",
+    "num_workers",
     "sample_rate",
     "n_fft",
     "hop_length",
@@ -91,6 +93,15 @@ class Job(NamedTuple):
     overrides: dict  # the user's
     keys: dict  # the grid's own, which count more
     budget: tuple  # epochs, steps or minutes, and how many
+
+    @property
+    def network(self):
+        """What its cost goes by, alike for all cells of one network."""
+        _, group = YAMLS.get(self.name.split("/")[0], (None, "mae"))
+        keys = {key: self.overrides[key] for key in sorted(self.overrides)}
+        length = self.keys.get("segment_seconds")
+        keys |= {"segment_seconds": length} if length else {}
+        return " ".join([group, *(f"--{key}={keys[key]}" for key in keys)])
 
     @property
     def log(self):
@@ -184,11 +195,14 @@ class Grid:
         Encoder for ``performer_mae``; with None the grid pre-trains its own.
     memory_gb : float or None
         Memory limit that the user set.
+    pretrain_yaml : str
+        The pre-training's file in hparams/.
 
     Raises
     ------
     ValueError
-        For settings that do not go together, or keys that a yaml has not.
+        For settings that do not go together, keys that a yaml has not, or
+        another yaml than a pre-training's.
     FileNotFoundError
         For a folder or a yaml that is not there.
     """
@@ -207,6 +221,7 @@ class Grid:
         overrides=None,
         pretrained_encoder=None,
         memory_gb=None,
+        pretrain_yaml=PRETRAIN_YAML,
     ):
         self.folder, self.data, self.seed = folder, data, seed
         self.recipes, self.hparams = recipes, recipes.parent / "hparams"
@@ -215,8 +230,11 @@ class Grid:
         self.pretrain_budget = pretrain_budget or budget
         self.pretrained_encoder = pretrained_encoder
         self.memory_gb = memory_gb
+        self.pretrain_yaml = pretrain_yaml
         self._check_data(lengths)
         own = "performer_mae" in models and pretrained_encoder is None
+        if own:
+            self._check_pretrain_yaml()
         self.pretrain = self._pretrain() if own else None
         self.cells = [
             self._cell(model, length, loss)
@@ -268,15 +286,18 @@ class Grid:
         )
 
     def _pretrain(self):
-        folder, yaml = self.folder / "pretrain", self.hparams / PRETRAIN_YAML
+        folder = self.folder / "pretrain"
+        yaml = self.hparams / self.pretrain_yaml
+        plain = self.overrides[""]
         # the encoder must fit the separators
-        both = {**self.overrides[""], **self.overrides["performer"]}
+        both = {**plain, **self.overrides["performer"]}
         known = yaml_values(yaml)
         shared = {
-            key: value
-            for key, value in both.items()
-            if key in ENCODER_KEYS and key in known
+            key: both[key]
+            for key in both
+            if key in SHARED_KEYS and key in known
         }
+        shared |= {key: plain[key] for key in plain if key in RUN_OPTIONS}
         return Job(
             "pretrain",
             self.recipes / "pretrain.py",
@@ -287,6 +308,18 @@ class Grid:
             {"output_folder": folder, **self._data_keys()},
             self.pretrain_budget,
         )
+
+    def _check_pretrain_yaml(self):
+        names = [
+            path.name
+            for path in sorted(self.hparams.glob("*.yaml"))
+            if "mask_ratio" in yaml_values(path)
+        ]
+        if self.pretrain_yaml not in names:
+            raise ValueError(
+                "--pretrain_yaml: expected a pre-training in hparams/ ("
+                f"{', '.join(names)}), got {self.pretrain_yaml!r}"
+            )
 
     def _check_data(self, lengths):
         data = self.data
@@ -350,7 +383,8 @@ class Grid:
             config["pretrained_encoder"] = str(encoder) if encoder else None
         if self.pretrain:
             config["pretrain_budget"] = list(self.pretrain_budget)
-            used.append((PRETRAIN_YAML, "mae"))
+            config["pretrain_yaml"] = self.pretrain_yaml
+            used.append((self.pretrain_yaml, "mae"))
         for yaml, group in used:
             text = (self.hparams / yaml).read_bytes()
             config[f"hparams/{yaml}"] = hashlib.sha256(text).hexdigest()[:16]

@@ -1,5 +1,7 @@
 """Processes of the grid: memory limits, what became of them, an end to all.
 
+And probes: processes that run a few batches to see what they cost.
+
 Every training is a process of its own, so that one that runs out of memory
 takes nothing else down.
 """
@@ -10,17 +12,22 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 
+from trackformer_sb.training.grid_tables import read_json
+
 TAIL_LINES = 50
+PROBE_BATCHES = 8
 STOP_SECONDS = 10  # until a process that does not end is killed
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can(?:not|'t) allocate memory|bad_alloc|MemoryError"
-    r"|not enough memory|killed by signal: killed|failed to map segment",
+    r"|not enough memory|killed by signal: killed|failed to map segment"
+    r"|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED",
     re.IGNORECASE,
 )
 # Limits its memory, will die with the grid, and becomes the command. As
@@ -94,6 +101,41 @@ def available_memory():
         used -= int(re.search(r"^inactive_file (\d+)", stat, re.M)[1])
         free = min(free, limit - used)
     return max(free, 0) / 2**30
+
+
+def visible_devices():
+    """Devices to train on: all GPUs that CUDA will see, else the CPU.
+
+    Torch is not asked, it would take its memory from the cells.
+
+    Returns
+    -------
+    tuple of str
+        cuda:0, cuda:1 and so on, or cpu.
+    """
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ("cpu",)
+    count = len(re.findall(r"^GPU \d+:", listed, re.MULTILINE))
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        names = [name.strip() for name in chosen.split(",")]
+        # CUDA numbers those anew, and ends at the first that is not there
+        known = [
+            int(name) < count
+            if name.isdecimal()
+            else name.startswith(("GPU-", "MIG-")) and name in listed
+            for name in names
+        ]
+        count = [*known, False].index(False)
+    return tuple(f"cuda:{number}" for number in range(count)) or ("cpu",)
 
 
 @contextlib.contextmanager
@@ -212,3 +254,102 @@ class Processes:
             except subprocess.TimeoutExpired:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+
+
+class Probes:
+    """Runs a few batches of trainings, to see what they cost.
+
+    Arguments
+    ---------
+    processes : Processes
+        What starts them.
+    folder : pathlib.Path
+        The grid's, where records have what was measured before.
+    """
+
+    def __init__(self, processes, folder):
+        self.processes, self.folder = processes, folder
+        self.lock, self.locks, self.found = threading.Lock(), {}, {}
+
+    def run(self, job, device, folder, log, **more):
+        """Runs a few batches of a job.
+
+        Arguments
+        ---------
+        job : Job
+            What to try.
+        device : str
+            Where.
+        folder : pathlib.Path
+            Folder for what it writes.
+        log : pathlib.Path
+            File for what it says.
+        **more
+            Keys that count instead of the job's.
+
+        Returns
+        -------
+        status, reason : str, str or None
+            See ``outcome``.
+        metrics : dict
+            Its metrics.json.
+        """
+        shutil.rmtree(folder, ignore_errors=True)
+        keys = {"debug_batches": PROBE_BATCHES, "debug_epochs": 1}
+        keys |= {"output_folder": folder, "device": device, **more}
+        status, reason = self.processes.execute(
+            [*job.command(**keys), "--debug"],
+            log,
+            self.processes.limit_gb(device),
+        )
+        metrics = read_json(folder / "debug" / "metrics.json")
+        missing = {"step_seconds", "batches"} - metrics.keys()
+        if status == "done" and missing:
+            names = " and ".join(sorted(missing))
+            return "failed", f"no {names} in the probe's metrics.json", metrics
+        return status, reason, metrics
+
+    def shared(self, job, device):
+        """What a batch of a job takes, measured once for each network.
+
+        So that jobs of one network get the same number of steps for their
+        minutes, however noisy the measurement; on a GPU and on a CPU it is
+        measured apart.
+
+        Arguments
+        ---------
+        job : Job
+            What to try.
+        device : str
+            Where.
+
+        Returns
+        -------
+        status, reason : str, str or None
+            See ``outcome``.
+        probe : dict
+            For the job's record: the network and step_seconds; {} if it is not
+            done.
+        """
+        name = f"{job.network} on {device.split(':')[0]}"
+        with self.lock:
+            lock = self.locks.setdefault(name, threading.Lock())
+        with lock:
+            probe = self.found.get(name) or self.recorded(name)
+            if not probe:
+                folder = job.folder / "probe"
+                status, reason, metrics = self.run(job, device, folder, job.log)
+                shutil.rmtree(folder, ignore_errors=True)
+                if status != "done":
+                    return status, reason, {}
+                probe = {"of": name, "step_seconds": metrics["step_seconds"]}
+            self.found[name] = probe
+        return "done", None, probe
+
+    def recorded(self, name):
+        """The probe of a network that a cell's record has, {} if none has."""
+        for path in self.folder.glob("*/*s/*/cell.json"):
+            probe = read_json(path).get("probe", {})
+            if probe.get("of") == name:
+                return probe
+        return {}

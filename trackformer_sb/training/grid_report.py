@@ -344,4 +344,25 @@ def write_figures(folder):
             else:
                 where = {"transform": axis.transAxes, "ha": "center"}
                 axis.text(0.5, 0.5, "not measured", **where)
-        figure.savefig(folder / "figures" / f"{file}.png", dpi=110)
+        path = folder / "figures" / f"{file}.png"
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        figure.savefig(unfinished, dpi=110, format="png")
+        os.replace(unfinished, path)
+
+
+def write_figures_at_stop(folder):
+    """Draws the figures of a grid that was stopped, if a cell is done.
+
+    What goes wrong is printed and no more, for the grid has to end.
+
+    Arguments
+    ---------
+    folder : pathlib.Path
+        The grid's output folder.
+    """
+    try:
+        cells = load_cells(folder).values()
+        if any(cell["status"] == "done" for cell in cells):
+            write_figures(folder)
+    except Exception as error:
+        print(f"no figures: {type(error).__name__}: {error}", flush=True)

@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import json
 import shlex
-import shutil
 import signal
 import sys
 import tempfile
@@ -17,12 +16,11 @@ import time
 from pathlib import Path
 
 from trackformer_sb.training import grid_report
-from trackformer_sb.training.grid import DEMO_SECONDS
-from trackformer_sb.training.grid_processes import Processes, locked
+from trackformer_sb.training.grid import DEMO_SECONDS, YAMLS
+from trackformer_sb.training.grid_processes import Probes, Processes, locked
 from trackformer_sb.training.grid_tables import read_json
 
 DEMO_SONGS = 60
-PROBE_BATCHES = 4
 MAKE_BAND = """
 import sys
 from trackformer_sb.data.band import make_band
@@ -66,6 +64,11 @@ def check_configuration(grid, retry_oom=False):
             )
         return config
     begun = read_json(path)
+    yamls = {f"hparams/{yaml}" for yaml, _ in YAMLS.values()}
+    for name in begun.keys() - yamls:
+        if name.startswith("hparams/"):
+            # of a grid that was begun before this had a name of its own
+            begun.setdefault("pretrain_yaml", name.removeprefix("hparams/"))
     config = json.loads(json.dumps(config))
     differ = [
         f"{name}: expected {begun[name]}, got {config[name]}"
@@ -97,6 +100,7 @@ class Runner:
     def __init__(self, grid, devices=("cpu",), retry_oom=False):
         self.grid, self.devices, self.retry_oom = grid, devices, retry_oom
         self.processes = Processes(devices, grid.memory_gb)
+        self.probes = Probes(self.processes, grid.folder)
         self.change = threading.Condition()
         self.waiting, self.running, self.error = [], [], None
 
@@ -107,46 +111,8 @@ class Runner:
         arguments = map(str, (folder, DEMO_SONGS, DEMO_SECONDS, rate))
         command = [sys.executable, "-c", MAKE_BAND, *arguments]
         status, reason = self.processes.execute(command, log)
-        if status == "failed":
-            raise ValueError(f"no demo band in {folder}: {reason}")
-
-    def probe(self, job, device, folder, log, **more):
-        """Runs a few batches to see what they cost.
-
-        Arguments
-        ---------
-        job : Job
-            What to try.
-        device : str
-            Where.
-        folder : pathlib.Path
-            Folder for what it writes.
-        log : pathlib.Path
-            File for what it says.
-        **more
-            Keys that count instead of the job's.
-
-        Returns
-        -------
-        status, reason : str, str or None
-            See ``outcome``.
-        metrics : dict
-            Its metrics.json.
-        """
-        shutil.rmtree(folder, ignore_errors=True)
-        keys = {"debug_batches": PROBE_BATCHES, "debug_epochs": 1}
-        keys |= {"output_folder": folder, "device": device, **more}
-        status, reason = self.processes.execute(
-            [*job.command(**keys), "--debug"],
-            log,
-            self.processes.limit_gb(device),
-        )
-        metrics = read_json(folder / "debug" / "metrics.json")
-        missing = {"step_seconds", "batches"} - metrics.keys()
-        if status == "done" and missing:
-            names = " and ".join(sorted(missing))
-            return "failed", f"no {names} in the probe's metrics.json", metrics
-        return status, reason, metrics
+        if status in ("failed", "oom"):
+            raise ValueError(f"no demo band in {folder}, {status}: {reason}")
 
     def steps_in_time(self, job, step_seconds):
         """Optimizer steps that a job's minutes are enough for, at least 1."""
@@ -164,14 +130,11 @@ class Runner:
         if job.budget[0] == "steps":
             record["steps"] = job.budget[1]
         elif job.budget[0] == "minutes" and not record.get("steps"):
-            folder = job.folder / "probe"
-            status, reason, metrics = self.probe(job, device, folder, job.log)
-            shutil.rmtree(folder, ignore_errors=True)
+            status, reason, probe = self.probes.shared(job, device)
             if status != "done":
                 return {"status": status, "reason": reason}
-            step_seconds = metrics["step_seconds"]
-            record["steps"] = self.steps_in_time(job, step_seconds)
-            record["step_seconds"] = step_seconds
+            record["steps"] = self.steps_in_time(job, probe["step_seconds"])
+            record["probe"] = probe
         keys = job.budget_keys(record.get("steps"))
         command = job.command(**keys, device=device)
         record["command"] = shlex.join(command)
@@ -309,9 +272,15 @@ class Runner:
                 count = len(jobs) - len(self.waiting)
                 print(f"{count} of {len(jobs)} were run before", flush=True)
             with self.stoppable():
-                if self.grid.band and self.waiting:
-                    self.make_band(self.grid.band, folder / "demo_band.log")
-                self.work_on_all_devices()
+                try:
+                    if self.grid.band and self.waiting:
+                        log = folder / "demo_band.log"
+                        self.make_band(self.grid.band, log)
+                    self.work_on_all_devices()
+                except KeyboardInterrupt:
+                    self.stop()
+                    grid_report.write_figures_at_stop(folder)
+                    raise
             grid_report.write_tables(folder)
             grid_report.write_figures(folder)
         return [job for job in jobs if self.status(job) == "failed"]
@@ -337,7 +306,7 @@ class Runner:
 
     def estimate(self, job, folder, more):
         """What a probe says about the cost of a job, for a dry run."""
-        status, reason, metrics = self.probe(
+        status, reason, metrics = self.probes.run(
             job, self.devices[0], folder, folder / "console.txt", **more
         )
         found = {"status": status, "reason": reason}

@@ -66,6 +66,15 @@ def cosine_schedule(optimizer, num_steps, lr_final, warmup_steps=0):
     )
 
 
+def check_group(lr_scale, freeze_steps):
+    """Raises ValueError for settings that ``separate_group`` cannot take."""
+    if not (lr_scale >= 0 and freeze_steps >= 0):
+        raise ValueError(
+            "expected pretrained_lr_scale and pretrained_freeze_steps from 0, "
+            f"got {lr_scale} and {freeze_steps}"
+        )
+
+
 def separate_group(optimizer, parameters, lr_scale=1.0, freeze_steps=0):
     """Gives parameters a group of their own, for ``cosine_schedule``.
 
@@ -89,11 +98,7 @@ def separate_group(optimizer, parameters, lr_scale=1.0, freeze_steps=0):
     ValueError
         If a number is negative.
     """
-    if not (lr_scale >= 0 and freeze_steps >= 0):
-        raise ValueError(
-            "expected pretrained_lr_scale and pretrained_freeze_steps from 0, "
-            f"got {lr_scale} and {freeze_steps}"
-        )
+    check_group(lr_scale, freeze_steps)
     chosen = {id(parameter) for parameter in parameters}
     first = optimizer.param_groups[0]
     apart = [p for p in first["params"] if id(p) in chosen]
@@ -109,14 +114,18 @@ def separate_group(optimizer, parameters, lr_scale=1.0, freeze_steps=0):
 
 
 def clip_all_groups(optimizer, max_norm):
-    """Clips the gradients of all groups together before each step."""
-    parameters = [
-        parameter
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    ]
+    """Clips the gradients of all groups together before each step.
+
+    Those of a group whose learning rate is zero do not count.
+    """
 
     def clip(*_):
+        parameters = [
+            parameter
+            for group in optimizer.param_groups
+            if group["lr"] > 0
+            for parameter in group["params"]
+        ]
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
     optimizer.register_step_pre_hook(clip)
