@@ -1,18 +1,6 @@
 """Strict loading of weights, the hook of an exported separator."""
 
-import pickle
-
-import torch
-
-# What torch.load raises for a file that is cut, empty or something else.
-DAMAGED = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    EOFError,
-    KeyError,
-    pickle.UnpicklingError,
-)
+from trackformer_sb.nnet.transfer import read_state
 
 
 def _listed(names, limit=5):
@@ -45,7 +33,7 @@ def load_weights(module, path):
 
     Example
     -------
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = f"{folder}/masknet.ckpt"
     ...     torch.save({"weight": torch.ones(1, 2)}, path)
@@ -55,17 +43,7 @@ def load_weights(module, path):
     ...         print(str(error).replace(folder, "folder"))
     folder/masknet.ckpt does not fit Linear: missing bias
     """
-    with open(path, "rb") as file:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except DAMAGED as error:
-            raise ValueError(
-                f"{path}: no readable file of weights ({error})"
-            ) from error
-    if not isinstance(state, dict):
-        raise ValueError(
-            f"{path}: expected a dict of tensors, got {type(state).__name__}"
-        )
+    state = read_state(path)
     expected = module.state_dict()
     misshapen = [
         f"{key} (expected {list(expected[key].shape)}, got "

@@ -42,6 +42,40 @@ def plain_values(text):
     return yaml.load(text, _PlainLoader)
 
 
+def read_state(path):
+    """Reads a file of weights.
+
+    Arguments
+    ---------
+    path : str or path
+        File of a state dict.
+
+    Returns
+    -------
+    dict
+        Name -> tensor, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is damaged or holds something else.
+    """
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except DAMAGED as error:
+            raise ValueError(
+                f"{path}: no readable file of weights ({error})"
+            ) from error
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"{path}: expected a dict of tensors, got {type(state).__name__}"
+        )
+    return state
+
+
 def encoder_state(masknet):
     """The part of a masknet that pre-training provides.
 
@@ -146,16 +180,7 @@ def load_pretrained_encoder(masknet, source):
         raise FileNotFoundError(
             f"pretrained_encoder: no {ENCODER_FILE} in {source}"
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGED as error:
-        raise ValueError(
-            f"{path}: no readable file of weights ({error})"
-        ) from error
-    if not isinstance(state, dict):
-        raise ValueError(
-            f"{path}: expected a dict of tensors, got {type(state).__name__}"
-        )
+    state = read_state(path)
     expected = encoder_state(masknet)
     problems = [f"missing {key}" for key in expected.keys() - state.keys()]
     problems += [f"extra {key}" for key in state.keys() - expected.keys()]
