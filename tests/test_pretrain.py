@@ -462,10 +462,13 @@ def test_bad_settings_leave_an_earlier_run_alone(more, message, songs, earlier):
         recipe.main(pretraining(songs, earlier, **more))
 
 
-def test_missing_music_leaves_an_earlier_run_alone(earlier):
-    message = "data_folder.*/no/such/folder"
+def test_missing_music_leaves_an_earlier_run_alone(pretrained, earlier):
+    nowhere = "/no/such/folder"
+    message = f"data_folder.*{nowhere}"
     with pytest.raises(FileNotFoundError, match=message):
-        recipe.main(pretraining("/no/such/folder", earlier))
+        recipe.main(pretraining(nowhere, earlier))
+    with pytest.raises(FileNotFoundError, match=message):
+        train.main(separation(nowhere, earlier, pretrained / "encoder"))
 
 
 @pytest.mark.parametrize(
