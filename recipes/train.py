@@ -246,7 +246,10 @@ def initialise(hparams):
     source = hparams.get("pretrained_encoder")
     if not source:
         return [], None
-    folder = encoder_folder(source)
+    try:
+        folder = encoder_folder(source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"pretrained_encoder: {error}") from error
     settings = check_settings(hparams, folder)
     check_group(
         hparams["pretrained_lr_scale"], hparams["pretrained_freeze_steps"]

@@ -167,7 +167,7 @@ def test_resumed_run_equals_uninterrupted_one(songs, tmp_path, monkeypatch):
         )
 
     recipe.main(command(tmp_path / "whole"))
-    # 5 songs of 4 segments in batches of 2: 10 steps an epoch
+    # 5 songs of 4 segments in batches of 2: 6 steps an epoch
     interrupted(
         recipe.main,
         recipe.Separation,

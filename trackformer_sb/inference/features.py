@@ -135,7 +135,7 @@ class PerformerFeatures(Pretrained):
         Returns
         -------
         PerformerFeatures
-            The encoder, in evaluation mode.
+            The encoder, in evaluation mode if it is frozen.
 
         Raises
         ------
@@ -156,8 +156,10 @@ class PerformerFeatures(Pretrained):
         )
         return cls(modules=hparams["modules"], hparams=hparams, **kwargs)
 
-    def __init__(self, *args, freeze_params=True, **kwargs):
-        super().__init__(*args, freeze_params=freeze_params, **kwargs)
+    def __init__(
+        self, modules=None, hparams=None, run_opts=None, freeze_params=True
+    ):
+        super().__init__(modules, hparams, run_opts, freeze_params)
         self.frozen = freeze_params
 
     def train(self, mode=True):

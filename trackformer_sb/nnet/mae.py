@@ -171,6 +171,11 @@ class AudioMAE(nn.Module):
                 f"expected decoder_layers from {least} with mask_mode "
                 f"{mask_mode}, got {decoder_layers}"
             )
+        if d_decoder % 2 or not features.encoder.layers:
+            raise ValueError(
+                "expected an even d_decoder and an encoder with layers, got "
+                f"{d_decoder} and {len(features.encoder.layers)} layers"
+            )
         self.features = features
         self.mask_ratio = mask_ratio
         self.mask_mode = mask_mode

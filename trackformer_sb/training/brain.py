@@ -75,8 +75,7 @@ class MusicBrain(sb.Brain):
         ValueError
             If there was no sound at all.
         """
-        whole = len(self.step_seconds) >= self.num_batches
-        if self.hparams.epoch_segments or not whole:
+        if len(self.step_seconds) < self.num_batches:
             # a few segments may all be rests
             return
         heard = [self.sounding]
@@ -94,6 +93,9 @@ class MusicBrain(sb.Brain):
                 f"{len(songs)} training songs are silent"
             )
         for song, sounds in songs.items():
+            # of a part of the segments those of one song may be rests
+            if self.hparams.epoch_segments:
+                break
             if not sounds and song not in self.silent_songs:
                 self.silent_songs.add(song)
                 logger.warning(f"the song {song} is silent")

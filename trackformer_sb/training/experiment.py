@@ -1,5 +1,6 @@
 """From a command line to a Brain with its data, for all recipes."""
 
+import gc
 import pathlib
 import sys
 from typing import NamedTuple
@@ -301,6 +302,11 @@ def run(main):
     """Runs a recipe with one line in place of a traceback for the user."""
     try:
         main(sys.argv[1:])
+        if torch.distributed.is_initialized():
+            # ranks that just exit abort now and then; what DDP holds goes first
+            gc.collect()
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
     except (OSError, ValueError, ImportError, UnreadableAudio) as error:
         logger.debug("stopped", exc_info=True)
         message = f"{type(error).__name__}: {error}"
