@@ -1,8 +1,6 @@
 """Pre-trained encoders as feature extractors for other recipes."""
 
 import torch
-from speechbrain.inference.interfaces import Pretrained
-from speechbrain.utils.fetching import LocalStrategy
 
 import trackformer_sb
 from trackformer_sb.inference.export import (
@@ -10,7 +8,7 @@ from trackformer_sb.inference.export import (
     read_model,
     write_model,
 )
-from trackformer_sb.inference.hub import fetched_file, load_strictly
+from trackformer_sb.inference.hub import StrictPretrained, fetched_file
 
 NODES = {"stft": "Encoder", "encoder": "Features"}
 
@@ -74,7 +72,7 @@ python recipes/train.py hparams/performer_mixit_mae.yaml \\
 {sections}"""
 
 
-class PerformerFeatures(Pretrained):
+class PerformerFeatures(StrictPretrained):
     """A pre-trained encoder: waveforms to [batch, frames, d_model] features.
 
     Its weights are frozen unless ``freeze_params=False`` is given; it can be a
@@ -106,55 +104,9 @@ class PerformerFeatures(Pretrained):
     torch.Size([2, 10, 32])
     """
 
+    what = "encoder"
     MODULES_NEEDED = ("stft", "encoder")
     HPARAMS_NEEDED = ("sample_rate",)
-
-    @classmethod
-    def from_hparams(
-        cls,
-        source,
-        hparams_file="hyperparams.yaml",
-        savedir=None,
-        overrides=None,
-        overrides_must_match=True,
-        local_strategy=LocalStrategy.COPY,
-        fetch_config=None,
-        **kwargs,
-    ):
-        """Loads an encoder from a folder or the hub, with strict weights.
-
-        Arguments
-        ---------
-        source, hparams_file, savedir, overrides, overrides_must_match
-            As of ``PerformerSeparation.from_hparams``.
-        local_strategy, fetch_config
-            How files come from the hub.
-        **kwargs : dict
-            ``run_opts={"device": ...}`` and ``freeze_params``.
-
-        Returns
-        -------
-        PerformerFeatures
-            The encoder, in evaluation mode if it is frozen.
-
-        Raises
-        ------
-        FileNotFoundError
-            If the folder, its yaml or its weights do not exist.
-        ValueError
-            If the weights are damaged or do not fit the modules exactly.
-        """
-        hparams = load_strictly(
-            source,
-            hparams_file,
-            savedir,
-            overrides,
-            overrides_must_match,
-            local_strategy,
-            fetch_config,
-            what="encoder",
-        )
-        return cls(modules=hparams["modules"], hparams=hparams, **kwargs)
 
     def __init__(
         self, modules=None, hparams=None, run_opts=None, freeze_params=True

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.inference.interfaces import Pretrained
 from speechbrain.utils.fetching import (
     FetchConfig,
     FetchFrom,
@@ -176,3 +177,71 @@ def load_strictly(
     pretrainer.collect_files(default_source=source, **how)
     pretrainer.load_collected()
     return hparams
+
+
+class StrictPretrained(Pretrained):
+    """A ``Pretrained`` whose weights fit exactly or are refused."""
+
+    # what its folder holds, for messages
+    what = "model"
+
+    @classmethod
+    def from_hparams(
+        cls,
+        source,
+        hparams_file="hyperparams.yaml",
+        savedir=None,
+        overrides=None,
+        overrides_must_match=True,
+        local_strategy=LocalStrategy.COPY,
+        fetch_config=None,
+        **kwargs,
+    ):
+        """Loads a model from a folder or the hub, with strict weights.
+
+        A local folder is read where it is; nothing is copied or linked. The
+        yaml of a model can run any code: only load what you trust.
+
+        Arguments
+        ---------
+        source : str or Path or FetchSource
+            Folder as training writes it, or an id on the hub.
+        hparams_file : str
+            Name of the yaml in it.
+        savedir : str or Path, optional
+            Where to put the files of a model on the hub; by default they stay
+            in the cache.
+        overrides : dict, optional
+            Changes to the yaml.
+        overrides_must_match : bool
+            Whether each override must replace a key.
+        local_strategy : LocalStrategy
+            How files get from the cache to ``savedir``.
+        fetch_config : FetchConfig, optional
+            Revision, token and network access for the hub.
+        **kwargs : dict
+            ``run_opts={"device": ...}`` and ``freeze_params``.
+
+        Returns
+        -------
+        Pretrained
+            The model, in evaluation mode unless ``freeze_params`` is False.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the folder, its yaml or its weights do not exist.
+        ValueError
+            If the weights are damaged or do not fit the modules exactly.
+        """
+        hparams = load_strictly(
+            source,
+            hparams_file,
+            savedir,
+            overrides,
+            overrides_must_match,
+            local_strategy,
+            fetch_config,
+            cls.what,
+        )
+        return cls(modules=hparams["modules"], hparams=hparams, **kwargs)

@@ -9,13 +9,9 @@ from pathlib import Path
 
 import soundfile
 import torch
-from speechbrain.inference.interfaces import Pretrained
-from speechbrain.utils.fetching import (
-    LocalStrategy,
-)
 from tqdm import tqdm
 
-from trackformer_sb.inference.hub import load_strictly
+from trackformer_sb.inference.hub import StrictPretrained
 from trackformer_sb.inference.overlap_add import (
     UNKNOWN_FRAMES,
     separate_stream,
@@ -26,7 +22,7 @@ from trackformer_sb.inference.separation import separate
 PROGRESS = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
 
 
-class PerformerSeparation(Pretrained):
+class PerformerSeparation(StrictPretrained):
     """A ready-to-use separator of music, of any three modules.
 
     The outputs have no names and come in the order of the model; those of
@@ -68,6 +64,7 @@ class PerformerSeparation(Pretrained):
     True
     """
 
+    what = "separator"
     MODULES_NEEDED = ("encoder", "masknet", "decoder")
     HPARAMS_NEEDED = ("sample_rate", "num_spks")
 
@@ -81,66 +78,6 @@ class PerformerSeparation(Pretrained):
                 f"missing {', '.join(missing)}"
             )
         super().__init__(modules=modules, hparams=hparams, **kwargs)
-
-    @classmethod
-    def from_hparams(
-        cls,
-        source,
-        hparams_file="hyperparams.yaml",
-        savedir=None,
-        overrides=None,
-        overrides_must_match=True,
-        local_strategy=LocalStrategy.COPY,
-        fetch_config=None,
-        **kwargs,
-    ):
-        """Loads a separator from a folder or the hub, with strict weights.
-
-        A local folder is read where it is; nothing is copied or linked. The
-        yaml of a separator can run any code: only load what you trust.
-
-        Arguments
-        ---------
-        source : str or Path or FetchSource
-            Folder as written by ``export_separator``, or an id on the hub.
-        hparams_file : str
-            Name of the yaml in it.
-        savedir : str or Path, optional
-            Where to put the files of a model on the hub; by default they stay
-            in the cache.
-        overrides : dict, optional
-            Changes to the yaml.
-        overrides_must_match : bool
-            Whether each override must replace a key.
-        local_strategy : LocalStrategy
-            How files get from the cache to ``savedir``.
-        fetch_config : FetchConfig, optional
-            Revision, token and network access for the hub.
-        **kwargs : dict
-            ``run_opts={"device": ...}`` and ``freeze_params``.
-
-        Returns
-        -------
-        PerformerSeparation
-            The separator, in evaluation mode.
-
-        Raises
-        ------
-        FileNotFoundError
-            If the folder, its yaml or its weights do not exist.
-        ValueError
-            If the weights are damaged or do not fit the modules exactly.
-        """
-        hparams = load_strictly(
-            source,
-            hparams_file,
-            savedir,
-            overrides,
-            overrides_must_match,
-            local_strategy,
-            fetch_config,
-        )
-        return cls(modules=hparams["modules"], hparams=hparams, **kwargs)
 
     def _separate(self, mix):
         est_source, _ = separate(

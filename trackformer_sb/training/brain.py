@@ -92,10 +92,10 @@ class MusicBrain(sb.Brain):
                 "data_folder: expected music, but all of its "
                 f"{len(songs)} training songs are silent"
             )
-        for song, sounds in songs.items():
+        if self.hparams.epoch_segments:
             # of a part of the segments those of one song may be rests
-            if self.hparams.epoch_segments:
-                break
+            return
+        for song, sounds in songs.items():
             if not sounds and song not in self.silent_songs:
                 self.silent_songs.add(song)
                 logger.warning(f"the song {song} is silent")
