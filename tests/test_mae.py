@@ -12,6 +12,10 @@ CHANNELS = 10
 FRAMES = 20
 
 
+# "mix" needs other music, see the section on it
+HIDING_MODES = tuple(mode for mode in MASK_MODES if mode != "mix")
+
+
 def small_mae(spec_norm="zscore", **options):
     """10 channels, one layer on either side, no dropout."""
     features = SpectrogramEncoder(
@@ -151,7 +155,7 @@ def test_bands_are_masked_each_by_itself(mask_mode, mask_bands):
     assert any(not torch.equal(first[0], other) for other in first[1:])
 
 
-@pytest.mark.parametrize("mask_mode", MASK_MODES)
+@pytest.mark.parametrize("mask_mode", HIDING_MODES)
 def test_whole_frames_are_hidden_with_one_band(mask_mode):
     hidden = small_mae(mask_mode=mask_mode, mask_ratio=0.5)(music()).hidden
     assert torch.equal(hidden.any(-1), hidden.all(-1))
@@ -161,7 +165,7 @@ def test_whole_frames_are_hidden_with_one_band(mask_mode):
 # --- what is compared --------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask_mode", MASK_MODES)
+@pytest.mark.parametrize("mask_mode", HIDING_MODES)
 @pytest.mark.parametrize("normalise_target", [False, True])
 def test_loss_is_the_error_of_what_is_hidden(mask_mode, normalise_target):
     mae = small_mae(mask_mode=mask_mode, normalise_target=normalise_target)
@@ -188,7 +192,7 @@ def test_loss_of_bands_is_the_error_of_what_is_hidden():
         torch.testing.assert_close(loss[i], error)
 
 
-@pytest.mark.parametrize("mask_mode", MASK_MODES)
+@pytest.mark.parametrize("mask_mode", HIDING_MODES)
 def test_only_what_is_hidden_is_learned(mask_mode):
     mae = small_mae(mask_mode=mask_mode)
     result = mae(music())
@@ -246,7 +250,7 @@ def test_hidden_values_do_not_leak(mask_mode, mask_bands):
     assert change.min() > 0
 
 
-@pytest.mark.parametrize("mask_mode", MASK_MODES)
+@pytest.mark.parametrize("mask_mode", HIDING_MODES)
 def test_hidden_values_get_no_gradient(mask_mode):
     mae = small_mae("none", mask_mode=mask_mode)
     x = real_music().requires_grad_()
@@ -274,7 +278,7 @@ def test_hidden_frames_are_seen_as_zero_or_noise(mask_mode):
         assert blank.var().item() == pytest.approx(1.0, abs=0.03)
 
 
-@pytest.mark.parametrize("mask_mode", MASK_MODES)
+@pytest.mark.parametrize("mask_mode", HIDING_MODES)
 def test_masks_and_noise_come_from_the_generator(mask_mode):
     mae = small_mae(mask_mode=mask_mode)
     mix_w = music()
@@ -287,7 +291,7 @@ def test_masks_and_noise_come_from_the_generator(mask_mode):
 
 
 @pytest.mark.parametrize("mask_ratio", [0.1, 0.3, 0.75, 0.95])
-@pytest.mark.parametrize("mask_mode", MASK_MODES)
+@pytest.mark.parametrize("mask_mode", HIDING_MODES)
 def test_tokens_of_the_encoder_fall_with_the_ratio(mask_mode, mask_ratio):
     mae = small_mae(mask_mode=mask_mode, mask_ratio=mask_ratio)
     shapes = []
@@ -383,7 +387,7 @@ def test_every_weight_gets_a_gradient(mask_mode, decoder_layers):
 
 @pytest.mark.parametrize("spec_norm", ["zscore", "minmax", "none"])
 @pytest.mark.parametrize("normalise_target", [False, True])
-@pytest.mark.parametrize("mask_mode", MASK_MODES)
+@pytest.mark.parametrize("mask_mode", HIDING_MODES)
 def test_silence_gives_finite_losses_and_gradients(
     mask_mode, normalise_target, spec_norm
 ):
@@ -401,14 +405,14 @@ def test_silence_gives_finite_losses_and_gradients(
         assert parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("mask_mode", MASK_MODES)
+@pytest.mark.parametrize("mask_mode", HIDING_MODES)
 def test_two_frames_are_enough(mask_mode):
     result = small_mae(mask_mode=mask_mode, mask_ratio=0.01)(music(2, 2))
     assert result.hidden[..., 0].sum(1).tolist() == [1, 1]
     assert result.loss.isfinite().all()
 
 
-@pytest.mark.parametrize("mask_mode", MASK_MODES)
+@pytest.mark.parametrize("mask_mode", HIDING_MODES)
 def test_a_small_batch_is_learned(mask_mode):
     mae = small_mae("none", mask_mode=mask_mode)
     # every channel a sine in time: a frame follows from the others
@@ -426,7 +430,7 @@ def test_a_small_batch_is_learned(mask_mode):
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("mask_mode", MASK_MODES)
+@pytest.mark.parametrize("mask_mode", HIDING_MODES)
 def test_autocast_is_near_to_single_precision(mask_mode, device):
     mae = small_mae(mask_mode=mask_mode).to(device)
     mix_w = music().to(device)
@@ -476,7 +480,7 @@ def test_redraw_reaches_encoder_and_decoder():
     [
         (
             {"mask_mode": "blank"},
-            "mask_mode must be one of zero, noise, drop, got 'blank'",
+            "mask_mode must be one of zero, noise, drop, mix, got 'blank'",
         ),
         ({"mask_ratio": 0}, r"expected mask_ratio in \(0, 1\), got 0"),
         ({"mask_ratio": 1.0}, r"expected mask_ratio in \(0, 1\), got 1.0"),
@@ -508,3 +512,83 @@ def test_bad_options_are_refused(options, message):
 def test_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"\[batch, 10, frames\], got \["):
         small_mae()(torch.zeros(shape))
+
+
+# --- under other music -------------------------------------------------------
+
+
+def covered(mae, mix_w, cover, seed=1):
+    """The result, and what the embedding sees [batch, frames, channels]."""
+    seen = []
+    hook = mae.features.embedding.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0])
+    )
+    result = mae(mix_w, seeded(seed), cover)
+    hook.remove()
+    (seen,) = seen
+    return result, seen
+
+
+@pytest.mark.parametrize("mask_bands", [1, 3])
+def test_other_music_is_added_to_what_is_hidden(mask_bands):
+    mae = small_mae("none", mask_mode="mix", mask_bands=mask_bands)
+    x, cover = music().abs(), music().abs()
+    result, seen = covered(mae, x, cover)
+    hidden = result.hidden
+    assert hidden.any() and not hidden.all()
+    total = (x + cover).transpose(1, 2)
+    torch.testing.assert_close(seen[hidden], total[hidden])
+    torch.testing.assert_close(seen[~hidden], x.transpose(1, 2)[~hidden])
+    torch.testing.assert_close(result.target, x.transpose(1, 2))
+
+
+def test_spectra_are_added_with_their_phases():
+    mae = small_mae(mask_mode="mix")
+    x = music()
+    result, seen = covered(mae, x, -x)
+    # what cancels is as soft as can be
+    assert seen[result.hidden].max() < seen[~result.hidden].min() + 1e-6
+
+
+@pytest.mark.parametrize("spec_norm", ["zscore", "minmax", "band_zscore"])
+def test_target_is_normalised_as_what_is_seen(spec_norm):
+    mae = small_mae(spec_norm, mask_mode="mix")
+    result, seen = covered(mae, music(), 30 * music())
+    shown = ~result.hidden
+    torch.testing.assert_close(result.target[shown], seen[shown])
+    # the cover is louder, so what is below it is less than what is seen
+    assert (result.target < seen)[result.hidden].float().mean() > 0.95
+
+
+def test_cover_of_what_is_not_hidden_does_not_count():
+    mae = small_mae(mask_mode="mix")
+    x, cover = music(), music()
+    before = mae(x, seeded(), cover)
+    hidden = before.hidden.transpose(1, 2)
+    after = mae(x, seeded(), torch.where(hidden, cover, 9 * cover))
+    assert torch.equal(after.loss, before.loss)
+    after = mae(x, seeded(), torch.where(hidden, 9 * cover, cover))
+    assert not torch.equal(after.loss, before.loss)
+
+
+def test_learning_to_look_below_other_music():
+    """What is below is told by what is around: steady tones under noise."""
+    mae = small_mae("none", mask_mode="mix", mask_ratio=0.5)
+    optimizer = torch.optim.Adam(mae.parameters(), 0.01)
+    losses = []
+    for _ in range(250):
+        x = torch.randn(8, CHANNELS, 1).expand(-1, -1, FRAMES)
+        result = mae(x, None, torch.randn(8, CHANNELS, FRAMES))
+        losses.append(result.loss.mean().item())
+        optimizer.zero_grad()
+        result.loss.mean().backward()
+        optimizer.step()
+    # a frame alone leaves a variance of 1 / 2
+    assert sum(losses[-50:]) / 50 < 0.44 < 0.8 < losses[0]
+
+
+def test_cover_only_where_it_belongs():
+    with pytest.raises(ValueError, match=r"with mask_mode mix, .* and none"):
+        small_mae(mask_mode="mix")(music())
+    with pytest.raises(ValueError, match="mask_mode zero and a cover"):
+        small_mae(mask_mode="zero")(music(), None, music())

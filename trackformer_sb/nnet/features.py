@@ -20,7 +20,7 @@ LOG_FLOOR = 1e-3
 SILENT_MAGNITUDE = 1e-10
 
 
-def log_magnitude(spectrum, key_padding_mask=None):
+def log_magnitude(spectrum, key_padding_mask=None, reference=None):
     """Log-magnitude with a floor relative to the item's mean magnitude.
 
     ``log(|X| + 1e-3 mean|X|)``: a gain on the input becomes an offset, which
@@ -32,6 +32,8 @@ def log_magnitude(spectrum, key_padding_mask=None):
         Complex, [batch, freq, frames].
     key_padding_mask : torch.Tensor, optional
         Boolean, [batch, frames]; frames that do not count.
+    reference : torch.Tensor, optional
+        Like `spectrum`: whose mean magnitude the floor is relative to.
 
     Returns
     -------
@@ -39,16 +41,17 @@ def log_magnitude(spectrum, key_padding_mask=None):
         Real, [batch, freq, frames]; finite on silence.
     """
     magnitude = spectrum.abs()
+    level = magnitude if reference is None else reference.abs()
     if key_padding_mask is None:
-        mean = magnitude.mean((-2, -1), keepdim=True)
+        mean = level.mean((-2, -1), keepdim=True)
     else:
         padding = key_padding_mask.unsqueeze(1)
-        count = (~padding).sum((-2, -1), True) * magnitude.shape[1]
-        mean = magnitude.masked_fill(padding, 0.0).sum((-2, -1), True) / count
+        count = (~padding).sum((-2, -1), True) * level.shape[1]
+        mean = level.masked_fill(padding, 0.0).sum((-2, -1), True) / count
     return (magnitude + LOG_FLOOR * mean + SILENT_MAGNITUDE).log()
 
 
-def normalise_spectrogram(x, spec_norm, key_padding_mask=None):
+def normalise_spectrogram(x, spec_norm, key_padding_mask=None, reference=None):
     """Normalises each item by itself, over its channels and frames.
 
     Arguments
@@ -61,6 +64,8 @@ def normalise_spectrogram(x, spec_norm, key_padding_mask=None):
         which takes out the colour of a recording and leaves what changes.
     key_padding_mask : torch.Tensor, optional
         Boolean, [batch, frames]; frames that do not count.
+    reference : torch.Tensor, optional
+        Like `x`: whose statistics are taken in place of those of `x`.
 
     Returns
     -------
@@ -75,17 +80,18 @@ def normalise_spectrogram(x, spec_norm, key_padding_mask=None):
     if spec_norm == "none":
         return x
     dims = -1 if spec_norm == "band_zscore" else (-2, -1)
+    ref = x if reference is None else reference
     if key_padding_mask is None:
-        low, high = x.amin(dims, True), x.amax(dims, True)
-        mean = x.mean(dims, True)
-        variance = (x - mean).square().mean(dims, True)
+        low, high = ref.amin(dims, True), ref.amax(dims, True)
+        mean = ref.mean(dims, True)
+        variance = (ref - mean).square().mean(dims, True)
     else:
         padding = key_padding_mask.unsqueeze(1)
-        low = x.masked_fill(padding, torch.inf).amin(dims, True)
-        high = x.masked_fill(padding, -torch.inf).amax(dims, True)
-        count = (~padding).expand_as(x).sum(dims, True)
-        mean = x.masked_fill(padding, 0.0).sum(dims, True) / count
-        variance = (x - mean).masked_fill(padding, 0.0).square()
+        low = ref.masked_fill(padding, torch.inf).amin(dims, True)
+        high = ref.masked_fill(padding, -torch.inf).amax(dims, True)
+        count = (~padding).expand_as(ref).sum(dims, True)
+        mean = ref.masked_fill(padding, 0.0).sum(dims, True) / count
+        variance = (ref - mean).masked_fill(padding, 0.0).square()
         variance = variance.sum(dims, True) / count
     if spec_norm == "minmax":
         return (x - low) / (high - low).clamp(min=1e-5)
@@ -159,7 +165,21 @@ class SpectrogramEncoder(nn.Module):
         """Draws new random features, see ``PerformerEncoder``."""
         self.encoder.redraw_projections(generator)
 
-    def spectrogram(self, mix_w, key_padding_mask=None):
+    def check(self, mix_w):
+        """Refuses what is no encoded mixture [batch, channels, frames].
+
+        Raises
+        ------
+        ValueError
+            If it has another shape.
+        """
+        if mix_w.dim() != 3 or mix_w.shape[1] != self.in_channels:
+            raise ValueError(
+                f"expected an encoded mixture [batch, {self.in_channels}, "
+                f"frames], got {list(mix_w.shape)}"
+            )
+
+    def spectrogram(self, mix_w, key_padding_mask=None, reference=None):
         """What the network sees of an encoded mixture.
 
         Arguments
@@ -168,21 +188,21 @@ class SpectrogramEncoder(nn.Module):
             Real or complex, [batch, channels, frames].
         key_padding_mask : torch.Tensor, optional
             Boolean, [batch, frames], True for padding.
+        reference : torch.Tensor, optional
+            Like `mix_w`: another mixture, as which it is normalised.
 
         Returns
         -------
         torch.Tensor
             Real, [batch, frames, channels], normalised.
         """
-        if mix_w.dim() != 3 or mix_w.shape[1] != self.in_channels:
-            raise ValueError(
-                f"expected an encoded mixture [batch, {self.in_channels}, "
-                f"frames], got {list(mix_w.shape)}"
-            )
-        x = mix_w
+        self.check(mix_w)
+        x, ref = mix_w, reference
         if x.is_complex():
-            x = log_magnitude(x, key_padding_mask)
-        x = normalise_spectrogram(x, self.spec_norm, key_padding_mask)
+            x = log_magnitude(x, key_padding_mask, reference)
+            if reference is not None:
+                ref = log_magnitude(reference, key_padding_mask)
+        x = normalise_spectrogram(x, self.spec_norm, key_padding_mask, ref)
         return x.transpose(1, 2)
 
     def encode(self, mix_w, key_padding_mask=None):

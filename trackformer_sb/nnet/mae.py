@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from trackformer_sb.nnet.performer import PerformerEncoder
 
-MASK_MODES = ("zero", "noise", "drop")
+MASK_MODES = ("zero", "noise", "drop", "mix")
 
 # Variance below which a target frame counts as constant.
 SILENT_VARIANCE = 1e-6
@@ -101,12 +101,14 @@ class AudioMAE(nn.Module):
         "zero": hidden frames are zero, the mean of a zscore; "noise": they
         are Gaussian noise of unit variance; "drop": the encoder
         sees the other frames only, with their positions, so that time and
-        memory fall with the ratio, and the decoder gets a learned token.
+        memory fall with the ratio, and the decoder gets a learned token; "mix":
+        other music is added to them, and what was there is to be told apart
+        from it by what is around, as in separation.
     mask_span : int
         Frames hidden together.
     mask_bands : int
         Number of frequency bands that are masked each by itself; above 1
-        blocks of time and frequency are hidden, for "zero" and "noise" only.
+        blocks of time and frequency are hidden, not with "drop".
     normalise_target : bool
         Whether each frame to predict has zero mean and unit variance, which
         asks for its shape, not its level.
@@ -234,6 +236,11 @@ class AudioMAE(nn.Module):
         variance, mean = torch.var_mean(spectrogram, -1, keepdim=True)
         return (spectrogram - mean) / (variance + SILENT_VARIANCE).sqrt()
 
+    def _encode(self, seen):
+        """Decoder tokens [batch, frames, channels] of all frames."""
+        x = self.features.embedding(seen)
+        return self.to_decoder(self.features.encoder(x))
+
     def _encode_all(self, spectrogram, hidden, generator):
         """Decoder tokens of all frames, the hidden ones blanked."""
         if self.mask_mode == "zero":
@@ -245,9 +252,7 @@ class AudioMAE(nn.Module):
                 device=spectrogram.device,
                 dtype=spectrogram.dtype,
             )
-        seen = torch.where(hidden, blank, spectrogram)
-        x = self.features.embedding(seen)
-        return self.to_decoder(self.features.encoder(x))
+        return self._encode(torch.where(hidden, blank, spectrogram))
 
     def _encode_visible(self, spectrogram, hidden):
         """Decoder tokens of all frames, the encoder seeing the visible ones."""
@@ -263,7 +268,7 @@ class AudioMAE(nn.Module):
         tokens = self.mask_token.to(x.dtype).expand(batch, frames, -1)
         return tokens.scatter(1, visible.expand(-1, -1, x.shape[-1]), x)
 
-    def forward(self, mix_w, generator=None):
+    def forward(self, mix_w, generator=None, cover=None):
         """Hides a part, rebuilds it, and compares.
 
         Arguments
@@ -273,6 +278,8 @@ class AudioMAE(nn.Module):
         generator : torch.Generator, optional
             Source of randomness, on the device of ``mix_w``; the default one
             if not given.
+        cover : torch.Tensor, optional
+            Like ``mix_w``, other music to hide it with: for mask_mode "mix".
 
         Returns
         -------
@@ -282,11 +289,18 @@ class AudioMAE(nn.Module):
         Raises
         ------
         ValueError
-            If the input has other channels, or fewer frames than a span.
+            If the input has other channels, or fewer frames than a span, or
+            with a cover where there must be none.
         """
-        spectrogram = self.features.spectrogram(mix_w)
-        batch, frames, channels = spectrogram.shape
-        bands = self.draw_hidden(batch, frames, generator, spectrogram.device)
+        if (cover is not None) != (self.mask_mode == "mix"):
+            raise ValueError(
+                "expected a cover with mask_mode mix, and none with others, "
+                f"got mask_mode {self.mask_mode} and "
+                f"{'none' if cover is None else 'a cover'}"
+            )
+        self.features.check(mix_w)
+        batch, channels, frames = mix_w.shape
+        bands = self.draw_hidden(batch, frames, generator, mix_w.device)
         band = torch.arange(channels, device=bands.device) * self.mask_bands
         # [batch, frames, channels]; a view where there is one band
         hidden = (
@@ -294,10 +308,16 @@ class AudioMAE(nn.Module):
             if self.mask_bands > 1
             else bands.expand(-1, -1, channels)
         )
-        if self.mask_mode == "drop":
-            tokens = self._encode_visible(spectrogram, bands[..., 0])
+        if self.mask_mode == "mix":
+            seen = mix_w + cover * hidden.transpose(1, 2)
+            spectrogram = self.features.spectrogram(mix_w, reference=seen)
+            tokens = self._encode(self.features.spectrogram(seen))
         else:
-            tokens = self._encode_all(spectrogram, hidden, generator)
+            spectrogram = self.features.spectrogram(mix_w)
+            if self.mask_mode == "drop":
+                tokens = self._encode_visible(spectrogram, bands[..., 0])
+            else:
+                tokens = self._encode_all(spectrogram, hidden, generator)
         prediction = self.head(self.decoder(tokens))
         target = self._target(spectrogram)
         error = F.mse_loss(prediction.float(), target, reduction="none")
