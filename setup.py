@@ -38,8 +38,11 @@ setup(
     ],
     extras_require={
         "asteroid": ["asteroid>=0.7,<0.8"],
+        "shards": ["webdataset>=1.0"],
         "dev": [
             "pytest>=8",
+            "psutil",
+            "webdataset>=1.0",
             "hypothesis",
             "ruff",
             "yamllint",

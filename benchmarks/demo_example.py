@@ -7,10 +7,11 @@ RUN_FOLDER/example/mix.wav.
 """
 
 import argparse
-import json
 import pathlib
 
 import soundfile
+
+from trackformer_sb.data.manifest import MappedManifest
 
 
 def main(argv=None):
@@ -18,9 +19,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run_folder", type=pathlib.Path)
     folder = parser.parse_args(argv).run_folder
-    manifest = folder / "manifests" / "test.json"
-    rows = json.loads(manifest.read_text(encoding="utf-8"))
-    _, row = min(rows.items())
+    row = MappedManifest(folder / "manifests", "test").row(0)
     stems, rates = zip(*(soundfile.read(p) for p in row["tracks"].values()))
     path = folder / "example" / "mix.wav"
     path.parent.mkdir(exist_ok=True)

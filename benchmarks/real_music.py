@@ -2,7 +2,7 @@
 
     python benchmarks/real_music.py RUN_FOLDER --test_folder FOLDER
 
-The test segments of a run of recipes/train.py (manifests/test.json, found
+The test segments of a run of recipes/train.py (manifests/test.jsonl, found
 again under --test_folder if they have moved) are separated by
 
 - the trained separator, RUN_FOLDER/separator, beside what the recipe itself
@@ -33,6 +33,7 @@ import yaml
 from common import Record, add_arguments, say, table
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 
+from trackformer_sb.data.manifest import MappedManifest
 from trackformer_sb.data.mixtures import MixtureOfMixtures
 from trackformer_sb.inference.interfaces import PerformerSeparation
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
@@ -295,8 +296,8 @@ def main():
     parser.add_argument("--sdr", action="store_true", help="SDR too, slow")
     args = parser.parse_args()
     record = Record("Real music", __doc__, args.output, args.device)
-    manifest = args.run_folder / "manifests" / "test.json"
-    rows = json.loads(manifest.read_text(encoding="utf-8"))
+    manifest = args.run_folder / "manifests"
+    rows = dict(MappedManifest(manifest, "test"))
     if args.test_folder:
         rows = relocated(rows, args.test_folder)
     for row in rows.values():

@@ -29,10 +29,10 @@ from speechbrain.utils.logger import get_logger
 from trackformer_sb.inference.features import export_encoder
 from trackformer_sb.training import figures
 from trackformer_sb.training.brain import MusicBrain
+from trackformer_sb.training.dataio import data_report, prepare_data
 from trackformer_sb.training.experiment import (
     load_experiment,
     make_brain,
-    prepare_data,
     run,
     train_and_test,
 )
@@ -63,7 +63,10 @@ class Pretraining(MusicBrain):
         if stage != sb.Stage.TRAIN and self.hparams.silent_share == 1.0:
             # in training a silent partner was drawn
             mixtures = mixtures[:, :1]
-        spectrum = self.modules.stft(mixtures.sum(1))
+        if self.hparams.mask_mode == "mix":
+            spectrum, cover = (self.modules.stft(x) for x in mixtures.unbind(1))
+        else:
+            spectrum, cover = self.modules.stft(mixtures.sum(1)), None
         # masks of their own for each batch and rank, after a resume as well,
         # and the same ones whenever an item is evaluated
         place = (
@@ -74,7 +77,7 @@ class Pretraining(MusicBrain):
         seed = np.random.SeedSequence((self.hparams.seed, *place))
         generator = torch.Generator(spectrum.device)
         generator.manual_seed(int(seed.generate_state(1)[0]))
-        return self.modules.mae(spectrum, generator)
+        return self.modules.mae(spectrum, generator, cover)
 
     def compute_objectives(self, predictions, batch, stage):
         """Mean squared error over what was hidden."""
@@ -126,8 +129,13 @@ class Pretraining(MusicBrain):
         )
 
 
-def check_spans(hparams):
+def check_masking(hparams):
     """Refuses spans that do not fit into a segment, before anything runs."""
+    if hparams["mask_mode"] == "mix" and hparams["silent_share"] > 0:
+        raise ValueError(
+            "silent_share: expected 0 with mask_mode mix, which hides music "
+            f"under other music, got {hparams['silent_share']}"
+        )
     samples = round(hparams["segment_seconds"] * hparams["sample_rate"])
     frames = -(-samples // hparams["hop_length"])
     hparams["AudioMAE"].draw_hidden(1, frames, torch.Generator())
@@ -155,7 +163,7 @@ def main(argv):
     """Pre-trains, evaluates and exports an encoder."""
     experiment = load_experiment(argv, SELECTION_METRICS)
     hparams = experiment.hparams
-    check_spans(hparams)
+    check_masking(hparams)
     prepare_data(hparams)
     sb.create_experiment_directory(**experiment.directory)
     brain, datasets = make_brain(Pretraining, experiment)
@@ -173,9 +181,11 @@ def main(argv):
             "metadata": model_card(hparams, brain),
             "songs": sorted(
                 {
-                    row["song"]
+                    name
                     for split in ("train", "valid")
-                    for row in datasets[split].data.values()
+                    for name in data_report(hparams)["splits"][split][
+                        "song_names"
+                    ]
                 }
             ),
         },

@@ -12,7 +12,6 @@ given to the mixture it explains best (arXiv 2006.12701).
 Results are in the yaml's output_folder; its separator/ is ready to use.
 """
 
-import json
 import os
 import pathlib
 
@@ -26,6 +25,7 @@ import torch
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
+from trackformer_sb.data.manifest import read_songs
 from trackformer_sb.inference.export import export_separator
 from trackformer_sb.inference.features import encoder_folder
 from trackformer_sb.inference.separation import separate
@@ -40,11 +40,10 @@ from trackformer_sb.objectives.regularizers import (
 )
 from trackformer_sb.training import figures
 from trackformer_sb.training.brain import MusicBrain
+from trackformer_sb.training.dataio import manifest_folder, prepare_data
 from trackformer_sb.training.experiment import (
     load_experiment,
     make_brain,
-    manifest_folder,
-    prepare_data,
     run,
     train_and_test,
 )
@@ -265,8 +264,8 @@ def songs_heard(hparams, songs):
     """
     if songs is None:
         return None
-    text = (manifest_folder(hparams) / "test.json").read_text(encoding="utf-8")
-    heard = {row["song"] for row in json.loads(text).values()} & set(songs)
+    tested = read_songs(manifest_folder(hparams), "test")
+    heard = {line["song"] for line in tested} & set(songs)
     if heard:
         logger.warning(
             f"pretrained_encoder: its training had {len(heard)} of the test "

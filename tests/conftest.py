@@ -1,5 +1,8 @@
 """Settings of the whole test suite."""
 
+import os
+import tempfile
+
 import hypothesis
 import pytest
 import torch
@@ -23,6 +26,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure():
+    # what is read of audio files is kept in the user's cache
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
     # the tensors are small: more threads gain nothing, and on a busy machine
     # they wait for each other (2 threads: 20 times as long)
     torch.set_num_threads(1)

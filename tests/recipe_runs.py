@@ -94,7 +94,7 @@ def values_of(yaml_name):
 
 def source_of(recipe_path):
     """A recipe with what all recipes share."""
-    shared = ("brain", "experiment")
+    shared = ("brain", "dataio", "experiment")
     paths = [f"trackformer_sb/training/{name}.py" for name in shared]
     return "".join(
         (ROOT / path).read_text("utf-8") for path in (recipe_path, *paths)

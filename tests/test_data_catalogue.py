@@ -1,6 +1,5 @@
 """Manifests: every song found once, split by song, oddities reported."""
 
-import json
 import logging
 import os
 import shutil
@@ -16,11 +15,15 @@ from hypothesis import strategies as st
 
 from trackformer_sb.data.audio import read_segment
 from trackformer_sb.data.catalogue import prepare
+from trackformer_sb.data.manifest import MappedManifest
 from trackformer_sb.data.songs import Song, name_songs
 from trackformer_sb.data.splits import SPLITS, split_songs
 
 REAL_MUSIC = Path(__file__).parents[2] / "shared" / "data"
 RATE = 100  # the shortest files that are still seconds long
+MANIFEST_FILES = {"data_report.json"} | {
+    f"{split}.{ending}" for split in SPLITS for ending in ("jsonl", "npy")
+}
 
 
 def write(path, seconds=7.0, level=0.5, sample_rate=RATE, channels=1):
@@ -39,15 +42,13 @@ def write_mixtures(folder, num_songs=10, **options):
 def write_stems(folder, num_songs=6, stems=("bass", "drums"), **options):
     for i in range(num_songs):
         for stem in stems:
-            write(folder / f"song_{i}" / f"{stem}.wav", **options)
+            # equal files would be one song
+            write(folder / f"song_{i}" / f"{stem}.wav", level=i / 64, **options)
     return folder
 
 
 def read_manifests(folder):
-    return {
-        split: json.loads((folder / f"{split}.json").read_text())
-        for split in SPLITS
-    }
+    return {split: dict(MappedManifest(folder, split)) for split in SPLITS}
 
 
 def songs_of(manifest):
@@ -82,7 +83,7 @@ def test_stems_are_folders_at_any_depth(tmp_path):
     music = write_stems(tmp_path / "music")
     write(music / "album" / "song" / "vocals.wav")
     write(music / "album" / "song" / "mixture.wav", seconds=60)
-    write(music / "song_0" / "Mix.flac", seconds=60)
+    write(music / "song_3" / "Mix.flac", level=3 / 32)
     (music / "song_0" / "LICENSE.txt").write_text("CC0")
     report = prepare(music, "stems", tmp_path / "json")
     rows = all_rows(tmp_path / "json")
@@ -110,6 +111,7 @@ def test_rows_are_whole_segments(tmp_path):
         "tracks": {"mixture": str(music / "song_3.wav")},
         "start": 4.0,
         "duration": 3,
+        "song_seconds": 7.0,
         "has_stems": False,
     }
     assert sum(report["splits"][s]["segments"] for s in SPLITS) == 6 * 41
@@ -119,8 +121,9 @@ def test_rows_are_whole_segments(tmp_path):
 
 def test_segment_ids_of_all_splits_differ(tmp_path):
     music = tmp_path / "music"
-    for name in ("a", "a_0000", "a 0000", "a/0000", "A", "b"):
-        write(music / f"{name}.wav")
+    names = ("a", "a_0000", "a 0000", "a/0000", "A", "b")
+    for i, name in enumerate(names):
+        write(music / f"{name}.wav", level=i / 8)
     prepare(music, "mixtures", tmp_path / "json")
     manifests = read_manifests(tmp_path / "json").values()
     assert len(all_rows(tmp_path / "json")) == sum(map(len, manifests)) == 12
@@ -141,8 +144,8 @@ def test_song_names_are_safe_and_unique(paths, has_stems):
 def test_non_ascii_names_and_spaces(tmp_path):
     music = tmp_path / "meine Müsik"
     names = ["Пісня", "Канон", "日本", "a b", "a+b", "ü ö"]
-    for name in names:
-        write(music / name / "geige ♪.wav")
+    for i, name in enumerate(names):
+        write(music / name / "geige ♪.wav", level=i / 8)
     prepare(music, "stems", tmp_path / "jsön")
     rows = all_rows(tmp_path / "jsön")
     paths = {row["tracks"]["geige ♪"] for row in rows.values()}
@@ -155,7 +158,8 @@ def test_non_ascii_names_and_spaces(tmp_path):
 def test_symlink_loop_ends(tmp_path):
     music = write_mixtures(tmp_path / "music", 6)
     (music / "loop").symlink_to(music, target_is_directory=True)
-    elsewhere = write_mixtures(tmp_path / "elsewhere", 1)
+    elsewhere = tmp_path / "elsewhere"
+    write(elsewhere / "song_0.wav", level=0.9)
     (elsewhere / "back").symlink_to(music, target_is_directory=True)
     (music / "linked").symlink_to(elsewhere, target_is_directory=True)
     prepare(music, "mixtures", tmp_path / "json")
@@ -279,9 +283,10 @@ def test_split_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "walk", reversed_walk)
     prepare(music, "stems", tmp_path / "again")
-    for name in ("train.json", "valid.json", "test.json", "data_report.json"):
-        again = (tmp_path / "again" / name).read_text()
-        assert (tmp_path / "json" / name).read_text() == again
+    assert set(write_times(tmp_path / "json")) == MANIFEST_FILES
+    for name in MANIFEST_FILES:
+        again = (tmp_path / "again" / name).read_bytes()
+        assert (tmp_path / "json" / name).read_bytes() == again
 
 
 @pytest.mark.parametrize("num_songs", [1, 5])
@@ -552,9 +557,7 @@ def test_same_settings_and_music_write_nothing(tmp_path):
     break_files(music)
     report = prepare(music, "mixtures", tmp_path / "json")
     before = write_times(tmp_path / "json")
-    assert set(before) == {f"{split}.json" for split in SPLITS} | {
-        "data_report.json"
-    }
+    assert set(before) == MANIFEST_FILES
     assert prepare(music, "mixtures", tmp_path / "json") == report
     assert write_times(tmp_path / "json") == before
 
@@ -576,13 +579,13 @@ def test_any_change_is_seen(tmp_path, change):
     elif change == "new content":
         write(music / "song_0.wav", seconds=13)
     elif change == "lost manifest":
-        (folder / "valid.json").unlink()
+        (folder / "valid.npy").unlink()
     else:
         (folder / "data_report.json").write_text("{")
     prepare(music, "mixtures", folder, **options)
     after = write_times(folder)
     assert set(after) == set(before)
-    assert all(after[name] != before[name] for name in SPLITS if name in before)
+    assert all(after[name] != before[name] for name in before)
     songs = len(songs_of(all_rows(folder)))
     assert songs == 6 + (change == "new file")
     assert len(all_rows(folder)) == 2 * songs + 2 * (change == "new content")
@@ -597,7 +600,7 @@ def test_killed_while_writing_leaves_no_valid_report(tmp_path, monkeypatch):
     replace = os.replace
 
     def killed_at_valid(source, target):
-        if Path(target).name == "valid.json":
+        if Path(target).name == "valid.npy":
             raise KeyboardInterrupt
         replace(source, target)
 

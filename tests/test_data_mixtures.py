@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from trackformer_sb.data import mixtures as mixtures_module
 from trackformer_sb.data.audio import UnreadableAudio
+from trackformer_sb.data.augment import Augmentation
 from trackformer_sb.data.mixtures import MixtureOfMixtures, read_tracks
 
 REAL_MUSIC = Path(__file__).parents[2] / "shared" / "data"
@@ -118,17 +119,17 @@ def test_partner_is_always_of_another_song(counts, seed, epoch):
     }
     make_item = make(rows, seed)
     draws = [0.0, 0.5, np.nextafter(1, 0)]
-    for index, key in enumerate(make_item._ids):
+    for index, key in enumerate(make_item.rows.ids):
         for draw in draws:
-            partner = make_item._ids[make_item._partner(index, draw)]
+            partner = make_item.rows.ids[make_item._partner(index, draw)]
             assert rows[partner]["song"] != rows[key]["song"]
 
 
 def test_every_segment_of_the_other_songs_is_as_likely(rows):
     make_item = make(rows)
-    index = make_item._ids.index("c_0001")
+    index = make_item.rows.ids.index("c_0001")
     draws = (np.arange(1300) + 0.5) / 1300
-    found = [make_item._ids[make_item._partner(index, d)] for d in draws]
+    found = [make_item.rows.ids[make_item._partner(index, d)] for d in draws]
     others = {key for key, row in rows.items() if row["song"] != "c"}
     assert {key: found.count(key) for key in found} == dict.fromkeys(
         others, 100
@@ -305,7 +306,7 @@ def test_unreadable_segment_is_replaced_and_named(tmp_path):
     sig, _ = soundfile.read(broken)
     sig[150:200] = np.nan  # segment 3 of 8
     soundfile.write(broken, sig, RATE, subtype="FLOAT")
-    make_item = make(rows, with_stems=True)
+    make_item = make(rows, seed=1, with_stems=True)
     mixtures, stems, skipped = make_item("d_0003")
     assert len(skipped) == 1
     assert "d_drums.wav: NaN or infinite samples" in skipped[0][1]
@@ -384,9 +385,9 @@ def test_files_are_read_once_and_no_longer_than_a_segment(rows, monkeypatch):
     reads = []
     read_segment = mixtures_module.read_segment
 
-    def counting(path, start, duration, sample_rate):
+    def counting(path, start, duration, sample_rate, channel):
         reads.append((path, duration))
-        return read_segment(path, start, duration, sample_rate)
+        return read_segment(path, start, duration, sample_rate, channel=channel)
 
     monkeypatch.setattr(mixtures_module, "read_segment", counting)
     make(rows)("a_0000")
@@ -429,3 +430,139 @@ def test_real_music():
     assert mixtures.abs().amax(dim=1).min() > 0.01
     torch.testing.assert_close(stems.sum(dim=0), mixtures[0])
     assert torch.corrcoef(mixtures)[0, 1].abs() < 0.5
+
+
+# ------------------------------------------------- levels, channels, changes
+
+
+def stereo_rows(folder, left=0.5, right=-0.25):
+    """Two songs of constant level, each in two files that are added."""
+    rows = {}
+    for song, level in (("a", 1.0), ("b", 0.125)):
+        files = []
+        for i in range(2):
+            path = folder / f"{song}{i}.wav"
+            sig = np.empty((200, 2))
+            sig[:, 0], sig[:, 1] = level * left / 2, level * right / 2
+            soundfile.write(path, sig, RATE, subtype="FLOAT")
+            files.append(str(path))
+        rows[f"{song}_0000"] = {
+            "song": song,
+            "tracks": {"mixture": files},
+            "start": 0.0,
+            "duration": SECONDS,
+            "song_seconds": 2.0,
+            "has_stems": False,
+        }
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("channel", "levels"),
+    [
+        ("mean", {0.125}),
+        ("left", {0.5}),
+        ("right", {-0.25}),
+        ("random", {0.5, -0.25}),
+    ],
+)
+def test_channel_of_stereo_files(tmp_path, channel, levels):
+    make_item = make(stereo_rows(tmp_path), channel=channel)
+    heard, pairs = set(), set()
+    for epoch in range(20):
+        make_item.set_epoch(epoch)
+        mixtures, _, _ = make_item("a_0000")
+        heard.add(mixtures[0, 0].item())
+        pairs.add(tuple(np.sign(mixtures[:, 0].tolist())))
+        assert (mixtures == mixtures[:, :1]).all()
+    assert heard == levels
+    # each mixture draws its own
+    assert len(pairs) == len(levels) ** 2
+    evaluated, _, _ = make(
+        stereo_rows(tmp_path), channel=channel, with_stems=True
+    )("a_0000")
+    assert evaluated[0, 0] == 0.125
+
+
+def test_unknown_channel(rows):
+    with pytest.raises(ValueError, match="channel must be one of mean, left"):
+        make(rows, channel="side")
+
+
+def test_equal_levels(tmp_path):
+    rows = stereo_rows(tmp_path)
+    mixtures, _, _ = make(rows, equal_levels=True)("b_0000")
+    assert mixtures[:, 0].tolist() == [0.125 / 8, 0.125 / 8]
+    mixtures, _, _ = make(rows, equal_levels=True, gain_db=5.0)("a_0000")
+    ratio_db = 20 * np.log10(np.abs(mixtures[:, 0].numpy() / 0.125))
+    assert np.all(np.abs(ratio_db) <= 5) and ratio_db.std() > 0.01
+
+
+def test_equal_levels_leave_silence_alone(tmp_path):
+    rows = stereo_rows(tmp_path)
+    for path in rows["b_0000"]["tracks"]["mixture"]:
+        soundfile.write(path, np.zeros((200, 2)), RATE)
+    for key in rows:
+        mixtures, _, _ = make(rows, equal_levels=True)(key)
+        assert sorted(mixtures[:, 0].tolist()) == [0.0, 0.125]
+
+
+def ramp_rows(folder):
+    """Songs whose samples tell their place: 0.001 a sample, 8 s."""
+    rows = {}
+    for song, sign in (("a", 1), ("b", -1)):
+        path = str(folder / f"{song}.wav")
+        soundfile.write(path, sign * np.arange(800) / 1000, RATE, "FLOAT")
+        rows[f"{song}_0000"] = {
+            "song": song,
+            "tracks": {"mixture": path},
+            "start": 4.0,
+            "duration": SECONDS,
+            "song_seconds": 8.0,
+            "has_stems": False,
+        }
+    return rows
+
+
+def test_augmentation_of_each_mixture(tmp_path):
+    rows = ramp_rows(tmp_path)
+    plain = make(rows, gain_db=3.0)
+    shifted = make(
+        rows,
+        gain_db=3.0,
+        augmentation=Augmentation(time_shift_seconds=2.0, polarity_share=0.5),
+    )
+    flips, starts = set(), set()
+    for epoch in range(30):
+        plain.set_epoch(epoch)
+        shifted.set_epoch(epoch)
+        before, after = plain("a_0000")[0], shifted("a_0000")[0]
+        assert torch.equal(after, shifted("a_0000")[0])
+        # the gains stay what they were: a sample later is as much more
+        steps = before.diff().mean(1), after.diff().mean(1)
+        torch.testing.assert_close(steps[0].abs(), steps[1].abs())
+        sign = torch.sign(steps[1] / steps[0])
+        flips.add(tuple(sign.tolist()))
+        gains = steps[0] / torch.tensor([0.001, -0.001])
+        seconds = after[:, 0] * sign / gains * torch.tensor([10.0, -10.0])
+        assert ((seconds > 1.99) & (seconds < 6.01)).all()
+        starts.add(tuple(seconds.tolist()))
+    assert len(flips) == 4 and len(starts) == 30
+
+
+def test_evaluation_is_not_augmented(tmp_path):
+    rows = ramp_rows(tmp_path)
+    change = Augmentation(time_shift_seconds=2.0, polarity_share=1.0)
+    mixtures, _, _ = make(rows, augmentation=change, with_stems=True)("a_0000")
+    assert mixtures[0, 0].item() == pytest.approx(0.4)
+
+
+def test_changes_of_tempo_and_pitch_keep_the_length(tmp_path):
+    change = Augmentation(
+        speed_percent=10, time_stretch_percent=10, pitch_shift_semitones=2
+    )
+    rows = ramp_rows(tmp_path)
+    mixtures, _, _ = make(rows, augmentation=change)("a_0000")
+    assert mixtures.shape == (2, 50)
+    assert torch.isfinite(mixtures).all()
+    assert not torch.equal(mixtures, make(rows)("a_0000")[0])

@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "training": {"data", "nnet", "objectives"},
     "asteroid": set(),
     "inference": {"nnet"},
-    "cli": {"data", "nnet", "inference"},
+    "cli": {"data", "nnet", "inference", "cli_data"},
+    "cli_data": {"data"},
 }
 
 

@@ -89,8 +89,9 @@ folder = out / "debug" if debug else out
 (folder / "manifests").mkdir(parents=True, exist_ok=True)
 for split in ("train", "valid", "test"):
     song = behaviour.get(f"{name} {split}", f"{split} song")
-    rows = {"a": {"song": song, "tracks": {"mixture": f"/m/{song}.wav"}}}
-    (folder / "manifests" / f"{split}.json").write_text(json.dumps(rows))
+    line = {"song": song, "tracks": {"mixture": f"/m/{song}.wav"}}
+    path = folder / "manifests" / f"{split}.jsonl"
+    path.write_text(json.dumps(line) + "\\n")
 if pretraining:
     (folder / "encoder").mkdir(exist_ok=True)
 (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -1411,7 +1412,7 @@ def test_real_models_train_on_the_same_songs(tmp_path):
         run = out / model / "0.3s" / "mixit_div_sp" / "run"
         metrics = json.loads((run / "metrics.json").read_text())
         assert metrics["history"][-1]["step"] == 2
-        tests.add((run / "manifests" / "test.json").read_text())
+        tests.add((run / "manifests" / "test.jsonl").read_text())
     assert len(tests) == 1
     with open(out / "cells.csv", encoding="utf-8") as file:
         first, *_ = csv.DictReader(file)

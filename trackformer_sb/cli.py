@@ -7,13 +7,7 @@ import argparse
 import os
 import sys
 
-
-def _seconds(text):
-    """A positive number of seconds."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
+from trackformer_sb.cli_data import add_data, add_shards, complain, positive
 
 
 def _overlap(text):
@@ -22,11 +16,6 @@ def _overlap(text):
     if not 0 <= value <= 0.5:
         raise argparse.ArgumentTypeError(f"must be in [0, 0.5], got {text}")
     return value
-
-
-def _complain(args, message):
-    """A message on stderr."""
-    print(f"trackformer {args.command}: {message}", file=sys.stderr)
 
 
 def _add_separate(commands):
@@ -59,7 +48,7 @@ def _add_separate(commands):
     )
     parser.add_argument(
         "--chunk_seconds",
-        type=_seconds,
+        type=positive,
         default=10.0,
         metavar="SECONDS",
         help="what the model sees at once (default: %(default)s)",
@@ -114,10 +103,10 @@ def _separate(args):
         separator = _load_model(args)
     except ImportError as error:
         hint = "a separator of Asteroid's parts needs the extra [asteroid]"
-        _complain(args, f"{error} ({hint})")
+        complain(args, f"{error} ({hint})")
         return 2
     except (OSError, ValueError, RuntimeError) as error:
-        _complain(args, error)
+        complain(args, error)
         return 2
     failed = 0
     for path in args.files:
@@ -134,7 +123,7 @@ def _separate(args):
             reason = str(error)
             if path not in reason:
                 reason = f"{path}: {reason}"
-            _complain(args, reason)
+            complain(args, reason)
             failed += 1
         else:
             print(*written, sep="\n", flush=True)
@@ -166,6 +155,8 @@ def build_parser():
         dest="command", metavar="COMMAND", required=True
     )
     _add_separate(commands)
+    add_data(commands)
+    add_shards(commands)
     return parser
 
 

@@ -1,15 +1,18 @@
-"""Segments of audio files: seek, read only what is needed, downmix, resample.
+"""Audio files: segments at any rate as mono, or the whole in blocks.
 
-All reading goes through libsndfile (the `soundfile` package), so every function
-here takes any file whose ending is in `AUDIO_EXTENSIONS`.
+Of a file no more is read than a segment needs. All reading goes through
+libsndfile (the `soundfile` package), so every function here takes any file
+whose ending is in `AUDIO_EXTENSIONS`.
 """
 
 import math
 import os
 import re
+import stat
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import soundfile
 import torch
 from torchaudio.functional import resample
@@ -42,6 +45,9 @@ OGG_LAST_PAGE = 255 * 1024
 
 # Writers that cannot seek back leave such a placeholder in the data size.
 STREAMED_BYTES = 0x7FFFF000
+
+# libsndfile calls an .mp3 without one mp3 frame "not a regular file".
+NO_MP3_FRAME = 7
 
 
 class UnreadableAudio(RuntimeError):
@@ -94,7 +100,8 @@ def audio_info(path):
     Raises
     ------
     UnreadableAudio
-        If the file cannot be opened, is no audio, or does not say its length.
+        If the file cannot be opened or seeked, is no audio, does not say its
+        length, or says that it holds no samples.
 
     Example
     -------
@@ -105,7 +112,7 @@ def audio_info(path):
     ...     audio_info(path)
     AudioInfo(sample_rate=44100, num_frames=11025, channels=2, duration=0.25)
     """
-    with _opened(path) as audio:
+    with open_audio(path) as audio:
         return AudioInfo(
             audio.samplerate,
             audio.frames,
@@ -114,7 +121,9 @@ def audio_info(path):
         )
 
 
-def read_segment(path, start, duration, sample_rate, num_samples=None):
+def read_segment(
+    path, start, duration, sample_rate, num_samples=None, channel="mean"
+):
     """Reads a segment as mono at the wanted rate, exactly as long as asked.
 
     The file is seeked, not loaded. Where its rate differs, some context is read
@@ -133,12 +142,14 @@ def read_segment(path, start, duration, sample_rate, num_samples=None):
         Rate of the result in Hz.
     num_samples : int, optional
         Length of the result in samples; default round(duration * sample_rate).
+    channel : str
+        "mean" of all channels, or of a stereo file "left" or "right".
 
     Returns
     -------
     torch.Tensor
-        The mean of the channels, float32 [time]. Zeros past the end of the
-        file, as a stem may be shorter than its song.
+        One channel, float32 [time]. Zeros past the end of the file, as a stem
+        may be shorter than its song.
 
     Raises
     ------
@@ -166,15 +177,16 @@ def read_segment(path, start, duration, sample_rate, num_samples=None):
             f"start={start}, {num_samples} samples of {path}"
         )
     first = round(start * sample_rate)
-    with _opened(path) as audio:
+    with open_audio(path) as audio:
         if audio.samplerate == sample_rate:
-            sig = _read_frames(audio, path, first, num_samples)
+            sig = _read_frames(audio, path, first, num_samples, channel)
         else:
-            sig = _read_resampled(audio, path, first, num_samples, sample_rate)
+            what = audio, path, first, num_samples, sample_rate, channel
+            sig = _read_resampled(*what)
     return torch.nn.functional.pad(sig, (0, num_samples - len(sig)))
 
 
-def _read_resampled(audio, path, first, count, sample_rate):
+def _read_resampled(audio, path, first, count, sample_rate, channel):
     """Samples `first` to `first + count` of the file at another rate."""
     # The two grids meet every in_step frames of the file = out_step samples.
     common = math.gcd(audio.samplerate, sample_rate)
@@ -184,7 +196,7 @@ def _read_resampled(audio, path, first, count, sample_rate):
     blocks = max(0, first // out_step - math.ceil(context / in_step))
     begin = blocks * in_step
     end = math.ceil((first + count) * in_step / out_step) + context
-    frames = _read_frames(audio, path, begin, end - begin)
+    frames = _read_frames(audio, path, begin, end - begin, channel)
     if len(frames) == 0:
         return frames
     sig = resample(
@@ -200,7 +212,7 @@ def _read_resampled(audio, path, first, count, sample_rate):
     return sig[offset : offset + count]
 
 
-def _read_frames(audio, path, first, count):
+def _read_frames(audio, path, first, count, channel):
     """Up to `count` frames from `first` on as mono; fewer at the file's end."""
     if first + count > audio.frames and first < _promised_frames(audio):
         raise _unreadable(path, "truncated, the header promises more samples")
@@ -209,22 +221,15 @@ def _read_frames(audio, path, first, count):
         return torch.zeros(0)
     lead = first - _seekable(audio, first)
     audio.seek(first - lead)
-    frames = torch.from_numpy(
-        audio.read(lead + available, dtype="float32", always_2d=True)
-    )[lead:]
-    slack = MP3_SLACK if audio.format == "MP3" else 0
-    if available - len(frames) > slack:
-        raise _unreadable(
-            path,
-            f"truncated, {len(frames)} of {available} samples after "
-            f"{first / audio.samplerate:.3f} s",
-        )
-    if not torch.isfinite(frames).all():
-        raise _unreadable(
-            path,
-            f"NaN or infinite samples after {first / audio.samplerate:.3f} s",
-        )
-    return frames[:, 0] if audio.channels == 1 else frames.mean(dim=1)
+    frames = audio.read(lead + available, dtype="float32", always_2d=True)
+    frames = frames[lead:]
+    _check_decoded(audio, path, first, available, frames)
+    frames = torch.from_numpy(frames)
+    if audio.channels == 1 or (audio.channels == 2 and channel == "left"):
+        return frames[:, 0]
+    if audio.channels == 2 and channel == "right":
+        return frames[:, 1]
+    return frames.mean(dim=1)
 
 
 def _seekable(audio, first):
@@ -237,7 +242,7 @@ def _seekable(audio, first):
 
 
 def _promised_frames(audio):
-    """Frames the header of a cut wav or aiff file promises, otherwise 0.
+    """Frames the header of a cut wav or aiff file promises at most, else 0.
 
     libsndfile silently corrects the length of such a file; what the header said
     is left only in its log: "data : 176400 (should be 88200)".
@@ -252,29 +257,118 @@ def _promised_frames(audio):
     promised, present = map(int, sizes.groups())
     if promised <= present or promised >= STREAMED_BYTES:
         return 0
-    if audio.frames == 0:
-        return promised
-    frames = promised * audio.frames // present
-    return frames if frames > audio.frames else 0
+    if promised * audio.frames // present <= audio.frames:
+        return 0
+    # Up to 10 bytes that are present are no samples, nor is half a frame.
+    return promised * (audio.frames + 1) // max(1, present - 10)
 
 
 @contextmanager
-def _opened(path):
-    """The file as a `soundfile.SoundFile`; its errors as UnreadableAudio."""
+def open_audio(path):
+    """Opens an audio file; whatever libsndfile raises comes as UnreadableAudio.
+
+    Arguments
+    ---------
+    path : str or Path
+        The audio file.
+
+    Yields
+    ------
+    soundfile.SoundFile
+        The file at its first sample, with a length that is known and not 0.
+
+    Raises
+    ------
+    UnreadableAudio
+        As `audio_info`; also where the caller's reading fails.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = f"{folder}/ramp.wav"
+    ...     soundfile.write(path, torch.arange(4).numpy() / 4, 44100)
+    ...     with open_audio(path) as audio:
+    ...         audio.read(3).tolist()
+    [0.0, 0.25, 0.5]
+    """
     # As bytes, a POSIX path need not be valid UTF-8.
     name = os.fsencode(path) if os.name == "posix" else os.fspath(path)
     try:
+        # Opening a named pipe waits until somebody writes to it.
+        mode = os.stat(name).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise _unreadable(path, "not a regular file")
         audio = soundfile.SoundFile(name)
     except (soundfile.SoundFileError, OSError) as error:
         raise _unreadable(path, _reason(path, error)) from error
     with audio:
         if audio.frames == UNKNOWN_FRAMES:
             raise _unreadable(path, "the header does not say its length")
+        if audio.frames == 0:
+            raise _unreadable(path, "no samples, or a header that promises 0")
+        if not audio.seekable():
+            raise _unreadable(path, f"no seeking in {audio.subtype} samples")
         try:
             yield audio
         except soundfile.SoundFileError as error:
             words = f"truncated or damaged, {_words(error)}"
             raise _unreadable(path, words) from error
+
+
+def read_blocks(audio, path, num_frames):
+    """Decodes an open file from beginning to end, block by block.
+
+    Arguments
+    ---------
+    audio : soundfile.SoundFile
+        What `open_audio` gave, not read from yet. It cannot seek afterwards.
+    path : str or Path
+        The file, for messages.
+    num_frames : int
+        Length of a block in samples per channel; the last one is shorter.
+
+    Yields
+    ------
+    numpy.ndarray
+        float32 [time, channels].
+
+    Raises
+    ------
+    UnreadableAudio
+        As `read_segment`.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = f"{folder}/song.wav"
+    ...     soundfile.write(path, torch.zeros(100, 2).numpy(), 44100)
+    ...     with open_audio(path) as audio:
+    ...         [block.shape for block in read_blocks(audio, path, 64)]
+    [(64, 2), (36, 2)]
+    """
+    if _promised_frames(audio):
+        raise _unreadable(path, "truncated, the header promises more samples")
+    # soundfile seeks to where it is after every read, and the first frames of
+    # an mp3 after a seek are wrong: see MP3_LEAD.
+    audio.seekable = lambda: False
+    for first in range(0, audio.frames, num_frames):
+        count = min(num_frames, audio.frames - first)
+        block = audio.read(count, dtype="float32", always_2d=True)
+        _check_decoded(audio, path, first, count, block)
+        yield block
+
+
+def _check_decoded(audio, path, first, count, frames):
+    """Refuses what was read from `first` on if it is short or not finite."""
+    seconds = f"after {first / audio.samplerate:.3f} s"
+    certain = audio.frames - (MP3_SLACK if audio.format == "MP3" else 0)
+    if len(frames) < min(count, certain - first):
+        words = f"truncated, {len(frames)} of {count} samples {seconds}"
+        raise _unreadable(path, words)
+    if not np.isfinite(frames).all():
+        raise _unreadable(path, f"NaN or infinite samples {seconds}")
 
 
 def _unreadable(path, reason):
@@ -299,5 +393,7 @@ def _words(error):
     # FLAC decoding errors come with a number and no words; when several threads
     # open files, libsndfile loses the number as well (soundfile says 0).
     code = getattr(error, "code", 0)
+    if code == NO_MP3_FRAME:
+        return "format not recognised, no mp3 frame in it"
     words = error.error_string.strip() if code else ""
     return words or f"libsndfile error {code}"

@@ -1,37 +1,43 @@
-"""A folder of music as SpeechBrain manifests, split by song.
+"""A folder of music as manifests, split by song.
 
 A song is a name and its tracks. In a folder of `stems` every folder with audio
 files is a song and every file in it an instrument; the sum of the stems is the
 song, so a file named mix or mixture beside them is left out. In a folder of
 `mixtures` every audio file is a song with the single track "mixture". `demo` is
-the built-in demo band, a folder of stems made on the spot.
+the built-in demo band, a folder of stems made on the spot. How `moisesdb`,
+`musdb18hq` and `slakh2100` lie on disk is in ``layouts``.
 """
 
 import hashlib
 import json
-import math
 import os
+from collections import Counter
 from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
 
-from trackformer_sb.data.songs import (
-    Findings,
-    find_songs,
-    list_audio,
-    name_songs,
-    usable_songs,
+from trackformer_sb.data.copies import leave_out_copies
+from trackformer_sb.data.headers import FileCache, list_audio
+from trackformer_sb.data.library import (
+    EXPECTED_IN,
+    list_songs,
+    read_library,
 )
+from trackformer_sb.data.manifest import write_manifest
+from trackformer_sb.data.segments import SegmentFilter, song_lines
+from trackformer_sb.data.songs import Findings, name_songs
 from trackformer_sb.data.splits import (
-    MIN_SONGS,
     SPLITS,
-    songs_not_in_test,
-    split_songs,
+    check_apart,
+    make_splits,
+    read_split_file,
 )
 
 logger = get_logger(__name__)
 
-DATASETS = ("demo", "stems", "mixtures")
+DATASETS = tuple(EXPECTED_IN)
+SPLIT_BY = ("auto", "by_song", "from_file")
+AUDIO_CHECKS = ("header", "full")
 REPORT = "data_report.json"
 
 
@@ -46,15 +52,22 @@ def prepare(
     sample_rate=44100,
     test_folder=None,
     test_dataset=None,
+    split="auto",
+    split_file=None,
+    stem_groups=None,
+    max_stems=None,
+    audio_check="header",
+    min_active_share=0.0,
+    min_level_db=None,
+    strict=False,
+    cache_folder=None,
     demo_songs=60,
     demo_seconds=24.0,
 ):
-    """Writes train.json, valid.json, test.json and data_report.json.
+    """Writes manifests of train, valid and test, and data_report.json.
 
-    A manifest has one entry a segment: {segment_id: {"song": str, "tracks":
-    {name: path}, "start": seconds, "duration": seconds, "has_stems": bool}}.
     Nothing is written when settings, paths, sizes and times of change are those
-    of the last run.
+    of the last run. Manifests are read by ``manifest.MappedManifest``.
 
     Arguments
     ---------
@@ -62,7 +75,8 @@ def prepare(
         Where the music is. With `demo` it may be None: the band is then written
         to `manifest_folder`/demo_band.
     dataset : str
-        demo, stems or mixtures; see the head of this module.
+        demo, stems, mixtures, moisesdb, musdb18hq or slakh2100; see the head of
+        this module.
     manifest_folder : str or Path
         Where the manifests go.
     segment_seconds : float
@@ -79,7 +93,31 @@ def prepare(
         Music to test on. Then `data_folder` is split into train and valid only,
         by the first two parts of `split_ratio`, less songs that are in both.
     test_dataset : str, optional
-        stems (default) or mixtures: what `test_folder` holds.
+        What `test_folder` holds, default stems.
+    split : str
+        "auto": as the dataset itself says, otherwise as "by_song": at random;
+        "from_file": as `split_file` lists.
+    split_file : str or Path, optional
+        See ``splits.read_split_file``.
+    stem_groups : dict, optional
+        Group name -> list of patterns of track names, see
+        ``layouts.group_stems``.
+    max_stems : int, optional
+        Songs with more stems, after grouping, are left out.
+    audio_check : str
+        "header": the headers of files are read, damage shows itself in
+        training; "full": files are decoded once, and what is damaged, clipped,
+        off centre or a copy in another format is left out.
+    min_active_share : float
+        Segments of train and valid of which a smaller share sounds are left
+        out, in [0, 1]; above 0 all files are decoded once.
+    min_level_db : float, optional
+        Segments of train and valid below this level, in dBFS RMS, are left
+        out; all files are decoded once.
+    strict : bool
+        Whether the first thing to leave out is an error instead.
+    cache_folder : str or Path, optional
+        Where headers are kept from run to run, see ``headers.FileCache``.
     demo_songs : int
         Number of songs of the demo band.
     demo_seconds : float
@@ -89,14 +127,14 @@ def prepare(
     -------
     dict
         The content of data_report.json: songs, hours and segments of each
-        split, skipped files with the reason, warnings.
+        split, rates and stems of the files, what was skipped and why, warnings.
 
     Raises
     ------
     FileNotFoundError
-        If `data_folder` or `test_folder` is not there.
+        If `data_folder`, `test_folder` or `split_file` is not there.
     ValueError
-        If the dataset is unknown, a number is out of range, a folder holds no
+        If an option is unknown, a number is out of range, a folder holds no
         usable song or too few, or a file is in train and test.
 
     Example
@@ -106,7 +144,7 @@ def prepare(
     ...     os.mkdir(f"{folder}/songs")
     ...     for i in range(10):
     ...         path = f"{folder}/songs/{i}.wav"
-    ...         soundfile.write(path, numpy.zeros(7 * 100), 100)
+    ...         soundfile.write(path, numpy.full(7 * 100, i / 10), 100)
     ...     report = prepare(f"{folder}/songs", "mixtures", f"{folder}/json")
     >>> {split: report["splits"][split]["segments"] for split in SPLITS}
     {'train': 12, 'valid': 4, 'test': 4}
@@ -114,14 +152,23 @@ def prepare(
     if segment_hop_seconds is None:
         segment_hop_seconds = segment_seconds
     test_dataset = test_dataset or "stems"
+    for key, value, valid in (
+        ("dataset", dataset, DATASETS),
+        ("test_dataset", test_dataset, DATASETS[1:]),
+        ("split", split, SPLIT_BY),
+        ("audio_check", audio_check, AUDIO_CHECKS),
+    ):
+        if value not in valid:
+            raise ValueError(
+                f"unknown {key} {value!r}, expected one of {', '.join(valid)}"
+            )
     _check(
-        dataset,
-        test_dataset,
         split_ratio,
         segment_seconds=segment_seconds,
         segment_hop_seconds=segment_hop_seconds,
         sample_rate=sample_rate,
     )
+    segment_filter = SegmentFilter(min_active_share, min_level_db)
     manifest_folder = Path(manifest_folder)
     if dataset == "demo":
         # Imported here: real music does not need the band.
@@ -148,11 +195,19 @@ def prepare(
         "split_ratio": list(split_ratio),
         "seed": seed,
         "sample_rate": sample_rate,
+        "split": split,
+        "split_file": _content(split_file) if split == "from_file" else None,
+        "stem_groups": stem_groups,
+        "max_stems": max_stems,
+        "audio_check": audio_check,
+        "min_active_share": min_active_share,
+        "min_level_db": min_level_db,
+        "strict": strict,
     }
-    findings = Findings()
+    findings = Findings(strict)
     listings = {
-        key: list_audio(key, *source, findings)
-        for key, source in sources.items()
+        key: list_audio(key, folder, findings, EXPECTED_IN[kind])
+        for key, (folder, kind) in sources.items()
     }
     fingerprint = hashlib.sha256(
         json.dumps([settings, listings]).encode()
@@ -162,65 +217,125 @@ def prepare(
         logger.info("%s is up to date", manifest_folder)
         return report
 
-    songs = name_songs(
-        {
-            key: find_songs(key, *source, listings[key], findings)
-            for key, source in sources.items()
-        }
-    )
-    songs = {
-        key: usable_songs(
-            key, sources[key][0], songs[key], segment_seconds, findings
+    found = {
+        key: list_songs(
+            key, *source, listings[key], findings, stem_groups, max_stems
         )
-        for key in sources
+        for key, source in sources.items()
     }
-    if test_folder:
-        songs["data_folder"] = songs_not_in_test(
-            songs["data_folder"], songs["test_folder"], findings
+    if split == "from_file":
+        found["data_folder"] = read_split_file(split_file, found["data_folder"])
+    songs = name_songs(found)
+    libraries = {
+        key: read_library(
+            f"{key}={folder}",
+            songs[key],
+            listings[key],
+            FileCache(folder, cache_folder),
+            segment_seconds,
+            findings,
+            decode=audio_check == "full" or segment_filter.is_on,
+            check=audio_check == "full",
         )
-    splits = split_songs(
-        f"data_folder={data_folder}", songs["data_folder"], split_ratio, seed
-    )
-    if test_folder:
-        splits["test"] = songs["test_folder"]
-        if len(splits["test"]) < MIN_SONGS:
-            raise ValueError(
-                f"found {len(splits['test'])} usable songs under "
-                f"test_folder={test_folder}, expected at least {MIN_SONGS}"
-            )
-    segments = {
-        split: _segments(part, segment_seconds, segment_hop_seconds)
-        for split, part in splits.items()
+        for key, (folder, _) in sources.items()
     }
+    levels = {
+        path: value
+        for library in libraries.values()
+        for path, value in library.levels.items()
+    }
+    songs = {key: library.songs for key, library in libraries.items()}
+    if test_folder:
+        check_apart(songs["data_folder"], songs["test_folder"])
+    songs = leave_out_copies(songs, levels, findings)
+    splits = make_splits(
+        songs, sources, split == "by_song", split_ratio, seed, findings
+    )
+    segments, left_out = {}, 0
+    for name, part in splits.items():
+        segments[name], dropped = song_lines(
+            part,
+            segment_seconds,
+            segment_hop_seconds,
+            findings,
+            None if name == "test" else segment_filter,
+            levels,
+        )
+        left_out += dropped
     report = {
         "settings": settings,
         "fingerprint": fingerprint,
         "splits": {
-            split: {
+            name: {
                 "songs": len(part),
                 "hours": sum(song.seconds for song in part) / 3600,
-                "segments": len(segments[split]),
+                "segments": sum(len(numbers) for _, numbers in segments[name]),
                 "song_names": [song.name for song in part],
             }
-            for split, part in splits.items()
+            for name, part in splits.items()
         },
+        "segments_left_out": left_out,
+        **_kinds(splits, libraries),
         "skipped": findings.skipped,
         "warnings": findings.warnings,
     }
+    _check_segments(report)
+    if findings.skipped:
+        logger.info("%s", findings.summary())
     _write_manifests(manifest_folder, segments, report)
     return report
 
 
-def _check(dataset, test_dataset, split_ratio, **positive):
-    """Refuses settings that no folder could satisfy."""
-    for key, value, valid in (
-        ("dataset", dataset, DATASETS),
-        ("test_dataset", test_dataset, DATASETS[1:]),
-    ):
-        if value not in valid:
+def _kinds(splits, libraries):
+    """How many files of which rate and channels, songs of which stem."""
+    files = {
+        path: library.headers[path]
+        for part in splits.values()
+        for song in part
+        for path in song.files
+        for library in libraries.values()
+        if path in library.headers
+    }
+    return {
+        "sample_rates": dict(
+            Counter(str(info.sample_rate) for info in files.values())
+        ),
+        "channels": dict(
+            Counter(str(info.channels) for info in files.values())
+        ),
+        "stems": dict(
+            Counter(
+                track
+                for part in splits.values()
+                for song in part
+                if song.has_stems
+                for track in song.tracks
+            ).most_common()
+        ),
+    }
+
+
+def _check_segments(report):
+    """Refuses splits that the filter left without two songs."""
+    for name, part in report["splits"].items():
+        if not part["segments"]:
             raise ValueError(
-                f"unknown {key} {value!r}, expected one of {', '.join(valid)}"
+                f"no segment of {name} passes min_active_share="
+                f"{report['settings']['min_active_share']} and min_level_db="
+                f"{report['settings']['min_level_db']}"
             )
+
+
+def _content(path):
+    """Hash of a file, or None where it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return None
+
+
+def _check(split_ratio, **positive):
+    """Refuses settings that no folder could satisfy."""
     for key, value in positive.items():
         if not value > 0:
             raise ValueError(f"expected {key} > 0, got {value}")
@@ -230,26 +345,13 @@ def _check(dataset, test_dataset, split_ratio, **positive):
         )
 
 
-def _segments(songs, segment_seconds, hop_seconds):
-    """The manifest of a split: only whole segments, one every hop."""
-    segments = {}
-    for song in songs:
-        # Lengths and hops in decimal seconds are not exact.
-        hops = (song.seconds - segment_seconds) / hop_seconds + 1e-6
-        for i in range(math.floor(hops) + 1):
-            segments[f"{song.name}_{i:04d}"] = {
-                "song": song.name,
-                "tracks": song.tracks,
-                "start": round(i * hop_seconds, 6),
-                "duration": segment_seconds,
-                "has_stems": song.has_stems,
-            }
-    return segments
-
-
 def _last_report(manifest_folder, fingerprint):
     """The report of the last run if it still holds, otherwise None."""
-    manifests = [manifest_folder / f"{split}.json" for split in SPLITS]
+    manifests = [
+        manifest_folder / f"{split}{ending}"
+        for split in SPLITS
+        for ending in (".jsonl", ".npy")
+    ]
     if not all(manifest.is_file() for manifest in manifests):
         return None
     try:
@@ -266,7 +368,7 @@ def _write_manifests(manifest_folder, segments, report):
     # Killed halfway, no report is left for a mixture of old and new manifests.
     (manifest_folder / REPORT).unlink(missing_ok=True)
     for split in SPLITS:
-        _write_json(manifest_folder / f"{split}.json", segments[split])
+        write_manifest(manifest_folder, split, segments[split])
     _write_json(manifest_folder / REPORT, report)
 
 

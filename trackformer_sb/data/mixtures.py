@@ -9,21 +9,29 @@ import numpy as np
 import torch
 
 from trackformer_sb.data.audio import UnreadableAudio, read_segment
+from trackformer_sb.data.augment import Augmentation
+from trackformer_sb.data.manifest import Manifest
 
 # Root mean square below which a stem counts as silent: -80 dB full scale,
 # above the noise that lossy codecs leave in a rest.
 SILENCE_RMS = 1e-4
 
+# The channel a mono model hears; "random" draws left or right for a mixture.
+CHANNELS = ("mean", "left", "right", "random")
 
-def read_tracks(row, sample_rate):
+
+def read_tracks(row, sample_rate, channel="mean"):
     """Reads all tracks of a segment.
 
     Arguments
     ---------
     row : dict
-        An entry of a manifest: "tracks", "start" and "duration" are used.
+        An entry of a manifest: "tracks" (name -> path, or paths of files that
+        are added), "start" and "duration" are used.
     sample_rate : int
         Rate of the result in Hz.
+    channel : str
+        See ``audio.read_segment``.
 
     Returns
     -------
@@ -39,10 +47,9 @@ def read_tracks(row, sample_rate):
     -------
     >>> import tempfile, soundfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     names = ("bass", "drums")
-    ...     tracks = {name: f"{folder}/{name}.wav" for name in names}
+    ...     tracks = {"bass": f"{folder}/b.wav", "drums": [f"{folder}/d.wav"]}
     ...     soundfile.write(tracks["bass"], np.full(8, 0.5), 4)
-    ...     soundfile.write(tracks["drums"], np.full(6, 0.25), 4)
+    ...     soundfile.write(tracks["drums"][0], np.full(6, 0.25), 4)
     ...     row = {"tracks": tracks, "start": 1.0, "duration": 1.0}
     ...     read_tracks(row, sample_rate=4)
     tensor([[0.5000, 0.5000, 0.5000, 0.5000],
@@ -50,13 +57,19 @@ def read_tracks(row, sample_rate):
     """
     time = round(row["duration"] * sample_rate)
     tracks = torch.empty(len(row["tracks"]), time)
-    for track, path in zip(tracks, row["tracks"].values(), strict=True):
-        track.copy_(_read_track(row, path, sample_rate))
+    for track, files in zip(tracks, row["tracks"].values(), strict=True):
+        track.copy_(_read_track(row, files, sample_rate, channel))
     return tracks
 
 
-def _read_track(row, path, sample_rate):
-    return read_segment(path, row["start"], row["duration"], sample_rate)
+def _read_track(row, files, sample_rate, channel):
+    """One track [time], the sum of its files."""
+    first, *others = [files] if isinstance(files, str) else files
+    what = row["start"], row["duration"], sample_rate
+    track = read_segment(first, *what, channel=channel)
+    for path in others:
+        track += read_segment(path, *what, channel=channel)
+    return track
 
 
 class MixtureOfMixtures:
@@ -72,8 +85,8 @@ class MixtureOfMixtures:
 
     Arguments
     ---------
-    rows : dict
-        A manifest: segment id -> row.
+    rows : Mapping
+        A ``Manifest``, or a dict: segment id -> row.
     sample_rate : int
         Rate of the mixtures in Hz.
     seed : int
@@ -89,10 +102,18 @@ class MixtureOfMixtures:
     silent_share : float
         Share of items, 0 to 1, whose partner is silence. The two shares add up
         to 1 at most.
+    equal_levels : bool
+        Whether the partner is brought to the level of mixture 0, before the
+        gains; silence stays silence.
+    channel : str
+        What of a stereo file is heard: "mean", "left", "right", or "random",
+        one of the two for each mixture. Evaluation hears the mean.
+    augmentation : Augmentation, optional
+        Changes each mixture, not in evaluation.
     with_stems : bool
         For evaluation: returns the stems of mixture 0 and ignores `set_epoch`.
     max_failures : int
-        Unreadable segments tolerated in one item.
+        Unreadable segments in one item that are an error.
 
     Raises
     ------
@@ -126,6 +147,9 @@ class MixtureOfMixtures:
         gain_db=0.0,
         single_stem_share=0.0,
         silent_share=0.0,
+        equal_levels=False,
+        channel="mean",
+        augmentation=None,
         with_stems=False,
         max_failures=20,
     ):
@@ -139,31 +163,32 @@ class MixtureOfMixtures:
             raise ValueError(
                 f"expected gain_db and seed from 0, got {gain_db} and {seed}"
             )
-        self.rows = rows
+        if channel not in CHANNELS:
+            raise ValueError(
+                f"channel must be one of {', '.join(CHANNELS)}, got {channel!r}"
+            )
+        self.rows = rows if isinstance(rows, Manifest) else Manifest(rows)
         self.sample_rate = sample_rate
         self.seed = seed
         self.rank = rank
         self.gain_db = gain_db
         self.single_stem_share = single_stem_share
         self.silent_share = silent_share
+        self.equal_levels = equal_levels
+        self.channel = "mean" if with_stems else channel
+        self.augmentation = augmentation or Augmentation()
+        if with_stems:
+            self.augmentation = Augmentation()
         self.with_stems = with_stems
         self.max_failures = max_failures
         self.epoch = 0
-
-        # Sorted by song, the segments of one song are a range of indices.
-        self._ids = sorted(rows, key=lambda item: (rows[item]["song"], item))
-        self._index = {item: i for i, item in enumerate(self._ids)}
-        self._range = {}
-        for i, item in enumerate(self._ids):
-            first, _ = self._range.setdefault(rows[item]["song"], (i, i))
-            self._range[rows[item]["song"]] = first, i + 1
-        if len(self._range) < 2:
+        if self.rows.num_songs < 2:
             raise ValueError(
                 "mixtures of mixtures need segments of at least 2 songs, got "
-                f"{len(rows)} segments of {len(self._range)} songs"
+                f"{len(rows)} segments of {self.rows.num_songs} songs"
             )
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch, skip_batches=0):
         """Other partners and gains from here on, except in evaluation.
 
         Call it before the workers of the epoch start: each has its own copy.
@@ -172,6 +197,8 @@ class MixtureOfMixtures:
         ---------
         epoch : int
             Number of the epoch, from 0.
+        skip_batches : int
+            Not used; for datasets that pass over batches themselves.
         """
         if not self.with_stems:
             self.epoch = epoch
@@ -199,47 +226,52 @@ class MixtureOfMixtures:
         UnreadableAudio
             After `max_failures` unreadable segments.
         """
-        index = self._index[segment_id]
+        index = self.rows.index(segment_id)
         rng = np.random.default_rng((self.seed, self.epoch, index, self.rank))
         partner_draw, kind = rng.random(2)
         gains = 10 ** (rng.uniform(-self.gain_db, self.gain_db, size=2) / 20)
+        heard = self._draw_heard(rng), self._draw_heard(rng)
         skipped = []
-        index, tracks = self._read_or_replace(
+        index, (mixture, stems) = self._read_or_replace(
             index,
-            lambda: int(rng.integers(len(self._ids))),
-            lambda row: read_tracks(row, self.sample_rate),
+            lambda: int(rng.integers(len(self.rows))),
+            lambda row: self._read_mixture(row, *heard[0]),
             skipped,
         )
-        tracks *= gains[0]
-        mixtures = torch.zeros(2, tracks.shape[1])
-        torch.sum(tracks, dim=0, out=mixtures[0])
+        mixtures = torch.zeros(2, len(mixture))
+        torch.mul(mixture, gains[0], out=mixtures[0])
         if kind >= self.silent_share:
             single = kind < self.silent_share + self.single_stem_share
             _, partner = self._read_or_replace(
                 self._partner(index, partner_draw),
                 lambda: self._partner(index, rng.random()),
-                lambda row: self._read_partner(row, single, rng),
+                lambda row: self._read_partner(row, single, rng, *heard[1]),
                 skipped,
             )
-            torch.sum(partner, dim=0, out=mixtures[1])
-            mixtures[1] *= gains[1]
-        has_stems = self.rows[self._ids[index]]["has_stems"]
-        if not (self.with_stems and has_stems):
-            tracks = tracks.new_zeros(0, tracks.shape[1])
-        return mixtures, tracks, skipped
+            gain = gains[1]
+            if self.equal_levels:
+                gain *= _level_ratio(mixture, partner)
+            torch.mul(partner, gain, out=mixtures[1])
+        return mixtures, stems * gains[0], skipped
+
+    def _draw_heard(self, rng):
+        """Channel and change of a mixture."""
+        side = "left" if rng.random() < 0.5 else "right"
+        channel = side if self.channel == "random" else self.channel
+        return channel, self.augmentation.draw(rng)
 
     def _partner(self, index, draw):
         """Index of a segment of another song for a draw in [0, 1)."""
-        first, end = self._range[self.rows[self._ids[index]]["song"]]
+        first, end = self.rows.song_range(index)
         own = end - first
-        partner = int(draw * (len(self._ids) - own))
+        partner = int(draw * (len(self.rows) - own))
         return partner if partner < first else partner + own
 
     def _read_or_replace(self, index, draw, read, skipped):
         """What `read` makes of row `index`, or of the first readable draw."""
         while True:
             try:
-                return index, read(self.rows[self._ids[index]])
+                return index, read(self.rows.row(index))
             except UnreadableAudio as error:
                 skipped.append((error.path, str(error)))
                 if len(skipped) >= self.max_failures:
@@ -250,13 +282,49 @@ class MixtureOfMixtures:
                     ) from error
             index = draw()
 
-    def _read_partner(self, row, single, rng):
-        """[tracks, time] of the row, or [1, time] of one stem that sounds."""
+    def _read_mixture(self, row, channel, change):
+        """The mixture of a row [time], and its stems [tracks, time] if any."""
+        source = self._source(row, change)
+        tracks = read_tracks(source, self.sample_rate, channel)
+        mixture = self._changed(tracks.sum(0), row, change)
+        has_stems = self.with_stems and row["has_stems"]
+        return mixture, tracks if has_stems else mixture.new_zeros(
+            0, len(mixture)
+        )
+
+    def _read_partner(self, row, single, rng, channel, change):
+        """The mixture of a row, or one stem that sounds, [time]."""
         if not (single and row["has_stems"]):
-            return read_tracks(row, self.sample_rate)
-        paths = list(row["tracks"].values())
-        for i in rng.permutation(len(paths)):
-            stem = _read_track(row, paths[i], self.sample_rate)
+            return self._read_mixture(row, channel, change)[0]
+        source = self._source(row, change)
+        tracks = list(row["tracks"].values())
+        for i in rng.permutation(len(tracks)):
+            stem = _read_track(source, tracks[i], self.sample_rate, channel)
             if stem.square().mean().sqrt() > SILENCE_RMS:
                 break
-        return stem.unsqueeze(0)
+        return self._changed(stem, row, change)
+
+    def _source(self, row, change):
+        """The row with the part of the song that a change needs."""
+        if self.augmentation.is_off:
+            return row
+        start, seconds = self.augmentation.source(
+            change, row["start"], row["duration"], row["song_seconds"]
+        )
+        return {**row, "start": start, "duration": seconds}
+
+    def _changed(self, sig, row, change):
+        if self.augmentation.is_off:
+            return sig
+        num_samples = round(row["duration"] * self.sample_rate)
+        return self.augmentation.apply(
+            change, sig, num_samples, self.sample_rate
+        )
+
+
+def _level_ratio(sig, other):
+    """The gain that brings a signal to the level of another one."""
+    level, other_level = (float(x.square().mean().sqrt()) for x in (sig, other))
+    if min(level, other_level) < SILENCE_RMS:
+        return 1.0
+    return level / other_level

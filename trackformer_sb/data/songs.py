@@ -7,26 +7,21 @@ order in which a file system lists its files.
 import hashlib
 import os
 import re
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 from speechbrain.utils.logger import get_logger
 
-from trackformer_sb.data.audio import (
-    AUDIO_EXTENSIONS,
-    UnreadableAudio,
-    audio_info,
-)
+from trackformer_sb.data.audio import AUDIO_EXTENSIONS, UnreadableAudio
 
 logger = get_logger(__name__)
 
 MIXTURE_NAMES = ("mix", "mixture")
-HEADER_THREADS = 8
 
+STEMS_EXPECTED = "one folder a song with one audio file an instrument"
 EXPECTED = {
-    "demo": "one folder a song with one audio file an instrument",
-    "stems": "one folder a song with one audio file an instrument",
+    "demo": STEMS_EXPECTED,
+    "stems": STEMS_EXPECTED,
     "mixtures": "audio files, each of them a song",
 }
 
@@ -40,22 +35,33 @@ class Song(NamedTuple):
         Path relative to the data folder until `name_songs`, then unique and of
         A-Z a-z 0-9 _ . - only.
     tracks : dict
-        Track name -> absolute path.
+        Track name -> tuple of absolute paths, whose sum is the track.
     has_stems : bool
         Whether the tracks are stems, or the one track is the whole mixture.
     seconds : float
         Length of the longest track; 0 until `usable_songs`.
+    split : str
+        train, valid or test where the dataset itself says so, otherwise "".
+    mixture : str
+        Path of a finished mixture beside the stems, or "".
     """
 
     name: str
     tracks: dict
     has_stems: bool
     seconds: float = 0.0
+    split: str = ""
+    mixture: str = ""
+
+    @property
+    def files(self):
+        """The paths of all tracks, in their order."""
+        return [path for paths in self.tracks.values() for path in paths]
 
     @property
     def path(self):
         """The folder of the stems, or the file of the mixture."""
-        track = next(iter(self.tracks.values()))
+        track = self.files[0]
         return os.path.dirname(track) if self.has_stems else track
 
 
@@ -64,9 +70,24 @@ class Findings:
 
     Attributes `skipped`, a list of {"file", "reason"}, and `warnings`, a list
     of messages, go into the data report.
+
+    Arguments
+    ---------
+    strict : bool
+        Whether the first thing left out is an error, unless it is not wanted.
+
+    Example
+    -------
+    >>> findings = Findings()
+    >>> findings.skip("/music/a.wav", "truncated after 3.2 s", quiet=True)
+    >>> findings.skip("/music/b.wav", "truncated after 0.1 s", quiet=True)
+    >>> print(findings.summary())
+    2 left out
+        2  truncated after ... s, first /music/a.wav
     """
 
-    def __init__(self):
+    def __init__(self, strict=False):
+        self.strict = strict
         self.skipped = []
         self.warnings = []
 
@@ -75,80 +96,49 @@ class Findings:
         logger.warning(message)
         self.warnings.append(message)
 
-    def skip(self, file, reason, quiet=False):
-        """Keeps a file that is left out, with a warning unless `quiet`."""
+    def skip(self, file, reason, quiet=False, unwanted=False):
+        """Keeps a file that is left out, with a warning unless `quiet`.
+
+        Arguments
+        ---------
+        file : str or Path
+            The file, or the folder of a song.
+        reason : str
+            Why.
+        quiet : bool
+            Whether not to warn.
+        unwanted : bool
+            Whether nothing is wrong with it, but the settings or the layout of
+            the dataset do not want it.
+
+        Raises
+        ------
+        ValueError
+            If `strict`, and it is wanted.
+        """
+        if self.strict and not unwanted:
+            raise ValueError(f"strict: {file}: {reason}")
         self.skipped.append({"file": str(file), "reason": reason})
         if not quiet:
             self.warn(f"skipped {file}: {reason}")
 
-
-def list_audio(key, folder, dataset, findings):
-    """Lists the audio files below a folder, links followed, hidden ones not.
-
-    Arguments
-    ---------
-    key : str
-        The yaml key of the folder, for messages.
-    folder : str or Path
-        The folder.
-    dataset : str
-        What it should hold: stems or mixtures.
-    findings : Findings
-        Takes folders that cannot be read.
-
-    Returns
-    -------
-    dict
-        Absolute path -> [size, time of change, mode], sorted by path.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder is not there.
-    ValueError
-        If it holds no audio file.
-    """
-    where = f"{key}={folder}"
-    if not folder or not os.path.isdir(folder):
-        raise FileNotFoundError(
-            f"{where} is not a folder, expected one with music (or "
-            "dataset=demo, which needs none)"
-        )
-    listing = {}
-    visited = set()
-    for parent, folders, files in os.walk(
-        os.path.abspath(folder),
-        followlinks=True,
-        onerror=lambda error: findings.skip(error.filename, error.strerror),
-    ):
-        # A link to a folder above would never end.
-        real = os.path.realpath(parent)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for file in files:
-            # macOS leaves "._song.wav", which is no audio, beside song.wav.
-            extension = os.path.splitext(file)[1].lower()
-            if file.startswith(".") or extension not in AUDIO_EXTENSIONS:
-                continue
-            path = os.path.join(parent, file)
-            try:
-                stat = os.stat(path)
-                listing[path] = [stat.st_size, stat.st_mtime_ns, stat.st_mode]
-            except OSError:  # A dangling link: reading its header says so.
-                listing[path] = None
-    if not listing:
-        raise ValueError(
-            f"no audio files under {where}, expected {EXPECTED[dataset]} "
-            f"({' '.join(AUDIO_EXTENSIONS)})"
-        )
-    return dict(sorted(listing.items()))
+    def summary(self):
+        """A table of what was left out, a line a kind of reason."""
+        kinds, first = Counter(), {}
+        for entry in self.skipped:
+            # reasons differ by the numbers and paths in them
+            kind = re.sub(r"/.*|\d[\d.]*", "...", entry["reason"])
+            kinds[kind] += 1
+            first.setdefault(kind, entry["file"])
+        lines = [
+            f"{count:5d}  {kind}, first {first[kind]}"
+            for kind, count in kinds.most_common()
+        ]
+        return "\n".join([f"{len(self.skipped)} left out", *lines])
 
 
 def find_songs(key, folder, dataset, listing, findings):
-    """Groups audio files into songs; the same files make one song only.
+    """Groups audio files into songs.
 
     Arguments
     ---------
@@ -159,7 +149,7 @@ def find_songs(key, folder, dataset, listing, findings):
     dataset : str
         stems (one folder a song; demo alike) or mixtures (one file a song).
     listing : dict
-        What `list_audio` returned for the folder.
+        What `headers.list_audio` returned for the folder.
     findings : Findings
         Takes the files left out.
 
@@ -175,22 +165,11 @@ def find_songs(key, folder, dataset, listing, findings):
     """
     top = os.path.abspath(folder)
     if dataset == "mixtures":
-        songs = [
-            Song(os.path.relpath(path, top), {"mixture": path}, False)
+        return [
+            Song(os.path.relpath(path, top), {"mixture": (path,)}, False)
             for path in listing
         ]
-    else:
-        songs = _stem_songs(f"{key}={folder}", top, listing, findings)
-    first_with = {}
-    unique = []
-    for song in songs:
-        files = frozenset(map(os.path.realpath, song.tracks.values()))
-        if files in first_with:
-            findings.skip(song.path, f"the same as {first_with[files]}")
-        else:
-            first_with[files] = song.path
-            unique.append(song)
-    return unique
+    return _stem_songs(f"{key}={folder}", top, listing, findings)
 
 
 def _stem_songs(where, top, listing, findings):
@@ -205,21 +184,23 @@ def _stem_songs(where, top, listing, findings):
             f"{EXPECTED['stems']}"
         )
     for path in loose:
-        findings.skip(path, "not in the folder of a song", quiet=True)
+        findings.skip(path, "not in the folder of a song", True, True)
     songs = []
     for parent, paths in sorted(by_folder.items()):
-        tracks = {}
+        tracks, mixture = {}, ""
         for path in sorted(paths, key=_format_rank):
             track = os.path.splitext(os.path.basename(path))[0]
             if track.lower() in MIXTURE_NAMES:
-                continue
-            if track in tracks:
-                findings.skip(path, f"the same track as {tracks[track]}")
+                mixture = mixture or path
+            elif track in tracks:
+                reason = f"the same track as {tracks[track][0]}"
+                findings.skip(path, reason, unwanted=True)
             else:
-                tracks[track] = path
+                tracks[track] = (path,)
         if tracks:
+            name = os.path.relpath(parent, top)
             tracks = dict(sorted(tracks.items()))
-            songs.append(Song(os.path.relpath(parent, top), tracks, True))
+            songs.append(Song(name, tracks, True, mixture=mixture))
         else:
             findings.skip(parent, "no stems beside the mixture")
     if not songs:
@@ -276,17 +257,44 @@ def name_songs(songs):
     return named
 
 
-def usable_songs(key, folder, songs, segment_seconds, findings):
-    """Reads all headers; keeps songs that can be read and are long enough.
+def same_files_once(songs, findings):
+    """Leaves out songs that are links to the files of another one.
 
     Arguments
     ---------
-    key : str
-        The yaml key of the folder, for messages.
-    folder : str or Path
-        The folder.
+    songs : list of Song
+        In any order.
+    findings : Findings
+        Takes the songs left out.
+
+    Returns
+    -------
+    list of Song
+        The first song of each set of files.
+    """
+    first_with, unique = {}, []
+    for song in songs:
+        files = frozenset(map(os.path.realpath, song.files))
+        if files in first_with:
+            reason = f"the same as {first_with[files]}"
+            findings.skip(song.path, reason, unwanted=True)
+        else:
+            first_with[files] = song.path
+            unique.append(song)
+    return unique
+
+
+def usable_songs(where, songs, headers, segment_seconds, findings):
+    """Keeps songs that can be read and are long enough.
+
+    Arguments
+    ---------
+    where : str
+        Yaml key and folder of the songs, for messages.
     songs : list of Song
         The songs found there.
+    headers : dict
+        Path -> AudioInfo or UnreadableAudio, for all files of the songs.
     segment_seconds : float
         The length a song must have, in seconds.
     findings : Findings
@@ -303,26 +311,22 @@ def usable_songs(key, folder, songs, segment_seconds, findings):
     ValueError
         If no song is left.
     """
-    where = f"{key}={folder}"
-    paths = sorted({p for song in songs for p in song.tracks.values()})
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        infos = dict(zip(paths, pool.map(_info_or_error, paths), strict=True))
-    errors = {p: e for p, e in infos.items() if isinstance(e, UnreadableAudio)}
-    for path, error in errors.items():
-        findings.skip(path, str(error).removeprefix(f"{path}: "))
+    songs = sorted(songs, key=lambda song: song.name)
+    errors = skip_unreadable(songs, headers, findings)
     measured = []
-    for song in sorted(songs, key=lambda song: song.name):
-        if errors.keys() & song.tracks.values():
+    for song in songs:
+        if not errors.keys().isdisjoint(song.files):
             continue
-        headers = {infos[path] for path in song.tracks.values()}
-        if len(headers) > 1:
-            findings.warn(f"stems of {song.name} differ: {_spread(headers)}")
-        seconds = max(info.duration for info in headers)
+        infos = {headers[path] for path in song.files}
+        if len(infos) > 1:
+            findings.warn(f"stems of {song.name} differ: {_spread(infos)}")
+        seconds = max(info.duration for info in infos)
         measured.append(song._replace(seconds=seconds))
     if not measured:
         raise ValueError(
-            f"no readable songs under {where}: {len(errors)} of {len(paths)} "
-            f"audio files cannot be read, first {next(iter(errors.values()))}"
+            f"no readable songs under {where}: {len(errors)} of "
+            f"{len(headers)} audio files cannot be read, first "
+            f"{next(iter(errors.values()))}"
         )
     usable = [song for song in measured if song.seconds >= segment_seconds]
     if not usable:
@@ -340,15 +344,38 @@ def usable_songs(key, folder, songs, segment_seconds, findings):
     for song in measured:
         if song.seconds < segment_seconds:
             reason = f"{song.seconds:.3f} s is shorter than a segment"
-            findings.skip(song.path, reason, quiet=True)
+            findings.skip(song.path, reason, True, True)
     return usable
 
 
-def _info_or_error(path):
-    try:
-        return audio_info(path)
-    except UnreadableAudio as error:
-        return error
+def skip_unreadable(songs, read, findings):
+    """Notes the files of songs that could not be read.
+
+    Arguments
+    ---------
+    songs : list of Song
+        The songs.
+    read : dict
+        Path -> what was read of the file, or the UnreadableAudio raised.
+    findings : Findings
+        Takes the files.
+
+    Returns
+    -------
+    dict
+        Path -> UnreadableAudio.
+    """
+    errors = {}
+    for song in songs:
+        bad = [p for p in song.files if isinstance(read[p], UnreadableAudio)]
+        for path in bad:
+            if path not in errors:
+                errors[path] = read[path]
+                reason = str(read[path]).removeprefix(f"{path}: ")
+                if len(song.files) > 1:
+                    reason += "; its song is left out"
+                findings.skip(path, reason)
+    return errors
 
 
 def _spread(headers):

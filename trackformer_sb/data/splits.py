@@ -1,15 +1,59 @@
 """Train, valid and test: no song is in two of them."""
 
-import filecmp
+import fnmatch
 import os
 from collections import defaultdict
 
 import numpy as np
+import yaml
 
 SPLITS = ("train", "valid", "test")
 
 # MixIT mixes segments of two songs: a split of one song has no pairs.
 MIN_SONGS = 2
+
+
+def make_splits(songs, sources, at_random, split_ratio, seed, findings):
+    """Train, valid and test, as the dataset says or at random.
+
+    Arguments
+    ---------
+    songs : dict
+        "data_folder", and "test_folder" if there is one -> list of usable Song.
+    sources : dict
+        The same keys -> (folder, dataset), for messages.
+    at_random : bool
+        Whether to split at random what has splits of its own.
+    split_ratio, seed
+        See ``split_songs``.
+    findings : Findings
+        Takes songs that belong to no split.
+
+    Returns
+    -------
+    dict
+        Split -> list of Song sorted by name.
+
+    Raises
+    ------
+    ValueError
+        If a split has fewer than two songs.
+    """
+    where = f"data_folder={sources['data_folder'][0]}"
+    to_split, tests = songs["data_folder"], songs.get("test_folder")
+    if at_random or not any(song.split for song in to_split):
+        splits = split_songs(where, to_split, split_ratio, seed)
+    else:
+        splits = own_splits(where, to_split, findings, tests is not None)
+    if tests is not None:
+        if len(tests) < MIN_SONGS:
+            raise ValueError(
+                f"found {len(tests)} usable songs under "
+                f"test_folder={sources['test_folder'][0]}, expected at least "
+                f"{MIN_SONGS}"
+            )
+        splits["test"] = tests
+    return splits
 
 
 def split_songs(where, songs, split_ratio, seed):
@@ -68,8 +112,123 @@ def split_songs(where, songs, split_ratio, seed):
     }
 
 
-def songs_not_in_test(songs, test_songs, findings):
-    """The songs to train on less those that are test songs under another path.
+def own_splits(where, songs, findings, tested_elsewhere=False):
+    """The splits that the dataset itself defines.
+
+    Arguments
+    ---------
+    where : str
+        Yaml key and folder the songs are from, for messages.
+    songs : list of Song
+        Usable songs, with their `split`.
+    findings : Findings
+        Takes songs that belong to no split.
+    tested_elsewhere : bool
+        Whether there is another folder to test on: then the songs of the test
+        split are left out, too.
+
+    Returns
+    -------
+    dict
+        Split -> list of Song sorted by name.
+
+    Raises
+    ------
+    ValueError
+        If a split has fewer than two songs.
+    """
+    names = SPLITS[:2] if tested_elsewhere else SPLITS
+    splits = {name: [] for name in names}
+    for song in sorted(songs, key=lambda song: song.name):
+        if song.split in splits:
+            splits[song.split].append(song)
+        elif song.split:
+            reason = "a test song, and test_folder is given"
+            findings.skip(song.path, reason, unwanted=True)
+        else:
+            findings.skip(song.path, "in no split", unwanted=True)
+    for name, part in splits.items():
+        if len(part) < MIN_SONGS:
+            raise ValueError(
+                f"found {len(part)} {name} songs under {where}, expected at "
+                f"least {MIN_SONGS}; with split=by_song all songs are split by "
+                "split_ratio"
+            )
+    return splits
+
+
+def read_split_file(path, songs):
+    """Gives songs the splits that a file lists.
+
+    Arguments
+    ---------
+    path : str or Path
+        Yaml or json file: {train: [...], valid: [...], test: [...]}, in each
+        paths of songs relative to the data folder, with or without ending,
+        or patterns of them with ``*``.
+    songs : list of Song
+        Named by their path relative to the data folder.
+
+    Returns
+    -------
+    list of Song
+        With their `split`; "" for those that are not listed.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is not of this form, names a song that is not there, or one for
+        two splits.
+    """
+    where = f"split_file={path}"
+    if not path or not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{where} is not a file, expected a yaml with lists of songs for "
+            f"{', '.join(SPLITS)} (split=from_file)"
+        )
+    with open(path, encoding="utf-8") as file:
+        try:
+            lists = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{where} is no yaml: {error}") from error
+    if (
+        not isinstance(lists, dict)
+        or not set(lists) <= set(SPLITS)
+        or not all(isinstance(names, list) for names in lists.values())
+    ):
+        raise ValueError(
+            f"{where}: expected lists of songs under {', '.join(SPLITS)} only"
+        )
+    by_name = defaultdict(list)
+    for i, song in enumerate(songs):
+        for name in {song.name, os.path.splitext(song.name)[0]}:
+            by_name[name].append(i)
+    found = {}
+    for split, names in lists.items():
+        for name in map(str, names):
+            matches = by_name.get(name) or [
+                i
+                for known, numbers in by_name.items()
+                if fnmatch.fnmatchcase(known, name)
+                for i in numbers
+            ]
+            if not matches:
+                raise ValueError(f"{where}: no song {name!r} ({split})")
+            for i in matches:
+                if found.setdefault(i, split) != split:
+                    raise ValueError(
+                        f"{where}: {songs[i].name!r} is in {found[i]} and "
+                        f"in {split}"
+                    )
+    return [
+        song._replace(split=found.get(i, "")) for i, song in enumerate(songs)
+    ]
+
+
+def check_apart(songs, test_songs):
+    """Refuses a file that is to be trained and tested on.
 
     Arguments
     ---------
@@ -77,55 +236,17 @@ def songs_not_in_test(songs, test_songs, findings):
         Songs for train and valid.
     test_songs : list of Song
         Songs for test.
-    findings : Findings
-        Takes the songs left out.
-
-    Returns
-    -------
-    list of Song
-        Those whose files do not equal, by name and content, a test song's.
 
     Raises
     ------
     ValueError
         If one and the same file is in both.
     """
-    paths = [path for song in songs for path in song.tracks.values()]
-    real_paths = set(map(os.path.realpath, paths))
+    real_paths = {os.path.realpath(p) for song in songs for p in song.files}
     for song in test_songs:
-        for path in song.tracks.values():
+        for path in song.files:
             if os.path.realpath(path) in real_paths:
                 raise ValueError(
                     f"{path} of test_folder is in data_folder as well: a test "
                     "song must not be trained on"
                 )
-    by_files = defaultdict(list)
-    for song in test_songs:
-        by_files[_files_and_sizes(song)].append(song)
-    kept = []
-    for song in songs:
-        copies = by_files.get(_files_and_sizes(song), ())
-        copy = next((c for c in copies if _same_content(song, c)), None)
-        if copy is None:
-            kept.append(song)
-        else:
-            findings.skip(song.path, f"a copy of the test song {copy.path}")
-    return kept
-
-
-def _files_and_sizes(song):
-    return tuple(
-        sorted(
-            (os.path.basename(path), os.path.getsize(path))
-            for path in song.tracks.values()
-        )
-    )
-
-
-def _same_content(song, other):
-    pairs = zip(
-        sorted(song.tracks.values(), key=os.path.basename),
-        sorted(other.tracks.values(), key=os.path.basename),
-        strict=True,
-    )
-    return all(filecmp.cmp(a, b, shallow=False) for a, b in pairs)

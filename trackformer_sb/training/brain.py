@@ -105,7 +105,7 @@ class MusicBrain(sb.Brain):
         self.started = time.monotonic()
         self.prepare_stage()
         if stage == sb.Stage.TRAIN:
-            self.pairs.set_epoch(epoch)
+            self.pairs.set_epoch(epoch, self.step)
             self.waiting, self.last_batch_end = 0.0, time.monotonic()
             self.step_seconds = []
             self.sounding = {}

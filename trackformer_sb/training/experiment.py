@@ -9,27 +9,27 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import resolve_references
 from speechbrain.dataio.sampler import ReproducibleRandomSampler
-from speechbrain.utils.distributed import ddp_broadcast, run_on_main
+from speechbrain.utils.distributed import ddp_broadcast
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import RunOptions
 
 from trackformer_sb.data.audio import UnreadableAudio
-from trackformer_sb.data.catalogue import prepare
-from trackformer_sb.data.mixtures import MixtureOfMixtures
 from trackformer_sb.nnet.transfer import plain_values
 from trackformer_sb.training.arguments import load_hparams, parse_arguments
+from trackformer_sb.training.dataio import dataio_prep
 
 logger = get_logger(__name__)
 
 # What torch says in a RuntimeError when memory on the CPU is used up.
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
 
-
 # Keys that a training may go on with other values of.
 MAY_CHANGE = (
     "number_of_epochs",
     "early_stop_epochs",
     "num_workers",
+    "cache_folder",
+    "strict",
     "train_loader_options",
     "eval_loader_options",
     "ckpt_interval_minutes",
@@ -117,86 +117,6 @@ def check_same(hparams_file, overrides, output_folder):
         )
 
 
-def prepare_data(hparams):
-    """Makes the manifests of the data, on the main process.
-
-    Arguments
-    ---------
-    hparams : dict
-        The loaded yaml.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        For a data folder that cannot be used.
-    """
-    keys = (
-        "data_folder",
-        "dataset",
-        "segment_seconds",
-        "segment_hop_seconds",
-        "split_ratio",
-        "seed",
-        "sample_rate",
-        "test_folder",
-        "test_dataset",
-    )
-    run_on_main(
-        prepare,
-        kwargs={
-            "manifest_folder": manifest_folder(hparams),
-            **{key: hparams[key] for key in keys},
-        },
-    )
-
-
-def manifest_folder(hparams):
-    """Where the manifests of an experiment are."""
-    return pathlib.Path(hparams["output_folder"]) / "manifests"
-
-
-def dataio_prep(hparams, rank):
-    """Datasets of pairs of mixtures from the prepared manifests.
-
-    Returns
-    -------
-    datasets : dict
-        "train", "valid" and "test".
-    pairs : MixtureOfMixtures
-        What draws the training pairs; to be told the epoch.
-    """
-    folder = manifest_folder(hparams)
-    datasets, train_pairs = {}, None
-    for split in ("train", "valid", "test"):
-        dataset = sb.dataio.dataset.DynamicItemDataset.from_json(
-            folder / f"{split}.json"
-        )
-        training = {
-            "rank": rank,
-            "gain_db": hparams["gain_db"],
-            "single_stem_share": hparams["single_stem_share"],
-            "silent_share": hparams["silent_share"],
-        }
-        pairs = MixtureOfMixtures(
-            dataset.data,
-            hparams["sample_rate"],
-            hparams["seed"],
-            **(training if split == "train" else {"with_stems": True}),
-        )
-        dataset.add_dynamic_item(
-            pairs, takes="id", provides=["mixtures", "stems", "skipped"]
-        )
-        dataset.add_dynamic_item(list, takes="tracks", provides="names")
-        keys = ["id", "song", "mixtures", "skipped"]
-        if split == "train":
-            train_pairs = pairs
-        else:
-            keys += ["stems", "names"]
-        dataset.set_output_keys(keys)
-        datasets[split] = dataset
-    return datasets, train_pairs
-
-
 def make_brain(brain_class, experiment):
     """A Brain with its data, knowing how many steps it will take.
 
@@ -246,7 +166,10 @@ def make_brain(brain_class, experiment):
         brain.results_folder.mkdir(exist_ok=True)
     brain.tensorboard = hparams["tensorboard_logger"]()
     segments = len(datasets["train"])
-    if hparams["epoch_segments"] and hparams["epoch_segments"] < segments:
+    if hparams["dataset"] == "shards":
+        # what this rank reads; all ranks read as much
+        segments *= _world_size(brain)
+    elif hparams["epoch_segments"] and hparams["epoch_segments"] < segments:
         segments = hparams["epoch_segments"]
         # a set of its own in each epoch
         brain.train_sampler = ReproducibleRandomSampler(
@@ -260,11 +183,13 @@ def make_brain(brain_class, experiment):
     return brain, datasets
 
 
+def _world_size(brain):
+    return torch.distributed.get_world_size() if brain.distributed_launch else 1
+
+
 def _count_steps(brain, hparams, segments):
     """Batches of an epoch, and optimizer steps of the training."""
-    world = (
-        torch.distributed.get_world_size() if brain.distributed_launch else 1
-    )
+    world = _world_size(brain)
     batches = segments // (hparams["batch_size"] * world)
     if not batches:
         raise ValueError(

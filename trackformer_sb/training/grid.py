@@ -28,7 +28,14 @@ LOSS_KEYS = {
     "mixit": {"lambda_diversity": 0, "lambda_sparsity": 0},
     "mixit_div_sp": {},
 }
-DATASETS = ("demo", "stems", "mixtures")
+DATASETS = (
+    "demo",
+    "stems",
+    "mixtures",
+    "moisesdb",
+    "musdb18hq",
+    "slakh2100",
+)
 DEMO_SECONDS = 30.0  # a song of the band holds the paper's longest segment
 
 # SpeechBrain's run options that make sense for every cell: to ask SpeechBrain

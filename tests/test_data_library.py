@@ -1,0 +1,538 @@
+"""Headers kept from run to run, filters, copies, splits, what is left out."""
+
+import json
+import logging
+import re
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+
+from trackformer_sb.data import headers, library
+from trackformer_sb.data.audio import UnreadableAudio
+from trackformer_sb.data.catalogue import prepare
+from trackformer_sb.data.headers import FileCache, file_stat
+from trackformer_sb.data.manifest import MappedManifest, read_songs
+from trackformer_sb.data.segments import SegmentFilter
+from trackformer_sb.data.songs import Findings
+from trackformer_sb.data.splits import SPLITS
+
+RATE = 8000
+
+
+def noise(seed, seconds=6.0, level=0.1, channels=1):
+    """Noise whose level changes each half second: no two seeds are alike."""
+    rng = np.random.default_rng(seed)
+    sig = rng.normal(size=(round(seconds * RATE), channels))
+    steps = rng.uniform(0.2, 1.0, size=round(2 * seconds))
+    return level * sig.clip(-3, 3) / 3 * np.repeat(steps, RATE // 2)[:, None]
+
+
+def write(path, sig, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, sig, RATE, **options)
+    return path
+
+
+def library_of(folder, songs=8, **options):
+    for i in range(songs):
+        write(folder / f"song {i}.wav", noise(i, **options))
+    return folder
+
+
+def listing_of(folder):
+    return {str(p): file_stat(p) for p in sorted(folder.rglob("*.*"))}
+
+
+def songs_in(folder, *splits):
+    splits = splits or SPLITS
+    return {
+        line["song"] for split in splits for line in read_songs(folder, split)
+    }
+
+
+def catalogue(music, out, **options):
+    return prepare(music, "mixtures", out, sample_rate=RATE, **options)
+
+
+# ------------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The files whose header or content is really read."""
+    found = []
+    for name in ("audio_info", "measure_levels"):
+        read = getattr(headers, name)
+
+        def noting(path, read=read):
+            found.append(path)
+            return read(path)
+
+        monkeypatch.setattr(headers, name, noting)
+    return found
+
+
+def test_only_new_and_changed_files_are_read_again(tmp_path, reads):
+    music = library_of(tmp_path / "music")
+    catalogue(music, tmp_path / "a")
+    assert len(reads) == 8
+    reads.clear()
+    # another experiment on the same music
+    catalogue(music, tmp_path / "b", seed=5)
+    assert reads == []
+    new = write(music / "new.wav", noise(20))
+    changed = write(music / "song 3.wav", noise(21, seconds=9.0))
+    catalogue(music, tmp_path / "b", seed=5)
+    assert sorted(reads) == sorted(map(str, (new, changed)))
+    songs = {x["song"]: x for x in read_songs(tmp_path / "b", "train")}
+    for split in SPLITS:
+        songs.update((x["song"], x) for x in read_songs(tmp_path / "b", split))
+    assert songs["song_3"]["song_seconds"] == 9.0
+    reads.clear()
+    # levels are another reading, kept as well
+    catalogue(music, tmp_path / "c", min_active_share=0.5)
+    assert len(reads) == 9
+    catalogue(music, tmp_path / "d", min_active_share=0.4)
+    assert len(reads) == 9
+
+
+def test_a_stopped_reading_goes_on(tmp_path, monkeypatch, reads):
+    music = library_of(tmp_path / "music")
+    listing = listing_of(music)
+    read = headers.audio_info
+
+    def stops(path):
+        if "song 5" in path:
+            raise KeyboardInterrupt
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(headers, "audio_info", stops)
+        patch.setattr(headers, "THREADS", 1)
+        with pytest.raises(KeyboardInterrupt):
+            FileCache(music, tmp_path / "cache").headers(listing)
+    cache = FileCache(music, tmp_path / "cache")
+    # a kill may cut the last line
+    text = cache.path.read_text()
+    assert len(text.splitlines()) == 5
+    cache.path.write_text(text[:-20])
+    reads.clear()
+    found = FileCache(music, tmp_path / "cache").headers(listing)
+    assert [path[-5] for path in reads] == ["4", "5", "6", "7"]
+    assert {info.duration for info in found.values()} == {6.0}
+    again = FileCache(music, tmp_path / "cache").headers(listing)
+    assert again == found and len(reads) == 4
+
+
+def test_errors_are_not_kept(tmp_path, reads):
+    path = tmp_path / "music" / "song.wav"
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    for _ in range(2):
+        cache = FileCache(tmp_path / "music", tmp_path / "cache")
+        found = cache.headers({str(path): file_stat(path)})
+        assert isinstance(found[str(path)], UnreadableAudio)
+    assert len(reads) == 2
+
+
+def test_an_old_cache_is_made_shorter(tmp_path):
+    music = library_of(tmp_path / "music", songs=1)
+    listing = listing_of(music)
+    cache = FileCache(music, tmp_path / "cache")
+    expected = cache.headers(listing)
+    line = cache.path.read_text()
+    cache.path.write_text(line * 2000 + "no json\n[1]\n")
+    assert FileCache(music, tmp_path / "cache").headers(listing) == expected
+    assert cache.path.read_text() == line
+
+
+# ------------------------------------------------------------------ the filter
+
+
+def half_silent(folder):
+    """Songs of 12 s: three seconds of noise, six of silence, three of noise."""
+    for i in range(8):
+        sig = noise(i, seconds=12.0)
+        sig[3 * RATE : 9 * RATE] *= 1e-6
+        write(folder / f"song {i}.wav", sig)
+    return folder
+
+
+def test_silent_segments_are_left_out(tmp_path):
+    music = half_silent(tmp_path / "music")
+    report = catalogue(music, tmp_path / "out", min_active_share=0.5)
+    train = MappedManifest(tmp_path / "out", "train")
+    assert {row["start"] for row in train.values()} == {0.0, 9.0}
+    # what is tested on stays what it was
+    test = MappedManifest(tmp_path / "out", "test")
+    assert {row["start"] for row in test.values()} == {0.0, 3.0, 6.0, 9.0}
+    left = sum(report["splits"][s]["songs"] for s in ("train", "valid"))
+    assert report["segments_left_out"] == 2 * left == 12
+
+
+def test_soft_segments_are_left_out(tmp_path):
+    music = library_of(tmp_path / "music", level=0.1)
+    write(music / "soft.wav", noise(50, level=0.001))
+    report = catalogue(music, tmp_path / "out", min_level_db=-45.0, seed=3)
+    assert "soft" in songs_in(tmp_path / "out", "test") or any(
+        "soft.wav" in entry["file"] and "min_level_db" in entry["reason"]
+        for entry in report["skipped"]
+    )
+    assert "soft" not in songs_in(tmp_path / "out", "train", "valid")
+
+
+def test_filters_that_leave_nothing(tmp_path):
+    music = library_of(tmp_path / "music", level=0.001)
+    with pytest.raises(ValueError, match=r"no segment of train .*=-10"):
+        catalogue(music, tmp_path / "out", min_level_db=-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"min_active_share": 1.5}, "min_active_share in .0, 1., got 1.5"),
+        ({"min_active_share": float("nan")}, "min_active_share"),
+        ({"min_level_db": 3}, "min_level_db in dBFS, at most 0, got 3"),
+        ({"split": "random"}, "split 'random', expected one of auto, by_song"),
+        ({"audio_check": "all"}, "audio_check 'all', .* header, full"),
+        ({"max_stems": 0}, "max_stems"),
+        ({"stem_groups": ["bass"]}, "stem_groups"),
+    ],
+)
+def test_impossible_options(tmp_path, options, match):
+    music = library_of(tmp_path / "music")
+    with pytest.raises(ValueError, match=match):
+        catalogue(music, tmp_path / "out", **options)
+
+
+def test_filter_is_off_by_default():
+    assert not SegmentFilter().is_on
+    assert SegmentFilter(min_level_db=0).is_on
+
+
+# ------------------------------------------------------------------ the copies
+
+
+def test_copies_under_other_names_are_left_out(tmp_path):
+    music = library_of(tmp_path / "music")
+    copy = music / "a" / "Überall.wav"
+    copy.parent.mkdir()
+    shutil.copy(music / "song 3.wav", copy)
+    # the same size, other samples
+    write(music / "other.wav", noise(30))
+    report = catalogue(music, tmp_path / "out")
+    (entry,) = report["skipped"]
+    assert entry == {
+        "file": str(music / "song 3.wav"),
+        "reason": f"a copy of {copy}",
+    }
+    assert len(songs_in(tmp_path / "out")) == 9
+
+
+def test_copies_of_stems_whatever_their_names(tmp_path):
+    music = tmp_path / "music"
+    for i in range(6):
+        for j, stem in enumerate(("bass", "drums")):
+            write(music / f"song {i}" / f"{stem}.wav", noise(10 * i + j))
+    (music / "copy").mkdir()
+    shutil.copy(music / "song 2" / "bass.wav", music / "copy" / "x.wav")
+    shutil.copy(music / "song 2" / "drums.wav", music / "copy" / "a.wav")
+    # shares one stem only
+    (music / "remix").mkdir()
+    shutil.copy(music / "song 2" / "bass.wav", music / "remix" / "bass.wav")
+    write(music / "remix" / "drums.wav", noise(99))
+    report = prepare(music, "stems", tmp_path / "out", sample_rate=RATE)
+    (entry,) = report["skipped"]
+    assert entry["file"] == str(music / "song 2")
+    assert entry["reason"] == f"a copy of {music / 'copy'}"
+
+
+@pytest.mark.parametrize("ending", ["flac", "mp3", "ogg"])
+def test_copies_in_other_formats_are_found_by_a_full_check(tmp_path, ending):
+    music = library_of(tmp_path / "music", seconds=20.0)
+    sig, _ = soundfile.read(music / "song 3.wav")
+    write(music / f"renamed.{ending}", 0.7 * sig)
+    report = catalogue(music, tmp_path / "a")
+    assert report["skipped"] == []
+    report = catalogue(music, tmp_path / "b", audio_check="full")
+    (entry,) = report["skipped"]
+    assert entry == {
+        "file": str(music / "song 3.wav"),
+        "reason": f"a copy of {music / 'renamed'}.{ending}",
+    }
+
+
+def test_no_copy_of_a_test_song_is_trained_on(tmp_path):
+    music = library_of(tmp_path / "music", seconds=20.0)
+    tests = tmp_path / "tests"
+    for i in (2, 5):
+        sig, _ = soundfile.read(music / f"song {i}.wav")
+        write(tests / f"test {i}.flac", sig)
+    report = catalogue(
+        music,
+        tmp_path / "out",
+        test_folder=tests,
+        test_dataset="mixtures",
+        audio_check="full",
+    )
+    left_out = {entry["file"]: entry["reason"] for entry in report["skipped"]}
+    assert left_out == {
+        str(music / f"song {i}.wav"): "a copy of the test song "
+        f"{tests / f'test {i}.flac'}"
+        for i in (2, 5)
+    }
+
+
+# ------------------------------------------------------------------ the splits
+
+
+def write_split(path, **lists):
+    path.write_text(yaml.safe_dump(lists), encoding="utf-8")
+    return path
+
+
+def test_split_from_a_file(tmp_path):
+    music = library_of(tmp_path / "music")
+    file = write_split(
+        tmp_path / "split.yaml",
+        train=["song 0", "song 1.wav", "song [23]"],
+        valid=["song 4", "song 5"],
+        test=["song 6.wav", "song 7"],
+    )
+    what = {"split": "from_file", "split_file": file}
+    report = catalogue(music, tmp_path / "out", **what)
+    assert [report["splits"][s]["song_names"] for s in SPLITS] == [
+        ["song_0", "song_1", "song_2", "song_3"],
+        ["song_4", "song_5"],
+        ["song_6", "song_7"],
+    ]
+    # another content of the file is another split
+    write_split(
+        file,
+        train=["song 0", "song 1"],
+        valid=["song [23]"],
+        test=["song [67]"],
+    )
+    report = catalogue(music, tmp_path / "out", **what)
+    assert report["splits"]["valid"]["song_names"] == ["song_2", "song_3"]
+    left_out = {entry["file"] for entry in report["skipped"]}
+    assert left_out == {str(music / f"song {i}.wav") for i in (4, 5)}
+
+
+@pytest.mark.parametrize(
+    ("lists", "match"),
+    [
+        ({"train": ["song 9"]}, "no song 'song 9' .train."),
+        ({"train": ["song 1"], "test": ["song 1"]}, "is in test and in train"),
+        ({"training": ["song 1"]}, "lists of songs under train, valid, test"),
+        ({"train": "song 1"}, "lists of songs"),
+        ({"train": ["song 1"]}, "found 1 train songs"),
+    ],
+)
+def test_wrong_split_files(tmp_path, lists, match):
+    music = library_of(tmp_path / "music")
+    file = write_split(tmp_path / "split.yaml", **lists)
+    with pytest.raises(ValueError, match=match):
+        catalogue(music, tmp_path / "out", split="from_file", split_file=file)
+
+
+@pytest.mark.parametrize("file", [None, "nowhere.yaml"])
+def test_missing_split_file(tmp_path, file):
+    music = library_of(tmp_path / "music")
+    with pytest.raises(FileNotFoundError, match=f"split_file={file}"):
+        catalogue(music, tmp_path / "out", split="from_file", split_file=file)
+
+
+def musdb(folder):
+    """Four songs to train on, two of them for validation, and two to test."""
+    names = ["a - A", "b - B", "Meaxic - Take A Step", "Leaf - Summerghost"]
+    songs = [f"train/{name}" for name in names] + ["test/c - C", "test/d - Ü"]
+    for i, song in enumerate(songs):
+        stems = {
+            stem: noise(10 * i + j, level=0.05)
+            for j, stem in enumerate(("bass", "drums", "other", "vocals"))
+        }
+        for stem, sig in stems.items():
+            write(folder / song / f"{stem}.wav", sig, subtype="FLOAT")
+        mixture = sum(stems.values())
+        write(folder / song / "mixture.wav", mixture, subtype="FLOAT")
+    return folder
+
+
+def test_a_dataset_with_splits_of_its_own(tmp_path, caplog):
+    music = musdb(tmp_path / "musdb18hq")
+    with caplog.at_level(logging.WARNING):
+        report = prepare(music, "musdb18hq", tmp_path / "a", sample_rate=RATE)
+    assert caplog.messages == []
+    names = [report["splits"][split]["song_names"] for split in SPLITS]
+    assert names[0] == ["train_a_-_A", "train_b_-_B"]
+    assert names[1] == [
+        "train_Leaf_-_Summerghost",
+        "train_Meaxic_-_Take_A_Step",
+    ]
+    assert names[2] == ["test_c_-_C", "test_d_-__"]
+    assert report["stems"] == dict.fromkeys(
+        ("bass", "drums", "other", "vocals"), 6
+    )
+    report = prepare(
+        music, "musdb18hq", tmp_path / "b", sample_rate=RATE, split="by_song"
+    )
+    at_random = [report["splits"][s]["song_names"] for s in SPLITS]
+    assert {x for part in at_random for x in part} == {
+        x for part in names for x in part
+    }
+    assert at_random != names
+
+
+def test_own_test_songs_are_not_trained_on_where_another_folder_tests(tmp_path):
+    music = musdb(tmp_path / "musdb18hq")
+    tests = library_of(tmp_path / "tests", songs=2)
+    report = prepare(
+        music,
+        "musdb18hq",
+        tmp_path / "out",
+        sample_rate=RATE,
+        test_folder=tests,
+        test_dataset="mixtures",
+    )
+    trained = {x for s in SPLITS[:2] for x in report["splits"][s]["song_names"]}
+    assert len(trained) == 4
+    assert not [name for name in trained if name.startswith("test")]
+    assert len(report["skipped"]) == 2
+
+
+def test_a_mixture_that_is_not_the_sum_is_named(tmp_path, caplog):
+    music = musdb(tmp_path / "musdb18hq")
+    mixture = music / "train" / "a - A" / "mixture.wav"
+    sig, _ = soundfile.read(mixture)
+    write(mixture, 1.1 * sig, subtype="FLOAT")
+    (music / "train" / "b - B" / "mixture.wav").write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        prepare(music, "musdb18hq", tmp_path / "out", sample_rate=RATE)
+    said = [m for m in caplog.messages if "mixture.wav" in m]
+    # 20 log10(0.1 / 1.1)
+    assert any(f"{mixture}: differs" in m and "-21 dB" in m for m in said)
+    assert any("b - B" in m and "cannot be read" in m for m in said)
+    assert len(said) == 2
+
+
+def test_groups_and_numbers_of_stems(tmp_path):
+    music = musdb(tmp_path / "musdb18hq")
+    options = {"stem_groups": {"rhythm": ["BASS", "dr*"]}, "sample_rate": RATE}
+    prepare(music, "musdb18hq", tmp_path / "out", max_stems=3, **options)
+    row = MappedManifest(tmp_path / "out", "train").row(0)
+    assert {name: np.size(files) for name, files in row["tracks"].items()} == {
+        "rhythm": 2,
+        "other": 1,
+        "vocals": 1,
+    }
+    with pytest.raises(ValueError, match="max_stems"):
+        prepare(music, "musdb18hq", tmp_path / "b", max_stems=2, **options)
+
+
+# -------------------------------------------------------- what cannot be used
+
+
+def damaged(folder):
+    """A library with one song of every kind of damage."""
+    library_of(folder, songs=6)
+    sig = noise(77)
+    sig[2000] = np.nan
+    write(folder / "nan.wav", sig, subtype="FLOAT")
+    sig[2000] = np.inf
+    write(folder / "inf.wav", sig, subtype="FLOAT")
+    write(folder / "offset.wav", noise(78) + 0.3)
+    write(folder / "clipped.wav", (300 * noise(79)).clip(-1, 1))
+    path = write(folder / "cut.flac", noise(80))
+    path.write_bytes(path.read_bytes()[:-4000])
+    return folder
+
+
+KINDS = {
+    "nan.wav": "NaN or infinite",
+    "inf.wav": "NaN or infinite",
+    "offset.wav": "a DC offset of 0.30",
+    "clipped.wav": "clipped, .* % of it is at full scale",
+    "cut.flac": "truncated",
+}
+
+
+def test_a_full_check_finds_what_headers_do_not_show(tmp_path, caplog):
+    music = damaged(tmp_path / "music")
+    report = catalogue(music, tmp_path / "a")
+    assert report["skipped"] == []
+    with caplog.at_level(logging.INFO):
+        report = catalogue(music, tmp_path / "b", audio_check="full")
+    found = {entry["file"]: entry["reason"] for entry in report["skipped"]}
+    assert set(found) == {str(music / name) for name in KINDS}
+    for name, reason in KINDS.items():
+        path = str(music / name)
+        assert len([m for m in report["warnings"] if path in m]) == 1
+        assert re.search(reason, found[path]), (name, found[path])
+    (table,) = [m for m in caplog.messages if "left out" in m]
+    assert table.startswith("5 left out")
+    assert "    2  NaN or infinite samples after ... s, first" in table
+    saved = json.loads((tmp_path / "b" / "data_report.json").read_text())
+    assert saved == report
+    assert len(songs_in(tmp_path / "b")) == 6
+
+
+def test_strict_stops_at_the_first(tmp_path):
+    music = damaged(tmp_path / "music")
+    options = {"audio_check": "full", "strict": True}
+    with pytest.raises(ValueError, match=r"strict: .*\.(wav|flac): "):
+        catalogue(music, tmp_path / "a", **options)
+    assert not (tmp_path / "a").exists()
+    for name in KINDS:
+        (music / name).unlink()
+    assert catalogue(music, tmp_path / "b", **options)["skipped"] == []
+
+
+def test_strict_lets_pass_what_the_settings_leave_out(tmp_path):
+    music = musdb(tmp_path / "musdb18hq")
+    (music / "train" / "d - D").mkdir()
+    write(music / "train" / "d - D" / "bass.wav", noise(90, seconds=1.0))
+    shutil.copytree(music / "train" / "a - A", music / "train" / "e - E")
+    write(music / "extra.wav", noise(91))
+    report = prepare(
+        music,
+        "stems",
+        tmp_path / "out",
+        sample_rate=RATE,
+        strict=True,
+        max_stems=4,
+        segment_seconds=2.0,
+    )
+    reasons = sorted(entry["reason"] for entry in report["skipped"])
+    assert len(reasons) == 3
+    assert reasons[0].startswith("1.000 s is shorter")
+    assert reasons[1].startswith("a copy of")
+    assert reasons[2] == "not in the folder of a song"
+
+
+def test_nothing_usable_after_a_full_check(tmp_path):
+    for i in range(6):
+        sig = (300 * noise(i)).clip(-1, 1)
+        write(tmp_path / "music" / f"{i}.wav", sig)
+    with pytest.raises(ValueError, match=r"6 files are damaged, .*0\.wav"):
+        catalogue(tmp_path / "music", tmp_path / "a", audio_check="full")
+
+
+def test_reasons_are_counted_by_kind():
+    findings = Findings()
+    for i in range(3):
+        findings.skip(f"/m/{i}.wav", f"a copy of /music/x y {i}.wav", True)
+    findings.skip("/m/b.wav", "the file is empty", True)
+    assert findings.summary().splitlines() == [
+        "4 left out",
+        "    3  a copy of ..., first /m/0.wav",
+        "    1  the file is empty, first /m/b.wav",
+    ]
+
+
+def test_mixtures_without_anything_to_compare_are_quiet(caplog):
+    library.check_mixtures([], Findings())
+    assert caplog.messages == []

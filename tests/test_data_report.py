@@ -1,0 +1,175 @@
+"""`trackformer data`, `trackformer shards make`: what they print and leave."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from trackformer_sb.cli import main
+from trackformer_sb.data.audio import read_segment
+from trackformer_sb.data.catalogue import prepare
+from trackformer_sb.data.manifest import MappedManifest, read_songs
+from trackformer_sb.data.packing import pack
+
+RATE = 8000
+
+
+def write_stems(folder, songs=8, seconds=4.0):
+    rng = np.random.default_rng(0)
+    for i in range(songs):
+        song = folder / f"söng {i}"
+        song.mkdir(parents=True)
+        for name in ("bass", "drums"):
+            sig = rng.uniform(-0.4, 0.4, size=round(seconds * RATE))
+            soundfile.write(song / f"{name}.wav", sig, RATE)
+    return folder
+
+
+def data(folder, out, *options):
+    words = [str(folder), "--segment_seconds", "1", *map(str, options)]
+    return main(["data", *words, "--dataset", "stems", "--out", str(out)])
+
+
+def test_data_prints_and_draws(tmp_path, capsys):
+    music = write_stems(tmp_path / "music")
+    (music / "söng 3" / "bass.wav").write_bytes(b"")
+    assert data(music, tmp_path / "out") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["split", "songs", "hours", "segments"]
+    sizes = [line.split() for line in printed[1:4]]
+    assert [(name, int(n)) for name, n, *_ in sizes] == [
+        ("train", 3),
+        ("valid", 2),
+        ("test", 2),
+    ]
+    assert sum(int(line[3]) for line in sizes) == 7 * 4
+    assert printed[4] == "files    14 of 8000 Hz; 14 of 1 channel(s)"
+    assert printed[5] == "stems    bass 7, drums 7"
+    assert printed[6] == "left out 0 segments, 1 files or songs"
+    assert "the file is empty" in printed[7]
+    figures = [line.split()[-1] for line in printed if line[:6] == "figure"]
+    assert [name.rpartition("/")[2] for name in figures] == [
+        "durations.png",
+        "levels.png",
+        "activity.png",
+    ]
+    for path in figures:
+        with open(path, "rb") as file:
+            assert file.read(4) == b"\x89PNG"
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert report["splits"]["train"]["songs"] == 3
+
+
+def test_data_from_headers_only(tmp_path, capsys):
+    music = write_stems(tmp_path / "music")
+    assert data(music, tmp_path / "out", "--headers_only") == 0
+    printed = capsys.readouterr().out
+    assert "durations.png" in printed
+    assert "levels.png" not in printed and "activity.png" not in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--split", "from_file"], "split_file=None is not a file"),
+        (["--max_stems", "1"], "more than max_stems=1"),
+        (["--split_ratio", "1", "1", "0"], "three positive numbers"),
+    ],
+)
+def test_data_says_what_is_wrong(tmp_path, capsys, options, reason):
+    music = write_stems(tmp_path / "music")
+    assert data(music, tmp_path / "out", *options) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("trackformer data: ") and reason in said.err
+
+
+def test_data_of_a_folder_that_is_not_there(tmp_path, capsys):
+    assert data(tmp_path / "nowhere", tmp_path / "out") == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
+
+
+def test_strict(tmp_path, capsys):
+    music = write_stems(tmp_path / "music")
+    (music / "söng 3" / "bass.wav").write_bytes(b"")
+    assert data(music, tmp_path / "out", "--strict") == 2
+    assert "bass.wav: the file is empty" in capsys.readouterr().err
+
+
+def make(folder, out, *options):
+    words = [str(folder), str(out), "--dataset", "stems"]
+    words += ["--segment_seconds", "1", "--sample_rate", "4000"]
+    return main(["shards", "make", *words, *map(str, options)])
+
+
+def test_shards_make(tmp_path, capsys):
+    music = write_stems(tmp_path / "music")
+    out = tmp_path / "out"
+    assert make(music, out, "--shard_megabytes", "0.05") == 0
+    said = capsys.readouterr()
+    shards = sorted(out.glob("train-*.tar"))
+    assert len(shards) > 2
+    assert said.out == (
+        f"16 segments of 4 songs in {len(shards)} shards in {out}, 0 skipped\n"
+    )
+    made = {path: path.stat().st_mtime_ns for path in shards}
+    # again: nothing is left to do
+    assert make(music, out, "--shard_megabytes", "0.05") == 0
+    assert {p: p.stat().st_mtime_ns for p in out.glob("train-*.tar")} == made
+    # what is evaluated is the same music at the rate of the shards
+    (tmp_path / "music").rename(tmp_path / "elsewhere")
+    original = MappedManifest(out / "manifests", "test")
+    packed = MappedManifest(out, "test")
+    assert list(packed) == list(original) and len(packed) == 8
+    for key, row in packed.items():
+        assert row["start"] == original[key]["start"]
+        for name, path in row["tracks"].items():
+            source = original[key]["tracks"][name]
+            source = source.replace("/music/", "/elsewhere/")
+            expected = read_segment(source, row["start"], 1.0, 4000)
+            found = read_segment(path, row["start"], 1.0, 4000)
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_other_settings_in_the_same_folder(tmp_path, capsys):
+    music = write_stems(tmp_path / "music")
+    assert make(music, tmp_path / "out") == 0
+    capsys.readouterr()
+    assert make(music, tmp_path / "out", "--seed", "5") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("trackformer shards: ") and "seed" in said
+
+
+def test_songs_that_break_while_they_are_packed(tmp_path, caplog):
+    music = write_stems(tmp_path / "music", songs=10)
+    options = {"segment_seconds": 1.0, "split_ratio": (50, 20, 30)}
+    splits = prepare(music, "stems", tmp_path / "look", **options)["splits"]
+    # names are made safe; the last character is the number of the song
+    broken = {s: splits[s]["song_names"][0] for s in ("train", "test")}
+    for name in broken.values():
+        path = music / f"söng {name[-1]}" / "bass.wav"
+        sig, _ = soundfile.read(path)
+        sig[RATE + 5] = np.nan
+        soundfile.write(path, sig, RATE, "FLOAT")
+    index = pack(music, "stems", tmp_path / "out", RATE, **options)
+    assert [x["id"] for x in index["skipped"]] == [f"{broken['train']}_0001"]
+    assert index["segments"] == 5 * 4 - 1
+    tested = {line["song"] for line in read_songs(tmp_path / "out", "test")}
+    assert tested == set(splits["test"]["song_names"]) - {broken["test"]}
+    said = [m for m in caplog.messages if "NaN" in m]
+    assert len(said) == 2
+
+
+def test_help_reads_well():
+    for words in (["data"], ["shards", "make"]):
+        run = subprocess.run(
+            [sys.executable, "-m", "trackformer_sb.cli", *words, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "--segment_seconds SECONDS" in run.stdout
+        assert "FOLDER" in run.stdout and run.stderr == ""

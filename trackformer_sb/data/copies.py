@@ -1,0 +1,255 @@
+"""The same song twice: equal files, or the same recording in another form."""
+
+import filecmp
+import hashlib
+import os
+from collections import defaultdict
+
+import numpy as np
+
+from trackformer_sb.data.levels import FLOOR_DB, POWERS, sum_levels
+
+HASHED_BYTES = 2**16
+
+# Measured on real music. The level curves of 34 songs and of their mp3, Opus,
+# 16 kHz, quieter and 50 ms later copies correlate by 0.977 and more and differ
+# by 0.36 dB at most (standard deviation). Those of 103 songs and stems cut to
+# one length, two by two, correlate by 0.90 at most; but two stems of one song
+# by 0.986, which differ by 1.56 dB.
+SAME_CORRELATION = 0.96
+SAME_DEVIATION_DB = 1.0
+
+# Curves are smoothed over 0.7 s: those of two copies a fraction of a window
+# apart would have little in common otherwise (0.52 in the worst song).
+OUTLINE_WINDOW = np.hanning(9)[1:-1]
+OUTLINE_RANGE_DB = 40.0
+MAX_SHIFT = 2  # windows
+SHIFT_STEP = 0.25  # windows
+
+# Less says nothing: all short sounds that die away look alike.
+MIN_SAME_WINDOWS = 30
+MIN_SPREAD_DB = 0.3
+
+# Level curves are first compared by this many points at once, all with all.
+CURVE_POINTS = 32  # a song has at least about 4 s
+CURVE_CORRELATION = 0.9
+LENGTH_TOLERANCE = 0.5  # seconds
+
+# Of a song in two splits of its dataset, the one that is tested on stays.
+KEEP_FIRST = ("test", "valid", "train", "")
+
+
+def find_copies(songs, levels=None):
+    """Which songs are copies of an earlier one.
+
+    Songs are copies if their files are equal byte for byte, whatever their
+    names; with levels also if their level curves agree, as those of a wav file
+    and its mp3 do.
+
+    Arguments
+    ---------
+    songs : list of Song
+        With their lengths; the first of a set of copies is the original.
+    levels : dict, optional
+        Path -> AudioLevels of all files.
+
+    Returns
+    -------
+    dict
+        Number of a copy -> number of the original.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> from trackformer_sb.data.songs import Song
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     paths = [f"{folder}/{name}" for name in "abc"]
+    ...     for path, content in zip(paths, ["x", "y", "x"]):
+    ...         with open(path, "w") as file:
+    ...             _ = file.write(content)
+    ...     find_copies([Song(p, {"mixture": (p,)}, False) for p in paths])
+    {2: 0}
+    """
+    copies = {}
+    for same_sizes in _grouped(range(len(songs)), songs, os.path.getsize):
+        for same in _grouped(same_sizes, songs, _fingerprint):
+            for i in same[1:]:
+                first = next(
+                    (
+                        j
+                        for j in same
+                        if j < i and j not in copies and _equal(songs, i, j)
+                    ),
+                    None,
+                )
+                if first is not None:
+                    copies[i] = first
+    if levels:
+        _find_recordings(songs, levels, copies)
+    return copies
+
+
+def leave_out_copies(songs, levels, findings):
+    """Leaves out songs that are there twice, in favour of those to test on.
+
+    Arguments
+    ---------
+    songs : dict
+        "data_folder", and "test_folder" if there is one -> list of Song.
+    levels : dict
+        Path -> AudioLevels of all files, or empty.
+    findings : Findings
+        Takes the songs left out.
+
+    Returns
+    -------
+    dict
+        The same without copies.
+    """
+    order = [
+        (key, i)
+        for key in sorted(songs, reverse=True)
+        for i in sorted(
+            range(len(songs[key])),
+            key=lambda i: KEEP_FIRST.index(songs[key][i].split),
+        )
+    ]
+    everything = [songs[key][i] for key, i in order]
+    copies = find_copies(everything, levels)
+    for copy, first in sorted(copies.items()):
+        original = everything[first].path
+        tested = order[first][0] == "test_folder"
+        which = "the test song " if tested else ""
+        reason = f"a copy of {which}{original}"
+        findings.skip(everything[copy].path, reason, unwanted=True)
+    gone = {order[copy] for copy in copies}
+    return {
+        key: [song for i, song in enumerate(group) if (key, i) not in gone]
+        for key, group in songs.items()
+    }
+
+
+def _grouped(numbers, songs, property_of_file):
+    """Groups of two and more songs whose files have equal properties."""
+    groups = defaultdict(list)
+    for i in numbers:
+        files = sorted(property_of_file(path) for path in songs[i].files)
+        groups[tuple(files)].append(i)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _fingerprint(path):
+    """Hash of the beginning, middle and end of a file."""
+    size = os.path.getsize(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for place in (0, size // 2, max(0, size - HASHED_BYTES)):
+            file.seek(place)
+            digest.update(file.read(HASHED_BYTES))
+    return digest.hexdigest()
+
+
+def _equal(songs, i, j):
+    """Whether two songs of equal fingerprints have equal files."""
+    pairs = zip(
+        *(sorted(songs[k].files, key=_fingerprint) for k in (i, j)),
+        strict=True,
+    )
+    return all(filecmp.cmp(a, b, shallow=False) for a, b in pairs)
+
+
+def _find_recordings(songs, levels, copies):
+    """Adds songs whose level curves agree to the copies."""
+    kept = [i for i in range(len(songs)) if i not in copies]
+    kept.sort(key=lambda i: songs[i].seconds)
+    sums = {i: sum_levels([levels[p] for p in songs[i].files]) for i in kept}
+    curves = np.stack([_curve(sums[i]) for i in kept]) if kept else []
+    seconds = np.array([songs[i].seconds for i in kept])
+    for place, i in enumerate(kept):
+        end = np.searchsorted(seconds, seconds[place] + LENGTH_TOLERANCE)
+        alike = curves[place + 1 : end] @ curves[place] > CURVE_CORRELATION
+        for step in np.flatnonzero(alike):
+            j = kept[place + 1 + step]
+            if same_recording(sums[i], sums[j]):
+                first, later = sorted((_first(i, copies), _first(j, copies)))
+                if first != later:
+                    copies[later] = first
+
+
+def _first(i, copies):
+    while i in copies:
+        i = copies[i]
+    return i
+
+
+def _curve(level):
+    """The centred level curve [points] of unit norm; 0 if it is constant."""
+    outline = _outline(level.codes)
+    if len(outline) < CURVE_POINTS:
+        return np.zeros(CURVE_POINTS, np.float32)
+    # means, not samples: a copy may begin a part of a window later
+    edges = np.linspace(0, len(outline), CURVE_POINTS + 1).astype(int)
+    curve = np.add.reduceat(outline, edges[:-1]) / np.diff(edges)
+    curve = (curve - curve.mean()).astype(np.float32)
+    return curve / max(float(np.linalg.norm(curve)), 1e-3)
+
+
+def same_recording(first, second):
+    """Whether two files are one recording in two formats, rates or gains.
+
+    Their smoothed level curves are compared at all shifts of up to 0.2 s.
+
+    Arguments
+    ---------
+    first, second : AudioLevels
+        Of the files.
+
+    Returns
+    -------
+    bool
+        True if the curves are of one length within 0.2 s and, but for a gain,
+        of one shape. False where they say too little: below about 4 s, silent,
+        or of one level throughout.
+
+    Example
+    -------
+    >>> from trackformer_sb.data.levels import AudioLevels
+    >>> song = np.random.default_rng(0).integers(120, 180, 600)
+    >>> song, quieter, other = (
+    ...     AudioLevels(codes.astype("uint8"), 0.5, 0.0, 0.0)
+    ...     for codes in (song, song - 12, song[::-1])
+    ... )
+    >>> same_recording(song, quieter), same_recording(song, other)
+    (True, False)
+    """
+    if abs(len(first.codes) - len(second.codes)) > MAX_SHIFT:
+        return False
+    first, second = _outline(first.codes), _outline(second.codes)
+    count = min(len(first), len(second)) - 2 * MAX_SHIFT
+    if count < MIN_SAME_WINDOWS:
+        return False
+    places = np.arange(count) + MAX_SHIFT
+    for shift in np.arange(-MAX_SHIFT, MAX_SHIFT + SHIFT_STEP / 2, SHIFT_STEP):
+        # half each, as in between two windows both are smoothed
+        one = np.interp(places + shift / 2, np.arange(len(first)), first)
+        two = np.interp(places - shift / 2, np.arange(len(second)), second)
+        one, two = one - one.mean(), two - two.mean()
+        spread = one.std() * two.std()
+        if (
+            spread > MIN_SPREAD_DB**2
+            and (one * two).mean() > SAME_CORRELATION * spread
+            and (one - two).std() < SAME_DEVIATION_DB
+        ):
+            return True
+    return False
+
+
+def _outline(codes):
+    """The smoothed level curve in dB, its quiet parts levelled."""
+    if len(codes) < len(OUTLINE_WINDOW):
+        return np.zeros(0)
+    window = OUTLINE_WINDOW / OUTLINE_WINDOW.sum()
+    power = np.convolve(POWERS[codes], window, "valid")
+    decibels = 10 * np.log10(np.maximum(power, 10 ** (FLOOR_DB / 10)))
+    loud = np.percentile(decibels, 95)
+    return np.maximum(decibels, loud - OUTLINE_RANGE_DB)

@@ -1,0 +1,212 @@
+"""A folder of music from its listing to songs that can be used."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from trackformer_sb.data.audio import UnreadableAudio, read_segment
+from trackformer_sb.data.headers import THREADS
+from trackformer_sb.data.layouts import (
+    LAYOUTS,
+    group_stems,
+    keep_few_stems,
+    moisesdb_songs,
+    musdb18hq_songs,
+    slakh2100_songs,
+)
+from trackformer_sb.data.songs import (
+    EXPECTED,
+    find_songs,
+    same_files_once,
+    skip_unreadable,
+    usable_songs,
+)
+
+FINDERS = {
+    "moisesdb": moisesdb_songs,
+    "musdb18hq": musdb18hq_songs,
+    "slakh2100": slakh2100_songs,
+}
+
+# What a folder of each dataset should hold, for messages.
+EXPECTED_IN = {**EXPECTED, **{name: LAYOUTS[name][3] for name in FINDERS}}
+
+# A share of samples at full scale that is heard as distortion, and an offset
+# that costs a decibel of range.
+MAX_CLIPPED_SHARE = 0.01
+MAX_DC_OFFSET = 0.1
+
+# A mixture that differs from the sum of its stems by more than this, in dB
+# relative to the mixture, has something that no stem has.
+MIXTURE_TOLERANCE_DB = -30.0
+CHECKED_SECONDS = 2.0
+
+
+class Library(NamedTuple):
+    """The usable songs of a folder, and what is known of their files.
+
+    songs : list of Song, with names and lengths, sorted by name.
+    headers : dict, path -> AudioInfo.
+    levels : dict, path -> AudioLevels; empty where nothing was decoded.
+    """
+
+    songs: list
+    headers: dict
+    levels: dict
+
+
+def list_songs(
+    key, folder, dataset, listing, findings, stem_groups=None, max_stems=None
+):
+    """The songs of a dataset, named by their paths, not read yet.
+
+    Arguments
+    ---------
+    key : str
+        The yaml key of the folder, for messages.
+    folder : str or Path
+        The folder.
+    dataset : str
+        stems, mixtures, demo or one of ``FINDERS``.
+    listing : dict
+        What ``headers.list_audio`` returned for the folder.
+    findings : Findings
+        Takes what is left out.
+    stem_groups : dict, optional
+        See ``layouts.group_stems``.
+    max_stems : int, optional
+        See ``layouts.keep_few_stems``.
+
+    Returns
+    -------
+    list of Song
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
+    if dataset in FINDERS:
+        songs = FINDERS[dataset](folder, listing, findings)
+    else:
+        songs = find_songs(key, folder, dataset, listing, findings)
+    songs = group_stems(songs, stem_groups)
+    songs = keep_few_stems(songs, max_stems, findings)
+    return same_files_once(songs, findings)
+
+
+def read_library(
+    where, songs, listing, cache, segment_seconds, findings, decode, check
+):
+    """Reads the files of songs and keeps the songs that can be used.
+
+    Arguments
+    ---------
+    where : str
+        Yaml key and folder, for messages.
+    songs : list of Song
+        With their final names.
+    listing : dict
+        What ``headers.list_audio`` returned for the folder.
+    cache : FileCache
+        What was read in earlier runs.
+    segment_seconds : float
+        The length a song must have.
+    findings : Findings
+        Takes what is left out.
+    decode : bool
+        Whether to decode the files for their levels.
+    check : bool
+        Whether clipped files and files with an offset are left out.
+
+    Returns
+    -------
+    Library
+
+    Raises
+    ------
+    ValueError
+        If no song is left.
+    """
+    headers = cache.headers(_of(songs, listing), progress=True)
+    songs = usable_songs(where, songs, headers, segment_seconds, findings)
+    check_mixtures(songs, findings)
+    levels = {}
+    if decode:
+        levels = cache.levels(_of(songs, listing), progress=True)
+        bad = set(skip_unreadable(songs, levels, findings))
+        if check:
+            bad |= _skip_distorted(songs, levels, findings)
+        songs = [song for song in songs if bad.isdisjoint(song.files)]
+        if not songs:
+            raise ValueError(
+                f"no usable songs under {where}: {len(bad)} files are damaged, "
+                f"first {min(bad)}"
+            )
+    headers = {path: headers[path] for song in songs for path in song.files}
+    return Library(songs, headers, levels)
+
+
+def _of(songs, listing):
+    """The part of a listing that songs are made of."""
+    return {path: listing[path] for song in songs for path in song.files}
+
+
+def _skip_distorted(songs, levels, findings):
+    """Paths of clipped files and of files with an offset."""
+    bad = set()
+    for song in songs:
+        for path in song.files:
+            level = levels[path]
+            if isinstance(level, UnreadableAudio) or path in bad:
+                continue
+            if level.clipped_share > MAX_CLIPPED_SHARE:
+                share = 100 * level.clipped_share
+                reason = f"clipped, {share:.1f} % of it is at full scale"
+            elif abs(level.dc_offset) > MAX_DC_OFFSET:
+                reason = f"a DC offset of {level.dc_offset:.2f}"
+            else:
+                continue
+            bad.add(path)
+            findings.skip(path, reason)
+    return bad
+
+
+def check_mixtures(songs, findings):
+    """Warns of mixtures that are not the sum of their stems.
+
+    Compares two seconds in the middle of each song that has a mixture.
+
+    Arguments
+    ---------
+    songs : list of Song
+        Readable songs with their lengths.
+    findings : Findings
+        Takes the warnings.
+    """
+    mixed = [song for song in songs if song.mixture]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for song, error in zip(mixed, pool.map(_mixture_error_db, mixed)):
+            if error is None:
+                findings.warn(f"{song.mixture}: cannot be read, the sum counts")
+            elif error > MIXTURE_TOLERANCE_DB:
+                findings.warn(
+                    f"{song.mixture}: differs from the sum of its stems by "
+                    f"{error:.0f} dB; the sum counts"
+                )
+
+
+def _mixture_error_db(song):
+    """Energy of mixture less stems over that of the mixture, in dB."""
+    start = max(0.0, song.seconds / 2 - CHECKED_SECONDS / 2)
+    what = start, CHECKED_SECONDS, 44100
+    try:
+        mixture = read_segment(song.mixture, *what)
+        rest = mixture.clone()
+        for path in song.files:
+            rest -= read_segment(path, *what)
+    except UnreadableAudio:
+        return None
+    energy = mixture.square().mean() + 1e-10
+    return float(10 * torch.log10((rest.square().mean() + 1e-20) / energy))

@@ -1,0 +1,253 @@
+"""The segments of a split, on disk: read when asked for, never all at once.
+
+A manifest is two files. ``<split>.jsonl`` has a line of JSON for each song;
+``<split>.npy`` has a column for each segment: the number of its song, its own
+number within the song, and where the line of the song begins. Both are mapped
+into memory, so a loader worker holds the pages it reads, and those are shared.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+
+class Manifest(Mapping):
+    """Segments in memory: segment id -> row, in the order of songs and ids.
+
+    Arguments
+    ---------
+    rows : Mapping
+        Segment id -> row with at least "song".
+
+    Example
+    -------
+    >>> rows = {
+    ...     "b_0": {"song": "b"},
+    ...     "a_1": {"song": "a"},
+    ...     "a_0": {"song": "a"},
+    ... }
+    >>> manifest = Manifest(rows)
+    >>> list(manifest), manifest.index("b_0"), manifest.song_range(1)
+    (['a_0', 'a_1', 'b_0'], 2, (0, 2))
+    """
+
+    def __init__(self, rows):
+        self.ids = sorted(rows, key=lambda item: (rows[item]["song"], item))
+        self._rows = [rows[item] for item in self.ids]
+        self._index = {item: i for i, item in enumerate(self.ids)}
+        names = [row["song"] for row in self._rows]
+        self._songs = np.cumsum(
+            [0] + [a != b for a, b in pairwise(names)], dtype=np.int64
+        )[: len(names)]
+
+    def __len__(self):
+        return len(self._songs)
+
+    def __iter__(self):
+        return iter(self.ids)
+
+    def __getitem__(self, segment_id):
+        return self.row(self.index(segment_id))
+
+    @property
+    def num_songs(self):
+        """Number of songs."""
+        return int(self._songs[-1]) + 1 if len(self._songs) else 0
+
+    def index(self, segment_id):
+        """Place of a segment in the order of songs and ids.
+
+        Raises
+        ------
+        KeyError
+            If there is no such segment.
+        """
+        return self._index[segment_id]
+
+    def row(self, index):
+        """The row of the segment at a place."""
+        return self._rows[index]
+
+    def song_range(self, index):
+        """First place of the song of a segment, and the one after its last."""
+        song = self._songs[index]
+        return (
+            int(np.searchsorted(self._songs, song)),
+            int(np.searchsorted(self._songs, song, side="right")),
+        )
+
+
+class MappedManifest(Manifest):
+    """Segments on disk, as ``write_manifest`` leaves them.
+
+    A row is {"song": str, "tracks": {name: path, or list of paths to add},
+    "start": seconds, "duration": seconds, "song_seconds": seconds,
+    "has_stems": bool}; the id of a segment is its song and its number.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Where the files are; relative paths of tracks are relative to it.
+    split : str
+        Their name without ending.
+
+    Raises
+    ------
+    FileNotFoundError
+        If one of the files is not there.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> line = {"song": "a", "tracks": {"mixture": "/a.wav"}, "duration": 3.0}
+    >>> line.update(hop=3.0, song_seconds=9.5, has_stems=False)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_manifest(folder, "train", [(line, range(3))])
+    ...     manifest = MappedManifest(folder, "train")
+    ...     manifest.ids[2], manifest["a_0002"]["start"]
+    ('a_0002', 6.0)
+    """
+
+    def __init__(self, folder, split):
+        self.folder, self.split = os.path.abspath(folder), split
+        self._open()
+
+    def _open(self):
+        base = Path(self.folder) / self.split
+        columns = np.load(f"{base}.npy", mmap_mode="r")
+        self._songs, self._numbers, self._offsets = columns
+        with open(f"{base}.jsonl", "rb") as file:
+            self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.ids = _Ids(self)
+
+    def __getstate__(self):
+        return self.folder, self.split
+
+    def __setstate__(self, state):
+        self.folder, self.split = state
+        self._open()
+
+    def _line(self, index):
+        begin = int(self._offsets[index])
+        return json.loads(self._lines[begin : self._lines.find(b"\n", begin)])
+
+    def _key(self, index):
+        return self._line(index)["song"], int(self._numbers[index])
+
+    def segment_id(self, index):
+        """The id of the segment at a place."""
+        song, number = self._key(index)
+        return f"{song}_{number:04d}"
+
+    def index(self, segment_id):
+        """Place of a segment, see ``Manifest.index``."""
+        song, _, number = str(segment_id).rpartition("_")
+        first, end = 0, len(self)
+        if number.isdecimal():
+            wanted = song, int(number)
+            while first < end:
+                middle = (first + end) // 2
+                if self._key(middle) < wanted:
+                    first = middle + 1
+                else:
+                    end = middle
+            if first < len(self) and self.segment_id(first) == segment_id:
+                return first
+        raise KeyError(segment_id)
+
+    def row(self, index):
+        """The row of the segment at a place."""
+        line = self._line(index)
+        hop = line.pop("hop")
+        line["start"] = round(int(self._numbers[index]) * hop, 6)
+        tracks = line["tracks"]
+        for name, files in tracks.items():
+            whole = [
+                os.path.join(self.folder, file)
+                for file in ([files] if isinstance(files, str) else files)
+            ]
+            tracks[name] = whole[0] if isinstance(files, str) else whole
+        return line
+
+
+class _Ids(Sequence):
+    """The ids of a manifest, each made when it is asked for."""
+
+    def __init__(self, manifest):
+        self.manifest = manifest
+
+    def __len__(self):
+        return len(self.manifest)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        return self.manifest.segment_id(index)
+
+
+def write_manifest(folder, split, songs):
+    """Writes the songs of a split and which of their segments count.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Where to write; there already.
+    split : str
+        Name of the files without ending.
+    songs : iterable of (dict, sequence of int)
+        The line of a song with "song", "tracks", "duration" and "hop" (of its
+        segments, in seconds), "song_seconds" and "has_stems", and the numbers
+        of its segments; sorted by "song". Songs without segments are left out.
+    """
+    base = Path(folder) / split
+    columns, offset, song = [], 0, 0
+    unfinished = Path(folder) / f".{split}.{os.getpid()}"
+    try:
+        with open(unfinished, "wb") as file:
+            for line, numbers in songs:
+                if not len(numbers):
+                    continue
+                part = np.empty((3, len(numbers)), np.int64)
+                part[0], part[1], part[2] = song, numbers, offset
+                columns.append(part)
+                text = json.dumps(line).encode() + b"\n"
+                file.write(text)
+                offset, song = offset + len(text), song + 1
+        os.replace(unfinished, f"{base}.jsonl")
+        with open(unfinished, "wb") as file:
+            empty = [np.empty((3, 0), np.int64)]
+            np.save(file, np.concatenate(columns or empty, axis=1))
+        os.replace(unfinished, f"{base}.npy")
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_songs(folder, split):
+    """The songs of a split, as ``write_manifest`` left them.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Where the manifest is.
+    split : str
+        Its name.
+
+    Returns
+    -------
+    list of dict
+        A line each, see ``write_manifest``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+    with open(Path(folder) / f"{split}.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

@@ -1,0 +1,133 @@
+"""A folder of music packed for training at scale: shards and test songs.
+
+What is trained on becomes shards. What is evaluated is read in the same order
+every time, so it stays a manifest with files, at the rate of the shards.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import soundfile
+from speechbrain.utils.logger import get_logger
+from tqdm import tqdm
+
+from trackformer_sb.data.audio import UnreadableAudio, read_segment
+from trackformer_sb.data.catalogue import REPORT, prepare
+from trackformer_sb.data.manifest import (
+    MappedManifest,
+    read_songs,
+    write_manifest,
+)
+from trackformer_sb.data.shards import import_webdataset, make_shards
+
+logger = get_logger(__name__)
+
+EVALUATED = ("valid", "test")
+MANIFESTS = "manifests"
+
+
+def pack(
+    folder,
+    dataset,
+    out_folder,
+    sample_rate=44100,
+    shard_megabytes=256,
+    subtype="PCM_16",
+    **options,
+):
+    """Packs a dataset: OUT/train-000000.tar ..., and songs to evaluate on.
+
+    Called again it goes on where it was stopped. The folder is what the keys
+    ``dataset: shards`` and ``data_folder`` of a training take.
+
+    Arguments
+    ---------
+    folder : str or Path
+        The music.
+    dataset : str
+        See ``catalogue.prepare``.
+    out_folder : str or Path
+        Where everything goes.
+    sample_rate : int
+        Rate of everything in Hz.
+    shard_megabytes, subtype
+        See ``shards.make_shards``.
+    **options
+        Of ``catalogue.prepare``.
+
+    Returns
+    -------
+    dict
+        The index of the shards, see ``shards.make_shards``.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As ``catalogue.prepare`` and ``shards.make_shards``.
+    """
+    import_webdataset()
+    out_folder = Path(out_folder)
+    manifests = out_folder / MANIFESTS
+    report = prepare(
+        folder, dataset, manifests, sample_rate=sample_rate, **options
+    )
+    index = make_shards(
+        MappedManifest(manifests, "train"),
+        out_folder,
+        "train",
+        sample_rate,
+        shard_megabytes=shard_megabytes,
+        subtype=subtype,
+        seed=report["settings"]["seed"],
+        progress=True,
+    )
+    for split in EVALUATED:
+        _copy_songs(manifests, out_folder, split, sample_rate)
+    text = json.dumps(report, indent=2)
+    unfinished = out_folder / f".{REPORT}.part"
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, out_folder / REPORT)
+    return index
+
+
+def _copy_songs(manifests, out_folder, split, sample_rate):
+    """Writes the songs of a split as mono float wav, and their manifest."""
+    numbers = {}
+    manifest = MappedManifest(manifests, split)
+    for segment_id in manifest:
+        song, _, number = segment_id.rpartition("_")
+        numbers.setdefault(song, []).append(int(number))
+    lines = []
+    for line in tqdm(read_songs(manifests, split), desc=split, unit="song"):
+        try:
+            line["tracks"] = _copy_tracks(line, out_folder, split, sample_rate)
+        except UnreadableAudio as error:
+            logger.warning(f"a song is left out of {split}: {error}")
+        else:
+            lines.append((line, numbers[line["song"]]))
+    write_manifest(out_folder, split, lines)
+
+
+def _copy_tracks(line, out_folder, split, sample_rate):
+    """Writes the tracks of a song; returns their paths below the folder."""
+    tracks = {}
+    # names of tracks are free text
+    for i, (name, files) in enumerate(line["tracks"].items()):
+        path = Path(split) / line["song"] / f"{i}.wav"
+        tracks[name] = str(path)
+        path = out_folder / path
+        if path.exists():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        first, *others = [files] if isinstance(files, str) else files
+        what = 0.0, line["song_seconds"], sample_rate
+        sig = read_segment(first, *what)
+        for other in others:
+            sig += read_segment(other, *what)
+        unfinished = path.with_name(f".{path.name}.part")
+        soundfile.write(
+            unfinished, sig.numpy(), sample_rate, "FLOAT", format="WAV"
+        )
+        os.replace(unfinished, path)
+    return tracks

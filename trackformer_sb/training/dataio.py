@@ -1,0 +1,217 @@
+"""From the data keys of a yaml to datasets, for all recipes."""
+
+import json
+import pathlib
+
+import torch
+import yaml
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.data_pipeline import DataPipeline
+from speechbrain.utils.distributed import run_on_main
+
+from trackformer_sb.data.augment import Augmentation
+from trackformer_sb.data.catalogue import REPORT, prepare
+from trackformer_sb.data.manifest import MappedManifest
+from trackformer_sb.data.mixtures import MixtureOfMixtures
+
+# Keys of the yaml that ``prepare`` takes.
+DATA_KEYS = (
+    "data_folder",
+    "dataset",
+    "segment_seconds",
+    "segment_hop_seconds",
+    "split_ratio",
+    "seed",
+    "sample_rate",
+    "test_folder",
+    "test_dataset",
+    "split",
+    "split_file",
+    "stem_groups",
+    "max_stems",
+    "audio_check",
+    "min_active_share",
+    "min_level_db",
+    "strict",
+    "cache_folder",
+)
+
+# Those that say how training pairs are made, and how they are augmented.
+PAIR_KEYS = (
+    "gain_db",
+    "single_stem_share",
+    "silent_share",
+    "equal_levels",
+    "channel",
+)
+AUGMENTATION_KEYS = (
+    "polarity_share",
+    "time_shift_seconds",
+    "speed_percent",
+    "time_stretch_percent",
+    "pitch_shift_semitones",
+)
+
+
+class SegmentDataset(DynamicItemDataset):
+    """SpeechBrain's dataset over a manifest, without a list of its ids.
+
+    Arguments
+    ---------
+    manifest : Manifest
+        The segments.
+
+    Example
+    -------
+    >>> from trackformer_sb.data.manifest import Manifest
+    >>> dataset = SegmentDataset(Manifest({"a_0000": {"song": "a"}}))
+    >>> dataset.set_output_keys(["id", "song"])
+    >>> dataset[0]
+    {'id': 'a_0000', 'song': 'a'}
+    """
+
+    # not calling the one above: it makes the list
+    def __init__(self, manifest):
+        self.data = manifest
+        self.data_ids = manifest.ids
+        keys = manifest.row(0)
+        self.pipeline = DataPipeline(["id", *keys], [])
+        self.set_output_keys([])
+
+
+def prepare_data(hparams):
+    """Makes the manifests of the data, on the main process.
+
+    Arguments
+    ---------
+    hparams : dict
+        The loaded yaml.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        For a data folder that cannot be used.
+    """
+    if hparams["dataset"] == "shards":
+        _check_packed(hparams)
+        return
+    if hparams["shard_urls"]:
+        raise ValueError(
+            "shard_urls is given, expected dataset: shards, got dataset: "
+            f"{hparams['dataset']}"
+        )
+    options = {key: hparams[key] for key in DATA_KEYS}
+    if isinstance(options["stem_groups"], str):
+        # a mapping on the command line arrives as a text
+        options["stem_groups"] = yaml.safe_load(options["stem_groups"])
+    options["manifest_folder"] = manifest_folder(hparams)
+    run_on_main(prepare, kwargs=options)
+
+
+def manifest_folder(hparams):
+    """Where the manifests of an experiment are."""
+    if hparams["dataset"] == "shards":
+        return pathlib.Path(hparams["data_folder"])
+    return pathlib.Path(hparams["output_folder"]) / "manifests"
+
+
+def data_report(hparams):
+    """What the data of an experiment is, see ``data.catalogue.prepare``."""
+    path = manifest_folder(hparams) / REPORT
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _check_packed(hparams):
+    """Refuses a folder that packing did not leave, or settings it lacks."""
+    folder = hparams["data_folder"]
+    where = f"data_folder={folder}"
+    path = pathlib.Path(folder or "") / REPORT
+    if not folder or not path.is_file():
+        raise FileNotFoundError(
+            f"{where} has no {REPORT}, expected with dataset: shards a folder "
+            "that `trackformer shards make` has finished"
+        )
+    packed = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    if packed["sample_rate"] != hparams["sample_rate"]:
+        raise ValueError(
+            f"sample_rate: expected {packed['sample_rate']} Hz, that of the "
+            f"shards of {where}, got {hparams['sample_rate']}"
+        )
+    if packed["segment_seconds"] < hparams["segment_seconds"]:
+        raise ValueError(
+            f"segment_seconds: expected up to {packed['segment_seconds']}, the "
+            f"length packed in {where}, got {hparams['segment_seconds']}"
+        )
+    if hparams["test_folder"]:
+        raise ValueError(
+            "test_folder: shards bring their own test songs, expected null, "
+            f"got {hparams['test_folder']}"
+        )
+
+
+def _sharded(hparams, training):
+    """The training set of shards, and what its loader needs."""
+    # Imported here: an optional extra.
+    from trackformer_sb.data.shard_reading import ShardedMixtures
+
+    distributed = torch.distributed.is_initialized()
+    dataset = ShardedMixtures(
+        hparams["shard_urls"] or hparams["data_folder"],
+        hparams["sample_rate"],
+        hparams["segment_seconds"],
+        hparams["seed"],
+        world_size=torch.distributed.get_world_size() if distributed else 1,
+        epoch_segments=hparams["epoch_segments"],
+        batch_size=hparams["batch_size"],
+        **training,
+    )
+    options = hparams["train_loader_options"]
+    options.pop("shuffle", None)
+    options["collate_fn"] = PaddedBatch
+    return dataset
+
+
+def dataio_prep(hparams, rank):
+    """Datasets of pairs of mixtures from the prepared manifests.
+
+    Returns
+    -------
+    datasets : dict
+        "train", "valid" and "test".
+    pairs : MixtureOfMixtures or ShardedMixtures
+        What draws the training pairs; to be told the epoch.
+    """
+    folder = manifest_folder(hparams)
+    training = {key: hparams[key] for key in PAIR_KEYS}
+    training["rank"] = rank
+    training["augmentation"] = Augmentation(
+        **{key: hparams[key] for key in AUGMENTATION_KEYS}
+    )
+    if hparams["strict"]:
+        training["max_failures"] = 1
+    datasets, train_pairs = {}, None
+    for split in ("train", "valid", "test"):
+        if split == "train" and hparams["dataset"] == "shards":
+            datasets[split] = train_pairs = _sharded(hparams, training)
+            continue
+        rows = MappedManifest(folder, split)
+        dataset = SegmentDataset(rows)
+        pairs = MixtureOfMixtures(
+            rows,
+            hparams["sample_rate"],
+            hparams["seed"],
+            **(training if split == "train" else {"with_stems": True}),
+        )
+        dataset.add_dynamic_item(
+            pairs, takes="id", provides=["mixtures", "stems", "skipped"]
+        )
+        dataset.add_dynamic_item(list, takes="tracks", provides="names")
+        keys = ["id", "song", "mixtures", "skipped"]
+        if split == "train":
+            train_pairs = pairs
+        else:
+            keys += ["stems", "names"]
+        dataset.set_output_keys(keys)
+        datasets[split] = dataset
+    return datasets, train_pairs
