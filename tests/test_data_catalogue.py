@@ -43,7 +43,8 @@ def write_stems(folder, num_songs=6, stems=("bass", "drums"), **options):
     for i in range(num_songs):
         for stem in stems:
             # equal files would be one song
-            write(folder / f"song_{i}" / f"{stem}.wav", level=i / 64, **options)
+            path = folder / f"song_{i}" / f"{stem}.wav"
+            write(path, level=(i + 0.5) / 64, **options)
     return folder
 
 
@@ -66,7 +67,7 @@ def all_rows(folder):
 def test_mixtures_are_files_at_any_depth(tmp_path):
     music = write_mixtures(tmp_path / "music", 8)
     deep = write(music / "a" / "b" / "deep song.flac")
-    upper = write(music / "UPPER.WAV")
+    upper = write(music / "UPPER.WAV", level=0.9)
     (music / "LICENSE.txt").write_text("CC0")
     (music / "._song_0.wav").write_text("macOS leaves these")
     report = prepare(music, "mixtures", tmp_path / "json")
@@ -83,7 +84,7 @@ def test_stems_are_folders_at_any_depth(tmp_path):
     music = write_stems(tmp_path / "music")
     write(music / "album" / "song" / "vocals.wav")
     write(music / "album" / "song" / "mixture.wav", seconds=60)
-    write(music / "song_3" / "Mix.flac", level=3 / 32)
+    write(music / "song_3" / "Mix.flac", level=7 / 64)
     (music / "song_0" / "LICENSE.txt").write_text("CC0")
     report = prepare(music, "stems", tmp_path / "json")
     rows = all_rows(tmp_path / "json")

@@ -10,6 +10,7 @@ import soundfile
 import yaml
 
 from trackformer_sb.data.audio import AUDIO_EXTENSIONS
+from trackformer_sb.data.findings import Findings
 from trackformer_sb.data.layouts import (
     MUSDB18_VALIDATION,
     group_stems,
@@ -18,7 +19,7 @@ from trackformer_sb.data.layouts import (
     musdb18hq_songs,
     slakh2100_songs,
 )
-from trackformer_sb.data.songs import Findings, Song
+from trackformer_sb.data.songs import Song
 
 UUID = "0358ee6f-2abb-4fa1-a33c-4ac3a2fe1d52"
 LOADERS = {

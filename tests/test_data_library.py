@@ -13,10 +13,10 @@ import yaml
 from trackformer_sb.data import headers, library
 from trackformer_sb.data.audio import UnreadableAudio
 from trackformer_sb.data.catalogue import prepare
+from trackformer_sb.data.findings import Findings
 from trackformer_sb.data.headers import FileCache, file_stat
 from trackformer_sb.data.manifest import MappedManifest, read_songs
 from trackformer_sb.data.segments import SegmentFilter
-from trackformer_sb.data.songs import Findings
 from trackformer_sb.data.splits import SPLITS
 
 RATE = 8000
@@ -286,7 +286,82 @@ def test_no_copy_of_a_test_song_is_trained_on(tmp_path):
     }
 
 
+def test_other_tags_do_not_hide_a_copy(tmp_path):
+    music = library_of(tmp_path / "music")
+    sig, _ = soundfile.read(music / "song 3.wav", dtype="int16")
+    # lossless: the same samples in other bytes
+    path = music / "0.flac"
+    with soundfile.SoundFile(path, "w", RATE, 1) as file:
+        file.title = "a title of its own"
+        file.write(sig)
+    report = catalogue(music, tmp_path / "out")
+    (entry,) = report["skipped"]
+    assert entry["file"] == str(music / "song 3.wav")
+    assert entry["reason"] == f"a copy of {path}"
+
+
+def test_no_file_of_a_test_song_is_trained_on(tmp_path):
+    tests = musdb(tmp_path / "tests")
+    music = library_of(tmp_path / "music")
+    shutil.copy(tests / "test" / "c - C" / "mixture.wav", music / "x.wav")
+    shutil.copy(tests / "test" / "c - C" / "bass.wav", music / "y.wav")
+    linked = music / "z.wav"
+    options = {"test_folder": tests / "test", "test_dataset": "stems"}
+    report = catalogue(music, tmp_path / "out", **options)
+    reason = f"it has music of the test song {tests / 'test' / 'c - C'}"
+    assert {x["file"]: x["reason"] for x in report["skipped"]} == {
+        str(music / "x.wav"): reason,
+        str(music / "y.wav"): reason,
+    }
+    linked.symlink_to(tests / "test" / "d - Ü" / "mixture.wav")
+    with pytest.raises(ValueError, match="must not be trained on"):
+        catalogue(music, tmp_path / "again", **options)
+
+
+def test_silent_songs_of_one_length_are_no_copies(tmp_path):
+    music = library_of(tmp_path / "music")
+    for i in range(2):
+        sig = np.zeros((6 * RATE, 1))
+        sig[100 + i] = 0.5
+        write(music / f"click {i}.wav", sig)
+    assert catalogue(music, tmp_path / "out")["skipped"] == []
+
+
+def test_only_files_that_could_be_copies_are_fingerprinted(
+    tmp_path, monkeypatch
+):
+    music = library_of(tmp_path / "music", songs=6)
+    for i in range(6):
+        write(music / f"own length {i}.wav", noise(20 + i, seconds=7 + i / 2))
+    read = []
+    fingerprint = headers.audio_fingerprint
+
+    def noting(path):
+        read.append(path)
+        return fingerprint(path)
+
+    monkeypatch.setattr(headers, "audio_fingerprint", noting)
+    catalogue(music, tmp_path / "a")
+    assert sorted(read) == sorted(str(p) for p in music.glob("song*.wav"))
+    catalogue(music, tmp_path / "b")
+    assert len(read) == 6
+
+
 # ------------------------------------------------------------------ the splits
+
+
+def test_a_library_that_has_grown_keeps_its_split(tmp_path):
+    music = library_of(tmp_path / "music", songs=20)
+    before = catalogue(music, tmp_path / "out")["splits"]
+    for i in range(5):
+        write(music / f"another {i}.wav", noise(100 + i))
+    after = catalogue(music, tmp_path / "out")["splits"]
+    for split in ("valid", "test"):
+        assert after[split]["song_names"] == before[split]["song_names"]
+    assert after["train"]["songs"] == before["train"]["songs"] + 5
+    # other settings are another experiment
+    other = catalogue(music, tmp_path / "out", seed=3)["splits"]
+    assert other["test"]["song_names"] != before["test"]["song_names"]
 
 
 def write_split(path, **lists):
@@ -478,6 +553,44 @@ def test_a_full_check_finds_what_headers_do_not_show(tmp_path, caplog):
     saved = json.loads((tmp_path / "b" / "data_report.json").read_text())
     assert saved == report
     assert len(songs_in(tmp_path / "b")) == 6
+
+
+def test_other_formats_and_links_are_named(tmp_path, caplog):
+    music = library_of(tmp_path / "music")
+    for name in ("a.m4a", "b.M4A", "c.wma"):
+        (music / name).write_bytes(b"x")
+    library_of(tmp_path / "beside", songs=1)
+    (music / "above").symlink_to(tmp_path, target_is_directory=True)
+    (music / "self").symlink_to(music, target_is_directory=True)
+    with caplog.at_level(logging.WARNING):
+        report = catalogue(music, tmp_path / "out")
+    reasons = {x["file"]: x["reason"] for x in report["skipped"]}
+    assert reasons == {
+        str(music / "a.m4a"): ".m4a is not read",
+        str(music / "b.M4A"): ".m4a is not read",
+        str(music / "c.wma"): ".wma is not read",
+        str(music / "above"): "a link to a folder above",
+        str(music / "self"): f"a link to {music}",
+    }
+    said = [m for m in caplog.messages if "does not read" in m]
+    assert len(said) == 2 and said[0].startswith("skipped 2 .m4a files")
+    assert len(songs_in(tmp_path / "out")) == 8
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, caplog):
+    music = library_of(tmp_path / "music")
+    (tmp_path / "file").write_text("no folder")
+    report = catalogue(
+        music, tmp_path / "out", cache_folder=tmp_path / "file" / "cache"
+    )
+    assert sum(part["songs"] for part in report["splits"].values()) == 8
+    assert any("cache_folder" in m for m in caplog.messages)
+
+
+def test_a_split_file_without_its_switch(tmp_path):
+    music = library_of(tmp_path / "music")
+    with pytest.raises(ValueError, match="expected split: from_file"):
+        catalogue(music, tmp_path / "out", split_file="split.yaml")
 
 
 def test_strict_stops_at_the_first(tmp_path):

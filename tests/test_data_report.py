@@ -48,7 +48,7 @@ def test_data_prints_and_draws(tmp_path, capsys):
     assert sum(int(line[3]) for line in sizes) == 7 * 4
     assert printed[4] == "files    14 of 8000 Hz; 14 of 1 channel(s)"
     assert printed[5] == "stems    bass 7, drums 7"
-    assert printed[6] == "left out 0 segments, 1 files or songs"
+    assert printed[6] == ("segments left out 0; files and songs: 1 left out")
     assert "the file is empty" in printed[7]
     figures = [line.split()[-1] for line in printed if line[:6] == "figure"]
     assert [name.rpartition("/")[2] for name in figures] == [
@@ -161,6 +161,15 @@ def test_songs_that_break_while_they_are_packed(tmp_path, caplog):
     assert tested == set(splits["test"]["song_names"]) - {broken["test"]}
     said = [m for m in caplog.messages if "NaN" in m]
     assert len(said) == 2
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert report["splits"]["train"]["segments"] == 5 * 4 - 1
+    assert report["splits"]["test"]["songs"] == 2
+    assert set(report["splits"]["test"]["song_names"]) == tested
+    assert len(report["skipped"]) == 2
+    assert all("NaN" in entry["reason"] for entry in report["skipped"])
+    with pytest.raises(ValueError, match=r"strict: .*NaN"):
+        pack(music, "stems", tmp_path / "b", RATE, strict=True, **options)
+    assert not (tmp_path / "b" / "data_report.json").exists()
 
 
 def test_help_reads_well():

@@ -123,6 +123,24 @@ def test_shard_urls_without_shards(songs, tmp_path):
         recipe.main([*argv, "--shard_urls=x.tar"])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("speed_percent", "five", "speed_percent: expected a number"),
+        ("gain_db", "True", "gain_db: expected a number, got True"),
+        ("min_active_share", "null", "min_active_share: expected a number"),
+        ("min_level_db", "soft", "min_level_db: expected dBFS or null"),
+        ("strict", "maybe", "strict: expected True or False, got 'maybe'"),
+        ("equal_levels", "1", "equal_levels: expected True or False, got 1"),
+        ("stem_groups", "{band: [bass", "stem_groups: expected {group"),
+    ],
+)
+def test_values_of_another_type(songs, tmp_path, key, value, message):
+    argv = tiny("performer_mixit.yaml", songs, tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        recipe.main([*argv, f"--{key}={value}"])
+
+
 def test_all_switches_at_once(songs, tmp_path):
     _, _, metrics = run(
         songs,

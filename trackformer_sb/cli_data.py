@@ -12,7 +12,11 @@ DATA_OPTIONS = (
     "seed",
     "max_stems",
     "min_active_share",
-    "audio_check",
+    "min_level_db",
+    "stem_groups",
+    "test_folder",
+    "test_dataset",
+    "cache_folder",
     "strict",
 )
 
@@ -22,6 +26,19 @@ def positive(text):
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def _mapping(text):
+    """A mapping in yaml, for argparse."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"is no yaml: {text}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a mapping, got {text}")
     return value
 
 
@@ -76,11 +93,27 @@ def _add_data_options(parser, hint):
         help="leave out segments of which less sounds",
     )
     parser.add_argument(
-        "--audio_check",
-        choices=("header", "full"),
-        default="header",
-        help="full: decode all files, and leave out what is damaged, clipped, "
-        "off centre or there twice in two formats",
+        "--min_level_db",
+        type=float,
+        metavar="DB",
+        help="leave out segments below this level in dBFS",
+    )
+    parser.add_argument(
+        "--stem_groups",
+        type=_mapping,
+        metavar="YAML",
+        help="stems that are one, as in '{band: [bass, guitar*]}'",
+    )
+    parser.add_argument(
+        "--test_folder",
+        metavar="DIR",
+        help="music of another folder to test on",
+    )
+    parser.add_argument(
+        "--test_dataset", default="stems", help="what it holds (%(default)s)"
+    )
+    parser.add_argument(
+        "--cache_folder", metavar="DIR", help="where headers are kept"
     )
     parser.add_argument(
         "--strict",
@@ -118,7 +151,8 @@ def add_data(commands):
     parser.add_argument(
         "--headers_only",
         action="store_true",
-        help="do not decode the files: no levels, no activity",
+        help="do not decode the files: no levels, no activity, and damage "
+        "stays unseen",
     )
     parser.set_defaults(run=_data)
 
@@ -176,6 +210,13 @@ def add_shards(commands):
         help="rate of the shards (default: %(default)s)",
     )
     parser.add_argument(
+        "--audio_check",
+        choices=("header", "full"),
+        default="header",
+        help="full: decode all files before, and leave out what is damaged, "
+        "clipped, off centre or there twice in two formats",
+    )
+    parser.add_argument(
         "--shard_megabytes",
         type=positive,
         default=256,
@@ -196,6 +237,7 @@ def _shards(args):
             args.out,
             sample_rate=args.sample_rate,
             shard_megabytes=args.shard_megabytes,
+            audio_check=args.audio_check,
             **_data_options(args),
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:

@@ -11,21 +11,23 @@ the built-in demo band, a folder of stems made on the spot. How `moisesdb`,
 import hashlib
 import json
 import os
-from collections import Counter
 from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
 
 from trackformer_sb.data.copies import leave_out_copies
+from trackformer_sb.data.findings import Findings
 from trackformer_sb.data.headers import FileCache, list_audio
 from trackformer_sb.data.library import (
     EXPECTED_IN,
+    describe_files,
+    fingerprint_files,
     list_songs,
     read_library,
 )
 from trackformer_sb.data.manifest import write_manifest
 from trackformer_sb.data.segments import SegmentFilter, song_lines
-from trackformer_sb.data.songs import Findings, name_songs
+from trackformer_sb.data.songs import name_songs
 from trackformer_sb.data.splits import (
     SPLITS,
     check_apart,
@@ -168,6 +170,10 @@ def prepare(
         segment_hop_seconds=segment_hop_seconds,
         sample_rate=sample_rate,
     )
+    if split_file and split != "from_file":
+        raise ValueError(
+            f"split_file is given, expected split: from_file, got {split!r}"
+        )
     segment_filter = SegmentFilter(min_active_share, min_level_db)
     manifest_folder = Path(manifest_folder)
     if dataset == "demo":
@@ -226,12 +232,16 @@ def prepare(
     if split == "from_file":
         found["data_folder"] = read_split_file(split_file, found["data_folder"])
     songs = name_songs(found)
+    caches = {
+        key: FileCache(folder, cache_folder)
+        for key, (folder, _) in sources.items()
+    }
     libraries = {
         key: read_library(
             f"{key}={folder}",
             songs[key],
             listings[key],
-            FileCache(folder, cache_folder),
+            caches[key],
             segment_seconds,
             findings,
             decode=audio_check == "full" or segment_filter.is_on,
@@ -247,9 +257,16 @@ def prepare(
     songs = {key: library.songs for key, library in libraries.items()}
     if test_folder:
         check_apart(songs["data_folder"], songs["test_folder"])
-    songs = leave_out_copies(songs, levels, findings)
+    fingerprints = fingerprint_files(libraries, listings, caches)
+    songs = leave_out_copies(songs, fingerprints, levels, findings)
     splits = make_splits(
-        songs, sources, split == "by_song", split_ratio, seed, findings
+        songs,
+        sources,
+        split == "by_song",
+        split_ratio,
+        seed,
+        findings,
+        _last_places(manifest_folder, settings),
     )
     segments, left_out = {}, 0
     for name, part in splits.items():
@@ -275,7 +292,7 @@ def prepare(
             for name, part in splits.items()
         },
         "segments_left_out": left_out,
-        **_kinds(splits, libraries),
+        **describe_files(splits, libraries),
         "skipped": findings.skipped,
         "warnings": findings.warnings,
     }
@@ -284,35 +301,6 @@ def prepare(
         logger.info("%s", findings.summary())
     _write_manifests(manifest_folder, segments, report)
     return report
-
-
-def _kinds(splits, libraries):
-    """How many files of which rate and channels, songs of which stem."""
-    files = {
-        path: library.headers[path]
-        for part in splits.values()
-        for song in part
-        for path in song.files
-        for library in libraries.values()
-        if path in library.headers
-    }
-    return {
-        "sample_rates": dict(
-            Counter(str(info.sample_rate) for info in files.values())
-        ),
-        "channels": dict(
-            Counter(str(info.channels) for info in files.values())
-        ),
-        "stems": dict(
-            Counter(
-                track
-                for part in splits.values()
-                for song in part
-                if song.has_stems
-                for track in song.tracks
-            ).most_common()
-        ),
-    }
 
 
 def _check_segments(report):
@@ -343,6 +331,22 @@ def _check(split_ratio, **positive):
         raise ValueError(
             f"expected split_ratio of three positive numbers, got {split_ratio}"
         )
+
+
+def _last_places(manifest_folder, settings):
+    """Song -> split of the last run, if only the music has changed."""
+    try:
+        with open(manifest_folder / REPORT, encoding="utf-8") as file:
+            report = json.load(file)
+        if report["settings"] != json.loads(json.dumps(settings)):
+            return {}
+        return {
+            name: split
+            for split, part in report["splits"].items()
+            for name in part["song_names"]
+        }
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def _last_report(manifest_folder, fingerprint):

@@ -1,15 +1,8 @@
-"""The same song twice: equal files, or the same recording in another form."""
-
-import filecmp
-import hashlib
-import os
-from collections import defaultdict
+"""The same song twice: under another name, or in another form."""
 
 import numpy as np
 
 from trackformer_sb.data.levels import FLOOR_DB, POWERS, sum_levels
-
-HASHED_BYTES = 2**16
 
 # Measured on real music. The level curves of 34 songs and of their mp3, Opus,
 # 16 kHz, quieter and 50 ms later copies correlate by 0.977 and more and differ
@@ -39,17 +32,19 @@ LENGTH_TOLERANCE = 0.5  # seconds
 KEEP_FIRST = ("test", "valid", "train", "")
 
 
-def find_copies(songs, levels=None):
+def find_copies(songs, fingerprints, levels=None):
     """Which songs are copies of an earlier one.
 
-    Songs are copies if their files are equal byte for byte, whatever their
-    names; with levels also if their level curves agree, as those of a wav file
-    and its mp3 do.
+    Songs are copies if their files sound alike, whatever their names and tags;
+    with levels also if their level curves agree, as those of a wav file and
+    its mp3 do.
 
     Arguments
     ---------
     songs : list of Song
         With their lengths; the first of a set of copies is the original.
+    fingerprints : dict
+        Path -> what is equal for files that sound alike.
     levels : dict, optional
         Path -> AudioLevels of all files.
 
@@ -60,42 +55,34 @@ def find_copies(songs, levels=None):
 
     Example
     -------
-    >>> import tempfile
     >>> from trackformer_sb.data.songs import Song
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     paths = [f"{folder}/{name}" for name in "abc"]
-    ...     for path, content in zip(paths, ["x", "y", "x"]):
-    ...         with open(path, "w") as file:
-    ...             _ = file.write(content)
-    ...     find_copies([Song(p, {"mixture": (p,)}, False) for p in paths])
+    >>> songs = [Song(name, {"mixture": (name,)}, False) for name in "abc"]
+    >>> find_copies(songs, {"a": 7, "b": 8, "c": 7})
     {2: 0}
     """
-    copies = {}
-    for same_sizes in _grouped(range(len(songs)), songs, os.path.getsize):
-        for same in _grouped(same_sizes, songs, _fingerprint):
-            for i in same[1:]:
-                first = next(
-                    (
-                        j
-                        for j in same
-                        if j < i and j not in copies and _equal(songs, i, j)
-                    ),
-                    None,
-                )
-                if first is not None:
-                    copies[i] = first
+    copies, first_with = {}, {}
+    for i, song in enumerate(songs):
+        files = tuple(sorted(fingerprints[path] for path in song.files))
+        first = first_with.setdefault(files, i)
+        if first != i:
+            copies[i] = first
     if levels:
         _find_recordings(songs, levels, copies)
     return copies
 
 
-def leave_out_copies(songs, levels, findings):
+def leave_out_copies(songs, fingerprints, levels, findings):
     """Leaves out songs that are there twice, in favour of those to test on.
+
+    Of another folder to test on, no file is trained on, be it the mixture or a
+    single stem.
 
     Arguments
     ---------
     songs : dict
         "data_folder", and "test_folder" if there is one -> list of Song.
+    fingerprints : dict
+        Path -> what is equal for files that sound alike, mixtures among them.
     levels : dict
         Path -> AudioLevels of all files, or empty.
     findings : Findings
@@ -115,47 +102,26 @@ def leave_out_copies(songs, levels, findings):
         )
     ]
     everything = [songs[key][i] for key, i in order]
-    copies = find_copies(everything, levels)
-    for copy, first in sorted(copies.items()):
-        original = everything[first].path
-        tested = order[first][0] == "test_folder"
-        which = "the test song " if tested else ""
-        reason = f"a copy of {which}{original}"
-        findings.skip(everything[copy].path, reason, unwanted=True)
-    gone = {order[copy] for copy in copies}
+    tested = {}
+    for song in songs.get("test_folder", ()):
+        for path in filter(None, [*song.files, song.mixture]):
+            tested.setdefault(fingerprints[path], song.path)
+    reasons = {}
+    for copy, first in find_copies(everything, fingerprints, levels).items():
+        which = "the test song " if order[first][0] == "test_folder" else ""
+        reasons[copy] = f"a copy of {which}{everything[first].path}"
+    for i, song in enumerate(everything):
+        files = {fingerprints[path] for path in song.files}
+        of = next((tested[x] for x in files if x in tested), None)
+        if of and order[i][0] == "data_folder" and i not in reasons:
+            reasons[i] = f"it has music of the test song {of}"
+    for i, reason in sorted(reasons.items()):
+        findings.skip(everything[i].path, reason, unwanted=True)
+    gone = {order[i] for i in reasons}
     return {
         key: [song for i, song in enumerate(group) if (key, i) not in gone]
         for key, group in songs.items()
     }
-
-
-def _grouped(numbers, songs, property_of_file):
-    """Groups of two and more songs whose files have equal properties."""
-    groups = defaultdict(list)
-    for i in numbers:
-        files = sorted(property_of_file(path) for path in songs[i].files)
-        groups[tuple(files)].append(i)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def _fingerprint(path):
-    """Hash of the beginning, middle and end of a file."""
-    size = os.path.getsize(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for place in (0, size // 2, max(0, size - HASHED_BYTES)):
-            file.seek(place)
-            digest.update(file.read(HASHED_BYTES))
-    return digest.hexdigest()
-
-
-def _equal(songs, i, j):
-    """Whether two songs of equal fingerprints have equal files."""
-    pairs = zip(
-        *(sorted(songs[k].files, key=_fingerprint) for k in (i, j)),
-        strict=True,
-    )
-    return all(filecmp.cmp(a, b, shallow=False) for a, b in pairs)
 
 
 def _find_recordings(songs, levels, copies):

@@ -8,9 +8,12 @@ a run that was stopped goes on, and only new or changed files are read again.
 import hashlib
 import json
 import os
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
+from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
 from trackformer_sb.data.audio import (
@@ -18,11 +21,19 @@ from trackformer_sb.data.audio import (
     AudioInfo,
     UnreadableAudio,
     audio_info,
+    open_audio,
 )
 from trackformer_sb.data.levels import AudioLevels, measure_levels
 
+logger = get_logger(__name__)
+
 # libsndfile does not hold Python's lock
 THREADS = min(32, 4 * (os.cpu_count() or 1))
+
+# Audio that libsndfile does not read, worth a word.
+OTHER_EXTENSIONS = frozenset(
+    ".m4a .aac .mp4 .wma .ape .wv .mpc .alac .ac3 .dsf .dff .tta".split()
+)
 
 # A progress bar for less than this is over before it is read.
 MANY_FILES = 500
@@ -72,27 +83,42 @@ def list_audio(key, folder, findings, expected):
             f"{where} is not a folder, expected one with music (or "
             "dataset=demo, which needs none)"
         )
-    listing = {}
-    visited = set()
+    listing, others = {}, defaultdict(list)
+    visited = {}
+    top = os.path.realpath(folder)
     for parent, folders, files in os.walk(
         os.path.abspath(folder),
         followlinks=True,
         onerror=lambda error: findings.skip(error.filename, error.strerror),
     ):
-        # A link to a folder above would never end.
+        # A link to a folder above would bring in what is beside the music.
         real = os.path.realpath(parent)
-        if real in visited:
+        above = real != top and os.path.commonpath([real, top]) == real
+        if real in visited or above:
+            reason = f"a link to {visited.get(real, 'a folder above')}"
+            findings.skip(parent, reason, unwanted=True)
             folders.clear()
             continue
-        visited.add(real)
+        visited[real] = parent
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for file in files:
             # macOS leaves "._song.wav", which is no audio, beside song.wav.
             extension = os.path.splitext(file)[1].lower()
-            if file.startswith(".") or extension not in AUDIO_EXTENSIONS:
-                continue
             path = os.path.join(parent, file)
-            listing[path] = file_stat(path)
+            if file.startswith("."):
+                continue
+            if extension in AUDIO_EXTENSIONS:
+                listing[path] = file_stat(path)
+            elif extension in OTHER_EXTENSIONS:
+                others[extension].append(path)
+    for extension, paths in sorted(others.items()):
+        findings.warn(
+            f"skipped {len(paths)} {extension} files, {paths[0]} first: a "
+            f"format that libsndfile does not read, convert to one of "
+            f"{' '.join(AUDIO_EXTENSIONS)}"
+        )
+        for path in sorted(paths):
+            findings.skip(path, f"{extension} is not read", quiet=True)
     if not listing:
         raise ValueError(
             f"no audio files under {where}, expected {expected} "
@@ -150,16 +176,17 @@ class FileCache:
         name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
         parent = Path(cache_folder or default_cache_folder())
         self.path = parent / f"files-{name}.jsonl"
-        self._headers, self._levels = {}, {}
+        self._headers, self._levels, self._fingerprints = {}, {}, {}
         lines = 0
         try:
             with open(self.path, "rb") as file:
                 for line in file:
                     lines += 1
                     self._take(line)
-        except FileNotFoundError:
+        except OSError:
             return
-        if lines > 2 * (len(self._headers) + len(self._levels)) + 1000:
+        known = self._headers, self._levels, self._fingerprints
+        if lines > 2 * sum(map(len, known)) + 1000:
             self._rewrite()
 
     def _take(self, line):
@@ -171,6 +198,8 @@ class FileCache:
             elif kind == "levels":
                 # decoded only where asked for
                 self._levels[path] = stat, value
+            elif kind == "fingerprint":
+                self._fingerprints[path] = stat, value
         except (ValueError, TypeError):
             pass
 
@@ -181,6 +210,7 @@ class FileCache:
             for kind, kept in (
                 ("header", self._headers),
                 ("levels", self._levels),
+                ("fingerprint", self._fingerprints),
             ):
                 for path, (stat, value) in kept.items():
                     file.write(json.dumps([kind, path, stat, value]) + "\n")
@@ -235,6 +265,47 @@ class FileCache:
             for path, value in found.items()
         }
 
+    def fingerprints(self, listing, progress=False):
+        """Fingerprints of what files sound like, see ``audio_fingerprint``.
+
+        Arguments
+        ---------
+        listing : dict
+            Path -> [size, time of change, mode], as ``list_audio`` returns.
+        progress : bool
+            Whether to show a progress bar where many files are read.
+
+        Returns
+        -------
+        dict
+            Path -> str, or the UnreadableAudio that it raised.
+        """
+        return self._known_or_read(
+            "fingerprint",
+            self._fingerprints,
+            listing,
+            audio_fingerprint,
+            str,
+            progress,
+        )
+
+    def _opened(self):
+        """The cache, open to be added to; None if it cannot be written."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # a name that is not UTF-8 is escaped by JSON
+            file = open(self.path, "a", encoding="ascii")
+        except OSError as error:
+            logger.warning(
+                f"cache_folder: {self.path} cannot be written ("
+                f"{error.strerror}), so what is read now is read again next "
+                "time"
+            )
+            return None
+        if file.tell() and not _ends_with_newline(self.path):
+            file.write("\n")
+        return file
+
     def _known_or_read(self, kind, kept, listing, read, to_json, progress):
         unknown = [
             path
@@ -243,14 +314,10 @@ class FileCache:
         ]
         found = {path: kept[path][1] for path in listing.keys() & kept.keys()}
         if unknown:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with (
-                # a name that is not UTF-8 is escaped by JSON
-                open(self.path, "a", encoding="ascii") as file,
+                self._opened() or nullcontext() as file,
                 ThreadPoolExecutor(THREADS) as pool,
             ):
-                if file.tell() and not _ends_with_newline(self.path):
-                    file.write("\n")
                 for path, value in zip(
                     unknown,
                     tqdm(
@@ -267,8 +334,42 @@ class FileCache:
                         continue
                     kept[path] = listing[path], value
                     line = [kind, path, listing[path], to_json(value)]
-                    file.write(json.dumps(line) + "\n")
+                    if file is not None:
+                        file.write(json.dumps(line) + "\n")
         return {path: found[path] for path in listing}
+
+
+def audio_fingerprint(path):
+    """What a file sounds like at three places, whatever its name and tags.
+
+    Arguments
+    ---------
+    path : str or Path
+        The audio file.
+
+    Returns
+    -------
+    str
+        Hash of half a second of samples each at a fifth, a half and four
+        fifths of the file, in 16 bits; of the bytes of a file silent there.
+
+    Raises
+    ------
+    UnreadableAudio
+        If they cannot be decoded.
+    """
+    digest, sounds = hashlib.sha256(), False
+    with open_audio(path) as audio:
+        for share in (0.2, 0.5, 0.8):
+            audio.seek(int(share * audio.frames))
+            block = audio.read(audio.samplerate // 2 + 1, dtype="int16")
+            sounds = sounds or bool(block.any())
+            digest.update(block.tobytes())
+    if not sounds:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _or_error(read, path):

@@ -81,7 +81,7 @@ def moisesdb_songs(folder, listing, findings):
     Example
     -------
     >>> import tempfile
-    >>> from trackformer_sb.data.songs import Findings
+    >>> from trackformer_sb.data.findings import Findings
     >>> tracks = [{"id": i, "extension": "wav"} for i in ("b7", "a9")]
     >>> data = {"stems": [{"stemName": "guitar", "tracks": tracks}]}
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +136,7 @@ def musdb18hq_songs(folder, listing, findings):
 
     Example
     -------
-    >>> from trackformer_sb.data.songs import Findings
+    >>> from trackformer_sb.data.findings import Findings
     >>> files = ("drums", "bass", "other", "vocals", "mixture")
     >>> paths = [f"/music/test/Artist - Title/{file}.wav" for file in files]
     >>> songs = musdb18hq_songs("/music", dict.fromkeys(paths), Findings())
@@ -180,7 +180,7 @@ def slakh2100_songs(folder, listing, findings):
 
     Example
     -------
-    >>> from trackformer_sb.data.songs import Findings
+    >>> from trackformer_sb.data.findings import Findings
     >>> paths = [f"/music/train/A - B/{stem}.wav" for stem in MUSDB18_STEMS]
     >>> slakh2100_songs("/music", dict.fromkeys(paths), Findings())
     ... # doctest: +ELLIPSIS
@@ -277,7 +277,7 @@ def keep_few_stems(songs, max_stems, findings):
 
     Example
     -------
-    >>> from trackformer_sb.data.songs import Findings
+    >>> from trackformer_sb.data.findings import Findings
     >>> tracks = {"bass": ("bass.wav",), "drums": ("kick.wav", "snare.wav")}
     >>> len(keep_few_stems([Song("duo", tracks, True)], 2, Findings()))
     1

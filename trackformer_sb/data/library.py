@@ -1,5 +1,6 @@
 """A folder of music from its listing to songs that can be used."""
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -146,6 +147,86 @@ def read_library(
             )
     headers = {path: headers[path] for song in songs for path in song.files}
     return Library(songs, headers, levels)
+
+
+def fingerprint_files(libraries, listings, caches):
+    """What is equal for files that sound alike, mixtures beside stems too.
+
+    Only files of equal length, rate and channels are read.
+
+    Arguments
+    ---------
+    libraries : dict
+        Yaml key of a folder -> Library.
+    listings, caches : dict
+        The same keys -> what ``headers.list_audio`` returned, and FileCache.
+
+    Returns
+    -------
+    dict
+        Path -> fingerprint, or the path itself where nothing is like it.
+    """
+    infos = {}
+    for key, library in libraries.items():
+        mixtures = [song.mixture for song in library.songs if song.mixture]
+        read = caches[key].headers({p: listings[key][p] for p in mixtures})
+        infos[key] = {**library.headers, **read}
+    count = Counter(info for part in infos.values() for info in part.values())
+    fingerprints = {}
+    for key, part in infos.items():
+        alike = {
+            path: listings[key][path]
+            for path, info in part.items()
+            if count[info] > 1 and not isinstance(info, UnreadableAudio)
+        }
+        read = caches[key].fingerprints(alike, progress=True)
+        for path in part:
+            value = read.get(path, path)
+            unread = isinstance(value, UnreadableAudio)
+            fingerprints[path] = path if unread else value
+    return fingerprints
+
+
+def describe_files(splits, libraries):
+    """How many files of which rate and channels, songs of which stem.
+
+    Arguments
+    ---------
+    splits : dict
+        Split -> list of Song.
+    libraries : dict
+        Yaml key of a folder -> Library.
+
+    Returns
+    -------
+    dict
+        "sample_rates", "channels" and "stems", each a dict of counts.
+    """
+    files = {
+        path: library.headers[path]
+        for part in splits.values()
+        for song in part
+        for path in song.files
+        for library in libraries.values()
+        if path in library.headers
+    }
+    return {
+        "sample_rates": dict(
+            Counter(str(info.sample_rate) for info in files.values())
+        ),
+        "channels": dict(
+            Counter(str(info.channels) for info in files.values())
+        ),
+        "stems": dict(
+            Counter(
+                track
+                for part in splits.values()
+                for song in part
+                if song.has_stems
+                for track in song.tracks
+            ).most_common()
+        ),
+    }
 
 
 def _of(songs, listing):

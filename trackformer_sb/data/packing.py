@@ -20,6 +20,7 @@ from trackformer_sb.data.manifest import (
     write_manifest,
 )
 from trackformer_sb.data.shards import import_webdataset, make_shards
+from trackformer_sb.data.splits import MIN_SONGS
 
 logger = get_logger(__name__)
 
@@ -82,8 +83,32 @@ def pack(
         seed=report["settings"]["seed"],
         progress=True,
     )
+    packed = report["splits"]["train"]
+    packed["segments"], packed["songs"] = index["segments"], index["songs"]
+    skipped = [
+        {"file": x["file"], "reason": f"{x['id']}: {x['reason']}"}
+        for x in index["skipped"]
+    ]
     for split in EVALUATED:
-        _copy_songs(manifests, out_folder, split, sample_rate)
+        lines, errors = _copy_songs(manifests, out_folder, split, sample_rate)
+        skipped += errors
+        part = report["splits"][split]
+        part["songs"] = len(lines)
+        part["song_names"] = [line["song"] for line, _ in lines]
+        part["segments"] = sum(len(numbers) for _, numbers in lines)
+        part["hours"] = sum(x["song_seconds"] for x, _ in lines) / 3600
+    if options.get("strict") and skipped:
+        raise ValueError(
+            f"strict: {skipped[0]['file']}: {skipped[0]['reason']}"
+        )
+    for split, part in report["splits"].items():
+        if part["songs"] < MIN_SONGS:
+            raise ValueError(
+                f"packed {part['songs']} songs of {split}, expected at least "
+                f"{MIN_SONGS}; {len(skipped)} could not be read, first "
+                f"{skipped[0]['file']}"
+            )
+    report["skipped"] = report["skipped"] + skipped
     text = json.dumps(report, indent=2)
     unfinished = out_folder / f".{REPORT}.part"
     unfinished.write_text(text, encoding="utf-8")
@@ -92,21 +117,27 @@ def pack(
 
 
 def _copy_songs(manifests, out_folder, split, sample_rate):
-    """Writes the songs of a split as mono float wav, and their manifest."""
+    """Writes the songs of a split as mono float wav, and their manifest.
+
+    Returns the lines of the manifest, and what was left out.
+    """
     numbers = {}
     manifest = MappedManifest(manifests, split)
     for segment_id in manifest:
         song, _, number = segment_id.rpartition("_")
         numbers.setdefault(song, []).append(int(number))
-    lines = []
+    lines, skipped = [], []
     for line in tqdm(read_songs(manifests, split), desc=split, unit="song"):
         try:
             line["tracks"] = _copy_tracks(line, out_folder, split, sample_rate)
         except UnreadableAudio as error:
             logger.warning(f"a song is left out of {split}: {error}")
+            reason = str(error).removeprefix(f"{error.path}: ")
+            skipped.append({"file": error.path, "reason": reason})
         else:
             lines.append((line, numbers[line["song"]]))
     write_manifest(out_folder, split, lines)
+    return lines, skipped
 
 
 def _copy_tracks(line, out_folder, split, sample_rate):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from trackformer_sb.data.audio import UnreadableAudio
 from trackformer_sb.data.catalogue import prepare
+from trackformer_sb.data.findings import skipped_table
 from trackformer_sb.data.headers import FileCache, file_stat
 from trackformer_sb.data.manifest import read_songs
 from trackformer_sb.data.songs import Song
@@ -29,13 +30,15 @@ def report_text(report):
     >>> split = {"songs": 2, "hours": 0.1, "segments": 120}
     >>> report = {"splits": {"train": split}, "stems": {"bass": 2}}
     >>> report.update(sample_rates={"44100": 2}, channels={"1": 2})
-    >>> report.update(skipped=[], segments_left_out=3)
+    >>> report.update(skipped=[{"file": "a", "reason": "empty"}])
+    >>> report.update(segments_left_out=3)
     >>> print(report_text(report))
     split    songs     hours  segments
     train        2      0.10       120
     files    2 of 44100 Hz; 2 of 1 channel(s)
     stems    bass 2
-    left out 3 segments, 0 files or songs
+    segments left out 3; files and songs: 1 left out
+        1  empty, first a
     """
     lines = ["split    songs     hours  segments"]
     for name, part in report["splits"].items():
@@ -51,11 +54,9 @@ def report_text(report):
     if report["stems"]:
         stems = ", ".join(f"{name} {n}" for name, n in report["stems"].items())
         lines.append(f"stems    {stems}")
-    lines.append(
-        f"left out {report['segments_left_out']} segments, "
-        f"{len(report['skipped'])} files or songs"
-    )
-    lines += [f"    {x['file']}: {x['reason']}" for x in report["skipped"]]
+    table = skipped_table(report["skipped"])
+    left_out = report["segments_left_out"]
+    lines.append(f"segments left out {left_out}; files and songs: {table}")
     return "\n".join(lines)
 
 
@@ -71,7 +72,8 @@ def describe(folder, dataset, out_folder, decode=True, **options):
     out_folder : str or Path
         Where manifests, data_report.json and figures/ go.
     decode : bool
-        Whether to decode all files, for levels and activity.
+        Whether to decode all files, for levels and activity, and to leave out
+        what is found damaged then.
     **options
         Of ``catalogue.prepare``.
 
@@ -90,6 +92,7 @@ def describe(folder, dataset, out_folder, decode=True, **options):
     # Imported here: it needs matplotlib.
     from trackformer_sb.data.figures import catalogue_figures
 
+    options["audio_check"] = "full" if decode else "header"
     report = prepare(folder, dataset, out_folder, **options)
     songs = {
         split: [

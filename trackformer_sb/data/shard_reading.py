@@ -139,14 +139,12 @@ class ShardedMixtures(torch.utils.data.IterableDataset):
             raise ValueError(f"expected channel mean for shards, got {channel}")
         self.urls = shards.list_shards(urls)
         self.pattern = str(urls)
-        self.sample_rate = sample_rate
-        self.duration = duration
+        self.sample_rate, self.duration = sample_rate, duration
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.batch_size = batch_size
-        self.gain_db = gain_db
+        self.gain_db, self.equal_levels = gain_db, equal_levels
         self.single_stem_share = single_stem_share
         self.silent_share = silent_share
-        self.equal_levels = equal_levels
         self.augmentation = augmentation or Augmentation()
         self.buffer_segments = buffer_segments
         self.max_failures = max_failures
@@ -155,7 +153,11 @@ class ShardedMixtures(torch.utils.data.IterableDataset):
         self._counts = shards.count_segments(self.urls)
         self._every = [(shard, 0, 1) for shard in range(len(self.urls))]
         if epoch_segments is None:
-            epoch_segments = sum(map(self._num_segments, self._every))
+            lost = []
+            counts = [self._num_segments(x, lost) for x in self._every]
+            epoch_segments = sum(counts)
+            if lost and not epoch_segments:
+                raise self._unreadable(lost)
         if epoch_segments < world_size:
             raise ValueError(
                 f"expected epoch_segments of at least {world_size}, got "
@@ -198,11 +200,12 @@ class ShardedMixtures(torch.utils.data.IterableDataset):
         stream = self._stream(epoch, worker, num_workers, done)
         return itertools.islice(stream, max(0, count - done))
 
-    def _num_segments(self, piece):
+    def _num_segments(self, piece, problems=None):
         """Segments of a piece: every `parts`-th of a shard from `part` on."""
         shard, part, parts = piece
         if self._counts[shard] is None:
-            samples = _read_samples(self.urls[shard], None, [])
+            lost = [] if problems is None else problems
+            samples = _read_samples(self.urls[shard], None, lost)
             self._counts[shard] = sum(1 for _ in samples)
         return len(range(part, self._counts[shard], parts))
 
@@ -309,10 +312,9 @@ class ShardedMixtures(torch.utils.data.IterableDataset):
         if self.equal_levels and levels.min() >= SILENCE_RMS:
             mixtures[1] *= levels[0] / levels[1]
         mixtures *= torch.from_numpy(gains)
-        item = {"id": segment_id, "song": song, "mixtures": mixtures}
-        item["skipped"] = list(problems)
+        item = {"id": segment_id, "song": song, "skipped": list(problems)}
         problems.clear()
-        return item
+        return {**item, "mixtures": mixtures}
 
     def _decode(self, members, place, change):
         """[tracks, time] of a segment; `place`, 0 to 1, in a longer one."""
@@ -389,9 +391,8 @@ def _read_samples(url, count, problems):
     except (OSError, ValueError) as error:
         errors.append(error)
     if errors or (count is not None and found < count):
-        found = f"{found} of {'?' if count is None else count} segments"
-        reason = f"missing, truncated or damaged after {found}"
-        problems.append((url, f"{url}: {reason}"))
+        found = f"after {found} of {'?' if count is None else count} segments"
+        problems.append((url, f"{url}: missing, truncated or damaged {found}"))
 
 
 def _permuted(items, *seed):

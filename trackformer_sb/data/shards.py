@@ -67,7 +67,8 @@ def make_shards(
 
     The segments are shuffled over all songs before, because a partner of
     another song is drawn among the segments that lie side by side. All shards
-    get the same number of segments, to within one.
+    get the same number of segments, to within one, before unreadable ones are
+    left out.
 
     A run that was stopped goes on where it was when called again: a shard gets
     its name when it is whole, and the index, OUT_FOLDER/PREFIX.json, lists it.

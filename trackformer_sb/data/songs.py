@@ -4,17 +4,14 @@ Everything here goes by sorted paths, so a catalogue does not depend on the
 order in which a file system lists its files.
 """
 
+import functools
 import hashlib
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import NamedTuple
 
-from speechbrain.utils.logger import get_logger
-
 from trackformer_sb.data.audio import AUDIO_EXTENSIONS, UnreadableAudio
-
-logger = get_logger(__name__)
 
 MIXTURE_NAMES = ("mix", "mixture")
 
@@ -65,78 +62,6 @@ class Song(NamedTuple):
         return os.path.dirname(track) if self.has_stems else track
 
 
-class Findings:
-    """What was left out or looked odd; every entry is logged once.
-
-    Attributes `skipped`, a list of {"file", "reason"}, and `warnings`, a list
-    of messages, go into the data report.
-
-    Arguments
-    ---------
-    strict : bool
-        Whether the first thing left out is an error, unless it is not wanted.
-
-    Example
-    -------
-    >>> findings = Findings()
-    >>> findings.skip("/music/a.wav", "truncated after 3.2 s", quiet=True)
-    >>> findings.skip("/music/b.wav", "truncated after 0.1 s", quiet=True)
-    >>> print(findings.summary())
-    2 left out
-        2  truncated after ... s, first /music/a.wav
-    """
-
-    def __init__(self, strict=False):
-        self.strict = strict
-        self.skipped = []
-        self.warnings = []
-
-    def warn(self, message):
-        """Logs and keeps a message."""
-        logger.warning(message)
-        self.warnings.append(message)
-
-    def skip(self, file, reason, quiet=False, unwanted=False):
-        """Keeps a file that is left out, with a warning unless `quiet`.
-
-        Arguments
-        ---------
-        file : str or Path
-            The file, or the folder of a song.
-        reason : str
-            Why.
-        quiet : bool
-            Whether not to warn.
-        unwanted : bool
-            Whether nothing is wrong with it, but the settings or the layout of
-            the dataset do not want it.
-
-        Raises
-        ------
-        ValueError
-            If `strict`, and it is wanted.
-        """
-        if self.strict and not unwanted:
-            raise ValueError(f"strict: {file}: {reason}")
-        self.skipped.append({"file": str(file), "reason": reason})
-        if not quiet:
-            self.warn(f"skipped {file}: {reason}")
-
-    def summary(self):
-        """A table of what was left out, a line a kind of reason."""
-        kinds, first = Counter(), {}
-        for entry in self.skipped:
-            # reasons differ by the numbers and paths in them
-            kind = re.sub(r"/.*|\d[\d.]*", "...", entry["reason"])
-            kinds[kind] += 1
-            first.setdefault(kind, entry["file"])
-        lines = [
-            f"{count:5d}  {kind}, first {first[kind]}"
-            for kind, count in kinds.most_common()
-        ]
-        return "\n".join([f"{len(self.skipped)} left out", *lines])
-
-
 def find_songs(key, folder, dataset, listing, findings):
     """Groups audio files into songs.
 
@@ -166,7 +91,7 @@ def find_songs(key, folder, dataset, listing, findings):
     top = os.path.abspath(folder)
     if dataset == "mixtures":
         return [
-            Song(os.path.relpath(path, top), {"mixture": (path,)}, False)
+            Song(path[len(top) :].lstrip(os.sep), {"mixture": (path,)}, False)
             for path in listing
         ]
     return _stem_songs(f"{key}={folder}", top, listing, findings)
@@ -257,6 +182,29 @@ def name_songs(songs):
     return named
 
 
+@functools.lru_cache(maxsize=1024)
+def _real_folder(folder):
+    return os.path.realpath(folder)
+
+
+def real_path(path):
+    """Where a file really is, asking once for each folder.
+
+    Arguments
+    ---------
+    path : str
+        Absolute path.
+
+    Returns
+    -------
+    str
+    """
+    if os.path.islink(path):
+        return os.path.realpath(path)
+    folder, name = os.path.split(path)
+    return os.path.join(_real_folder(folder), name)
+
+
 def same_files_once(songs, findings):
     """Leaves out songs that are links to the files of another one.
 
@@ -274,7 +222,7 @@ def same_files_once(songs, findings):
     """
     first_with, unique = {}, []
     for song in songs:
-        files = frozenset(map(os.path.realpath, song.files))
+        files = frozenset(map(real_path, song.files))
         if files in first_with:
             reason = f"the same as {first_with[files]}"
             findings.skip(song.path, reason, unwanted=True)

@@ -7,13 +7,17 @@ from collections import defaultdict
 import numpy as np
 import yaml
 
+from trackformer_sb.data.songs import real_path
+
 SPLITS = ("train", "valid", "test")
 
 # MixIT mixes segments of two songs: a split of one song has no pairs.
 MIN_SONGS = 2
 
 
-def make_splits(songs, sources, at_random, split_ratio, seed, findings):
+def make_splits(
+    songs, sources, at_random, split_ratio, seed, findings, known=None
+):
     """Train, valid and test, as the dataset says or at random.
 
     Arguments
@@ -28,6 +32,9 @@ def make_splits(songs, sources, at_random, split_ratio, seed, findings):
         See ``split_songs``.
     findings : Findings
         Takes songs that belong to no split.
+    known : dict, optional
+        Song -> split of an earlier run with these settings: a library that
+        has grown keeps its split, and what is new is trained on.
 
     Returns
     -------
@@ -42,7 +49,9 @@ def make_splits(songs, sources, at_random, split_ratio, seed, findings):
     where = f"data_folder={sources['data_folder'][0]}"
     to_split, tests = songs["data_folder"], songs.get("test_folder")
     if at_random or not any(song.split for song in to_split):
-        splits = split_songs(where, to_split, split_ratio, seed)
+        splits = _kept_split(to_split, known, split_ratio)
+        if splits is None:
+            splits = split_songs(where, to_split, split_ratio, seed)
     else:
         splits = own_splits(where, to_split, findings, tests is not None)
     if tests is not None:
@@ -53,6 +62,21 @@ def make_splits(songs, sources, at_random, split_ratio, seed, findings):
                 f"{MIN_SONGS}"
             )
         splits["test"] = tests
+    return splits
+
+
+def _kept_split(songs, known, split_ratio):
+    """The split of an earlier run, if enough of it is left."""
+    if not known:
+        return None
+    splits = {name: [] for name in SPLITS[: len(split_ratio)]}
+    for song in sorted(songs, key=lambda song: song.name):
+        split = known.get(song.name, "train")
+        if split not in splits:
+            return None
+        splits[split].append(song)
+    if min(map(len, splits.values())) < MIN_SONGS:
+        return None
     return splits
 
 
@@ -191,7 +215,7 @@ def read_split_file(path, songs):
     with open(path, encoding="utf-8") as file:
         try:
             lists = yaml.safe_load(file)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{where} is no yaml: {error}") from error
     if (
         not isinstance(lists, dict)
@@ -242,10 +266,10 @@ def check_apart(songs, test_songs):
     ValueError
         If one and the same file is in both.
     """
-    real_paths = {os.path.realpath(p) for song in songs for p in song.files}
+    real_paths = {real_path(p) for song in songs for p in song.files}
     for song in test_songs:
-        for path in song.files:
-            if os.path.realpath(path) in real_paths:
+        for path in filter(None, [*song.files, song.mixture]):
+            if real_path(path) in real_paths:
                 raise ValueError(
                     f"{path} of test_folder is in data_folder as well: a test "
                     "song must not be trained on"

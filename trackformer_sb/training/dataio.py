@@ -54,6 +54,19 @@ AUGMENTATION_KEYS = (
 )
 
 
+# What must be a number, and what is on or off: a text such as "no" is neither.
+NUMBERS = (
+    *AUGMENTATION_KEYS,
+    "segment_seconds",
+    "segment_hop_seconds",
+    "gain_db",
+    "single_stem_share",
+    "silent_share",
+    "min_active_share",
+)
+FLAGS = ("strict", "equal_levels")
+
+
 class SegmentDataset(DynamicItemDataset):
     """SpeechBrain's dataset over a manifest, without a list of its ids.
 
@@ -93,6 +106,7 @@ def prepare_data(hparams):
     FileNotFoundError, ValueError
         For a data folder that cannot be used.
     """
+    _check_types(hparams)
     if hparams["dataset"] == "shards":
         _check_packed(hparams)
         return
@@ -104,7 +118,13 @@ def prepare_data(hparams):
     options = {key: hparams[key] for key in DATA_KEYS}
     if isinstance(options["stem_groups"], str):
         # a mapping on the command line arrives as a text
-        options["stem_groups"] = yaml.safe_load(options["stem_groups"])
+        try:
+            options["stem_groups"] = yaml.safe_load(options["stem_groups"])
+        except yaml.YAMLError as error:
+            raise ValueError(
+                "stem_groups: expected {group: [pattern, ...]}, got "
+                f"{options['stem_groups']!r}"
+            ) from error
     options["manifest_folder"] = manifest_folder(hparams)
     run_on_main(prepare, kwargs=options)
 
@@ -120,6 +140,24 @@ def data_report(hparams):
     """What the data of an experiment is, see ``data.catalogue.prepare``."""
     path = manifest_folder(hparams) / REPORT
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _check_types(hparams):
+    """Refuses texts where numbers or switches belong."""
+    for key in NUMBERS:
+        value = hparams[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{key}: expected a number, got {value!r}")
+    if not isinstance(hparams["min_level_db"], (int, float, type(None))):
+        raise ValueError(
+            f"min_level_db: expected dBFS or null, got "
+            f"{hparams['min_level_db']!r}"
+        )
+    for key in FLAGS:
+        if not isinstance(hparams[key], bool):
+            raise ValueError(
+                f"{key}: expected True or False, got {hparams[key]!r}"
+            )
 
 
 def _check_packed(hparams):
@@ -151,7 +189,7 @@ def _check_packed(hparams):
 
 
 def _sharded(hparams, training):
-    """The training set of shards, and what its loader needs."""
+    """The training set of shards; gives its loader the options it needs."""
     # Imported here: an optional extra.
     from trackformer_sb.data.shard_reading import ShardedMixtures
 
