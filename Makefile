@@ -16,7 +16,7 @@ $(INSTALLED): setup.py
 	touch $(INSTALLED)
 
 $(INSTALLED)-dev: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -e '.[dev,asteroid]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,asteroid,demo]'
 	touch $(INSTALLED)-dev
 
 demo: $(INSTALLED)
@@ -40,7 +40,7 @@ bench: $(INSTALLED)-dev
 check: $(INSTALLED)-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/yamllint -d relaxed hparams
+	$(BIN)/yamllint -d relaxed hparams examples
 	$(BIN)/codespell
 
 clean:

@@ -17,6 +17,7 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    package_data={"trackformer_sb.web": ["*.css", "*.js"]},
     packages=find_packages(include=["trackformer_sb", "trackformer_sb.*"]),
     python_requires=">=3.10",
     install_requires=[
@@ -35,13 +36,17 @@ setup(
         "matplotlib",
         "tensorboard",
         "torchmetrics>=0.11",
+        "huggingface_hub>=0.25",
+        "safetensors",
     ],
     extras_require={
         "asteroid": ["asteroid>=0.7,<0.8"],
         "shards": ["webdataset>=1.0"],
+        "demo": ["gradio>=6,<7"],
         "dev": [
             "pytest>=8",
             "psutil",
+            "selenium",
             "webdataset>=1.0",
             "hypothesis",
             "ruff",

@@ -1,6 +1,7 @@
 """Settings of the whole test suite."""
 
 import os
+import signal
 import tempfile
 
 import hypothesis
@@ -26,6 +27,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure():
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # as in a background job, and processes started here would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # what is read of audio files is kept in the user's cache
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
     # the tensors are small: more threads gain nothing, and on a busy machine

@@ -1,17 +1,27 @@
 """The bridge: Asteroid's masker in our path, our masknet in its models."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 pytest.importorskip("asteroid")
 
+import asteroid
 from asteroid.masknn.convolutional import TDConvNet
+from asteroid.models import BaseModel
 from asteroid.models.base_models import BaseEncoderMaskerDecoder
 from asteroid_filterbanks import make_enc_dec
 from speechbrain.lobes.models.conv_tasnet import MaskNet
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
 
-from trackformer_sb.asteroid import AsteroidMasker, AsteroidMaskNet
+from trackformer_sb.asteroid import (
+    AsteroidMasker,
+    AsteroidMaskNet,
+    PerformerSeparatorModel,
+)
+from trackformer_sb.inference.pretrained import PerformerSeparator
 from trackformer_sb.inference.separation import separate
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
@@ -168,3 +178,135 @@ def test_both_bridges_cancel():
     mix_w = torch.rand(2, CHANNELS, 30)
     there_and_back = AsteroidMaskNet(AsteroidMasker(masknet))
     assert torch.equal(there_and_back(mix_w), masknet(mix_w))
+
+
+# --- a trained separator there -----------------------------------------------
+
+
+def separator_model(**changes):
+    """Our model in training mode, with dropout."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "nhead": 2, "num_layers": 1, "n_features": 8}
+    model = PerformerSeparatorModel(
+        **{"sample_rate": 8000, "num_spks": 3, "n_fft": 128, "hop_length": 32},
+        **{"dropout": 0.5, **sizes, **changes},
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_nothing_of_asteroid_is_imported_before_it_is_needed():
+    code = (
+        "import sys, trackformer_sb.asteroid as bridge; "
+        "print('asteroid' in sys.modules); bridge.PerformerSeparatorModel; "
+        "print('asteroid' in sys.modules); bridge.surprise"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert result.stdout.split() == ["False", "True"]
+    assert "has no attribute 'surprise'" in result.stderr
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_serialized_file_loads_in_their_class(tmp_path, activation):
+    model = separator_model(mask_activation=activation).eval()
+    mix = torch.randn(2, 1003)
+    expected = model(mix)
+    assert expected.shape == (2, 3, 1003)
+    torch.testing.assert_close(expected.sum(1), mix, atol=1e-5, rtol=1e-4)
+    path = str(tmp_path / "model.pth")
+    torch.save(model.serialize(), path)
+    # torch.load with weights_only, the default of today's torch
+    for cls in (BaseModel, PerformerSeparatorModel):
+        again = cls.from_pretrained(path).eval()
+        assert type(again) is PerformerSeparatorModel
+        assert torch.equal(again(mix), expected)
+        assert again.sample_rate == 8000
+        assert again.get_model_args()["dropout"] == 0.5
+    conf = model.serialize()
+    again = PerformerSeparatorModel.from_pretrained(conf)
+    assert torch.equal(again(mix), expected)
+    assert not again.training
+
+
+def test_state_is_that_of_the_separator():
+    model = separator_model().eval()
+    separator = PerformerSeparator(**model.get_model_args()).eval()
+    separator.load_state_dict(model.state_dict())
+    mix = torch.randn(2, 500)
+    assert torch.equal(separator(mix).transpose(1, 2), model(mix))
+
+
+def test_shapes_of_waveforms():
+    model = separator_model().eval()
+    mix = torch.randn(2, 700)
+    expected = model(mix)
+    assert torch.equal(model(mix.unsqueeze(1)), expected)
+    alone = model(mix[1])
+    assert alone.shape == (3, 700)
+    torch.testing.assert_close(alone, expected[1], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"got \[2, 2, 350\]"):
+        model(mix.view(2, 2, 350))
+
+
+def test_their_separate():
+    model = separator_model()
+    mix = torch.randn(1, 1, 900)
+    est_source = asteroid.separate.separate(model, mix)
+    # without dropout, though the model is being trained
+    assert model.training
+    expected = model.eval()(mix)
+    # it scales the outputs
+    scale = mix.abs().sum() / expected.abs().sum()
+    torch.testing.assert_close(est_source, expected * scale)
+    est_source = model.separate(mix.numpy())
+    torch.testing.assert_close(torch.tensor(est_source), expected * scale)
+
+
+def test_their_separate_with_files(tmp_path):
+    import soundfile
+
+    model = separator_model()
+    path = tmp_path / "song.wav"
+    soundfile.write(path, torch.randn(800).mul(0.1).numpy(), 8000)
+    model.separate(str(path), output_dir=str(tmp_path / "."))
+    names = sorted(path.name for path in tmp_path.glob("song_est*"))
+    assert names == ["song_est1.wav", "song_est2.wav", "song_est3.wav"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda conf: conf.pop("state_dict"), "expected a serialized"),
+        (lambda conf: conf.update(model_name="XUMX"), "got XUMX"),
+        (lambda conf: conf["state_dict"].popitem(), "missing masknet"),
+        (
+            lambda conf: conf["state_dict"].update(surprise=torch.ones(1)),
+            "unexpected surprise",
+        ),
+        (lambda conf: conf["model_args"].update(x=1), "model_args: .*x"),
+        (lambda conf: conf.update(model_args=[1]), "model_args"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path, change, message):
+    conf = separator_model().serialize()
+    change(conf)
+    path = tmp_path / "model.pth"
+    torch.save(conf, path)
+    with pytest.raises(ValueError, match=rf"model\.pth.*{message}"):
+        PerformerSeparatorModel.from_pretrained(path)
+
+
+def test_file_that_is_code(tmp_path):
+    path, trace = tmp_path / "model.pth", tmp_path / "trace"
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(trace), "w"))
+
+    torch.save({"model_name": Payload()}, path)
+    with pytest.raises(ValueError, match="no readable file of weights"):
+        PerformerSeparatorModel.from_pretrained(path)
+    assert not trace.exists()

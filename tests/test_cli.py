@@ -1,5 +1,6 @@
 """The command line: exit codes, what it prints and where."""
 
+import os
 import subprocess
 import sys
 
@@ -79,13 +80,40 @@ def test_options_reach_the_separator(model, tmp_path, monkeypatch):
     asked = []
 
     def recorded(self, path, **options):
+        del options["progress"]
         asked.append((path, self.device, options))
         return []
 
     monkeypatch.setattr(PerformerSeparation, "separate_file", recorded)
     separate(model, ["x.wav"], "o", "--chunk_seconds=3", "--overlap=0.1")
-    options = {"chunk_seconds": 3.0, "overlap": 0.1, "progressbar": False}
-    assert asked == [("x.wav", "cpu", {"out_folder": "o", **options})]
+    options = {
+        "out_folder": "o",
+        "stem": "x",
+        "chunk_seconds": 3.0,
+        "overlap": 0.1,
+        "batch_size": 1,
+        "file_format": "wav",
+        "outputs": None,
+        "ranked": False,
+        "remix": None,
+        "figure": False,
+        "progressbar": False,
+    }
+    assert asked.pop() == ("x.wav", "cpu", options)
+    more = ["--batch=4", "--format=flac", "--outputs=0,rest=1+2", "--figure"]
+    more += ["--stems=ranked", "--remix=0:-inf,rest:+3"]
+    separate(model, ["x.wav"], "o", *more)
+    options |= {
+        "chunk_seconds": 10.0,
+        "overlap": 0.25,
+        "batch_size": 4,
+        "file_format": "flac",
+        "outputs": {"source0": (0,), "rest": (1, 2)},
+        "ranked": True,
+        "remix": {0: -np.inf, "rest": 3.0},
+        "figure": True,
+    }
+    assert asked.pop() == ("x.wav", "cpu", options)
 
 
 def test_a_failed_file_does_not_stop_the_others(model, tmp_path, capsys):
@@ -134,15 +162,182 @@ def test_damaged_model(model, tmp_path, capsys):
     assert "masknet.ckpt: no readable file" in capsys.readouterr().err
 
 
-def test_files_of_the_same_name(model, tmp_path, capsys):
-    (tmp_path / "other").mkdir()
-    files = [
-        write_noise(tmp_path / "song.wav"),
-        write_noise(tmp_path / "other" / "song.flac"),
-    ]
-    assert separate(model, files, tmp_path / "out") == 2
-    assert "would write the same files" in capsys.readouterr().err
+def below(folder):
+    """All files, relative to the folder."""
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file()
+    )
+
+
+def test_folders_and_names_that_occur_twice(model, tmp_path, capsys):
+    music = tmp_path / "music"
+    for folder in (music / "a", music / "b", music / ".hidden"):
+        folder.mkdir(parents=True)
+    write_noise(music / "a" / "song.wav")
+    write_noise(music / "b" / "song.WAV")
+    write_noise(music / "b" / "song.flac")
+    write_noise(music / "b" / "other.ogg")
+    write_noise(music / ".hidden" / "song.wav")
+    (music / "b" / "cover.jpg").write_text("no music")
+    # below the folder: not separated again when the command is run again
+    out = music / "sources"
+    for _ in range(2):
+        assert separate(model, [str(music)], out, "--outputs", "1") == 0
+        assert below(out) == [
+            "a/song_source1.wav",
+            "b/song.WAV_source1.wav",
+            "b/song.flac_source1.wav",
+            "other_source1.wav",
+        ]
+        assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_globs_and_files_named_twice(model, tmp_path, capsys):
+    files = [write_noise(tmp_path / f"{name}.wav") for name in "abc"]
+    out = tmp_path / "out"
+    patterns = [files[2], str(tmp_path / "[ab].*"), str(tmp_path / "*.wav")]
+    assert separate(model, patterns, out, "--outputs", "0") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [str(out / f"{x}_source0.wav") for x in "cab"]
+    nothing = str(tmp_path / "*.mp3")
+    assert separate(model, [nothing], out) == 1
+    assert f"{nothing}: no such audio file" in capsys.readouterr().err
+
+
+def test_folder_without_audio(model, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    empty = str(tmp_path / "empty")
+    assert separate(model, [empty], tmp_path / "out") == 1
+    assert f"separate: {empty}: no such audio" in capsys.readouterr().err
+
+
+def test_results_never_replace_an_input(model, tmp_path, capsys):
+    files = [write_noise(tmp_path / f"{x}.wav") for x in ("a", "a_source0")]
+    assert separate(model, files, tmp_path) == 2
+    message = f"{files[0]}: its result {files[1]} would overwrite {files[1]}"
+    assert message in capsys.readouterr().err
+    assert below(tmp_path) == ["a.wav", "a_source0.wav"]
+
+
+@pytest.mark.parametrize("spelling", ["--skip-existing", "--skip_existing"])
+def test_skip_existing(model, tmp_path, capsys, spelling):
+    song = write_noise(tmp_path / "song.wav")
+    out = tmp_path / "out"
+    paths = [out / f"song_source{i}.wav" for i in range(3)]
+
+    def again(*options):
+        for path in paths:
+            os.utime(path, (path.stat().st_atime, 2e9)) if path.exists() else 0
+        assert separate(model, [song], out, spelling, *options) == 0
+        printed = capsys.readouterr()
+        skipped = f"{song}: skipped, its results are there" in printed.err
+        assert skipped == (not printed.out)
+        return skipped
+
+    assert not again()
+    assert again()
+    # a wish for more, a missing file, and a newer input
+    assert not again("--figure")
+    assert again("--figure")
+    assert not again("--format", "flac")
+    paths[1].unlink()
+    assert not again()
+    os.utime(song, (2.1e9, 2.1e9))
+    assert not again()
+
+
+def test_outputs_and_remix(model, tmp_path, capsys):
+    song = write_noise(tmp_path / "song.wav")
+    whole = soundfile.read(song)[0]
+    options = ["--chunk_seconds", 0.2, "--format", "flac"]
+    options += ["--outputs", "drums=0+2,1", "--remix", "drums:-6.0206,1:-inf"]
+    assert separate(model, [song], tmp_path / "out", *options) == 0
+    paths = capsys.readouterr().out.splitlines()
+    names = [os.path.basename(path) for path in paths]
+    assert names == [f"song_{x}.flac" for x in ("drums", "source1", "remix")]
+    drums, source, remix = (soundfile.read(path)[0] for path in paths)
+    assert np.allclose(drums + source, whole, atol=1e-6)
+    assert np.allclose(remix, drums / 2, atol=1e-6)
+    out = tmp_path / "remix"
+    assert (
+        separate(model, [song], out, "--outputs=none", "--remix=0:-0,2:0") == 0
+    )
+    assert below(out) == ["song_remix.wav"]
+    remix = soundfile.read(out / "song_remix.wav")[0]
+    assert np.allclose(remix, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--outputs=3"], "source3: expected outputs from 0 to 2, got 3"),
+        (["--remix=3:-inf"], "remix: expected outputs from 0 to 2, got 3"),
+        (["--remix=voice:3"], "number of an output or one of source0"),
+        (["--outputs=none"], "expected an output, a remix or a figure"),
+    ],
+)
+def test_options_that_do_not_fit_the_model(
+    model, tmp_path, capsys, options, message
+):
+    song = write_noise(tmp_path / "song.wav")
+    assert separate(model, [song], tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+STOPPED = """
+import os, signal, sys
+from trackformer_sb.cli import main
+from trackformer_sb.inference import interfaces
+
+whole = interfaces.PerformerSeparation.separate_channels
+calls = []
+
+def interrupted(self, mix):
+    calls.append(mix)
+    if len(calls) == 5:
+        out = sys.argv[sys.argv.index("--out") + 1]
+        hidden = [x for x in os.listdir(out) if x.endswith(".partial")]
+        print(len(hidden), "growing", flush=True)
+        os.kill(os.getpid(), signal.{signal})
+    return whole(self, mix)
+
+interfaces.PerformerSeparation.separate_channels = interrupted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_stopped_run_leaves_whole_files_only(model, tmp_path, name, code):
+    files = [write_noise(tmp_path / f"{x}.wav") for x in "ab"]
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", STOPPED.replace("{signal}", name)]
+    command += ["separate", *files, "--model", model, "--out", str(out)]
+    command += ["--device", "cpu", "--chunk_seconds", "0.2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "1 growing" in done.stdout
+    # it came in the second of the three chunks of the second file
+    names = [f"a_source{i}.wav" for i in range(3)]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert "Traceback" not in done.stderr
+
+
+def test_progress_on_a_terminal(model, tmp_path, capsys, monkeypatch):
+    files = [write_noise(tmp_path / f"{x}.wav", 16000) for x in "ab"]
+    (tmp_path / "c.wav").write_text("no audio")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    files.insert(1, str(tmp_path / "c.wav"))
+    code = separate(model, files, tmp_path / "out", "--chunk_seconds", 0.5)
+    assert code == 1
+    printed = capsys.readouterr()
+    assert "1/3 a.wav: 100%" in printed.err
+    assert "3/3 b.wav: 100%" in printed.err
+    assert "all 3 files: 100%" in printed.err
+    assert "4/4 s" in printed.err
+    assert len(printed.out.splitlines()) == 6
 
 
 def test_missing_gpu(model, tmp_path, monkeypatch, capsys):
@@ -164,6 +359,11 @@ def test_missing_gpu(model, tmp_path, monkeypatch, capsys):
         (["separate", "--overlap", "nan"], "must be in [0, 0.5], got nan"),
         (["separate", "--chunk_seconds", "0"], "must be above 0, got 0"),
         (["separate", "--chunk_seconds", "ten"], "value: 'ten'"),
+        (["separate", "--batch", "0"], "must be 1 or more, got 0"),
+        (["separate", "--format", "mp3"], "invalid choice: 'mp3'"),
+        (["separate", "--stems", "loud"], "invalid choice: 'loud'"),
+        (["separate", "--outputs", "1+2"], "expected a name for the sum 1+2"),
+        (["separate", "--remix", "0:loud"], "as in 0:-inf,3:+3, got '0:loud'"),
     ],
 )
 def test_usage_errors(arguments, message, capsys):

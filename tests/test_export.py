@@ -127,8 +127,10 @@ def test_files_of_the_folder(exported, tmp_path):
     # the STFT has no weights, and nothing is left beside the folder
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
+        "config.json",
         "hyperparams.yaml",
         "masknet.ckpt",
+        "model.safetensors",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "experiment",

@@ -23,11 +23,15 @@ MAY_IMPORT = {
     "data": set(),
     "nnet": set(),
     "objectives": set(),
+    "web": set(),
     "training": {"data", "nnet", "objectives"},
-    "asteroid": set(),
     "inference": {"nnet"},
-    "cli": {"data", "nnet", "inference", "cli_data"},
+    "asteroid": {"inference", "nnet"},
+    "cli": {"cli_data", "cli_demo", "cli_model", "cli_separate"},
     "cli_data": {"data"},
+    "cli_demo": {"cli_data", "inference", "web"},
+    "cli_model": {"cli_data", "inference"},
+    "cli_separate": {"cli_data", "data", "inference"},
 }
 
 

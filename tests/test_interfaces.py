@@ -185,6 +185,119 @@ def test_progress_bar(separator, tmp_path, capsys):
     assert "2/2 s" in shown
 
 
+def test_progress_callback(separator, tmp_path):
+    write_noise(tmp_path / "song.wav", 8000, 1, 16000)
+    calls = []
+    options = {
+        "chunk_seconds": 0.5,
+        "overlap": 0.2,
+        "progressbar": False,
+        "progress": lambda *seconds: calls.append(seconds),
+    }
+    separator.separate_file(tmp_path / "song.wav", **options)
+    expected = [(0.4 * i, 2.0) for i in range(5)]
+    assert calls == [pytest.approx(call) for call in [*expected, (2.0, 2.0)]]
+
+    # what it raises ends the separation, as a user of a web page may
+    def cancel(done, total):
+        if done > 1:
+            raise InterruptedError("cancelled")
+
+    options["progress"] = cancel
+    with pytest.raises(InterruptedError, match="cancelled"):
+        separator.separate_file(
+            tmp_path / "song.wav", tmp_path / "out", **options
+        )
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_batches_of_chunks_give_the_same(separator, tmp_path):
+    write_noise(tmp_path / "song.wav", 11025, 2, 22050)
+    options = {"chunk_seconds": 0.3, "progressbar": False}
+    one = separator.separate_file(tmp_path / "song.wav", **options)
+    many = separator.separate_file(
+        tmp_path / "song.wav", batch_size=4, **options
+    )
+    assert torch.allclose(one, many, atol=1e-6)
+    assert not torch.allclose(one[0], one[1], atol=0.01)
+
+
+def test_outputs_ranks_and_remix(separator, tmp_path):
+    path = tmp_path / "song.wav"
+    write_noise(path, 8000, 2, 8000)
+    options = {"chunk_seconds": 0.4, "progressbar": False}
+    est_source = separator.separate_file(path, **options)
+    order = est_source.square().sum((1, 2)).argsort(descending=True)
+    assert order.tolist() != [0, 1, 2]
+    ranked = separator.separate_file(path, ranked=True, **options)
+    assert torch.equal(ranked, est_source[order])
+    rest = separator.separate_file(
+        path, ranked=True, outputs="rest=1+2,0", **options
+    )
+    assert torch.equal(rest[0], ranked[1] + ranked[2])
+    assert torch.equal(rest[1], ranked[0])
+    paths = separator.separate_file(
+        path,
+        tmp_path / "out",
+        file_format="flac",
+        outputs={"rest": (1, 2)},
+        ranked=True,
+        remix={"rest": -20.0},
+        figure=True,
+        stem="other",
+        **options,
+    )
+    assert [path.name for path in paths] == [
+        "other_rest.flac",
+        "other_remix.flac",
+        "other_figure.png",
+    ]
+    assert sorted((tmp_path / "out").iterdir()) == sorted(paths)
+    assert torch.allclose(read(paths[0]), rest[0], atol=1e-6)
+    expected = ranked[0] + 0.1 * rest[0]
+    assert torch.allclose(read(paths[1]), expected, atol=1e-6)
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_skip_existing(separator, tmp_path, monkeypatch):
+    path = tmp_path / "song.wav"
+    write_noise(path, 8000, 1, 800)
+    options = {"out_folder": tmp_path / "out", "progressbar": False}
+    paths = separator.separate_file(path, skip_existing=True, **options)
+    monkeypatch.setattr(separator, "separate_channels", None)
+    skipped = separator.separate_file(path, skip_existing=True, **options)
+    assert skipped == paths
+    with pytest.raises(TypeError):
+        separator.separate_file(path, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"remix": "0:1"}, "expected out_folder with"),
+        ({"figure": True}, "expected out_folder with"),
+        ({"file_format": "flac"}, "expected out_folder with"),
+        ({"skip_existing": True}, "expected out_folder with"),
+        ({"outputs": "none"}, "expected an output to return"),
+        ({"outputs": "3"}, "expected outputs from 0 to 2, got 3"),
+        ({"out_folder": "out", "outputs": "3"}, "outputs from 0 to 2, got 3"),
+        ({"out_folder": "out", "remix": "3:0"}, "outputs from 0 to 2, got 3"),
+        ({"out_folder": "out", "file_format": "mp3"}, "expected file_format"),
+        ({"batch_size": 0}, "expected batch_size from 1 up, got 0"),
+    ],
+)
+def test_options_are_checked_before_the_model_runs(
+    separator, tmp_path, monkeypatch, options, message
+):
+    (tmp_path / "music").mkdir()
+    monkeypatch.chdir(tmp_path / "music")
+    write_noise("song.wav", 8000, 1, 800)
+    monkeypatch.setattr(separator, "separate_channels", None)
+    with pytest.raises(ValueError, match=message):
+        separator.separate_file("song.wav", progressbar=False, **options)
+    assert os.listdir() == ["song.wav"]
+
+
 def test_interrupted_run_leaves_no_files(separator, tmp_path, monkeypatch):
     write_noise(tmp_path / "song.wav", 8000, 1, 8000)
     calls = []

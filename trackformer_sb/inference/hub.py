@@ -1,7 +1,6 @@
-"""Files of pre-trained models: in a local folder, or on the hub."""
+"""Pre-trained models by their yaml: in a local folder, or on the hub."""
 
 import os
-import re
 from pathlib import Path
 
 import torch
@@ -10,15 +9,14 @@ from speechbrain.inference.interfaces import Pretrained
 from speechbrain.utils.fetching import (
     FetchConfig,
     FetchFrom,
+    FetchSource,
     LocalStrategy,
     fetch,
     guess_source,
 )
 
+from trackformer_sb.inference.download import model_file
 from trackformer_sb.inference.weights import load_weights
-
-# A hub id is owner/name. Anything else that is no folder is a mistyped one.
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def fetched_file(
@@ -29,7 +27,7 @@ def fetched_file(
     local_strategy=LocalStrategy.COPY,
     fetch_config=None,
 ):
-    """The local path of one file of a model.
+    """The local path of one file of a model, in SpeechBrain's terms.
 
     Arguments
     ---------
@@ -50,26 +48,34 @@ def fetched_file(
     Raises
     ------
     FileNotFoundError
-        If there is no such folder, model or file.
+        If there is no such folder, model, revision or file.
+    OSError
+        If the hub cannot be reached or refuses, or a download is broken.
     """
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
+    fetch_config = fetch_config or FetchConfig()
     fetch_from, place = guess_source(source)
     if fetch_from == FetchFrom.LOCAL:
-        path = Path(place) / filename
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} not found: expected {_a(what)} folder with "
-                f"{filename} beside its other files, as training writes it"
-            )
-        return path
-    if fetch_from == FetchFrom.HUGGING_FACE and (
-        not HUB_ID.fullmatch(place) or Path(place).parent.is_dir()
-    ):
-        raise FileNotFoundError(
-            f"{place} not found: expected {_a(what)} folder with "
-            f"{filename}, or the owner/name of a model on the hub"
+        return model_file(place, filename, what)
+    if fetch_from == FetchFrom.HUGGING_FACE:
+        kept = None if savedir is None else Path(savedir) / filename
+        renewed = fetch_config.overwrite or fetch_config.allow_updates
+        if kept is not None and kept.exists() and not renewed:
+            return kept.absolute()
+        path = model_file(
+            place,
+            filename,
+            what,
+            revision=fetch_config.revision,
+            token=fetch_config.token,
+            cache_dir=fetch_config.huggingface_cache_dir,
+            local_files_only=not fetch_config.allow_network,
         )
+        if kept is None:
+            return path
+        # SpeechBrain puts it into savedir
+        source = FetchSource(FetchFrom.LOCAL, str(path.parent))
     try:
         return Path(
             fetch(
@@ -77,18 +83,13 @@ def fetched_file(
                 source,
                 savedir=savedir,
                 local_strategy=local_strategy,
-                fetch_config=fetch_config or FetchConfig(),
+                fetch_config=fetch_config,
             )
         )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{place} is no folder, and as a model on the hub it could not be "
-            f"fetched: {error}"
+            f"{place} could not be fetched: {error}"
         ) from error
-
-
-def _a(what):
-    return f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
 
 
 def is_local(source):
@@ -173,6 +174,14 @@ def load_strictly(
         }
     )
     _check_covered(pretrainer, hparams["modules"], path)
+    if guess_source(source)[0] == FetchFrom.HUGGING_FACE:
+        # fetched and checked here: the Pretrainer finds them on disk
+        for name in pretrainer.loadables:
+            if name not in pretrainer.paths and pretrainer.is_loadable(name):
+                fetched_file(source, f"{name}.ckpt", what, collect_in, **how)
+        source = str(path.parent)
+        # beside the yaml they are already where they belong
+        collect_in = collect_in if pretrainer.paths else None
     pretrainer.set_collect_in(collect_in)
     pretrainer.collect_files(default_source=source, **how)
     pretrainer.load_collected()

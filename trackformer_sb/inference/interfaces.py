@@ -12,12 +12,14 @@ import torch
 from tqdm import tqdm
 
 from trackformer_sb.inference.hub import StrictPretrained
-from trackformer_sb.inference.overlap_add import (
-    UNKNOWN_FRAMES,
-    separate_stream,
+from trackformer_sb.inference.overlap_add import UNKNOWN_FRAMES, separate_stream
+from trackformer_sb.inference.remix import check_outputs, loudest_first
+from trackformer_sb.inference.separation import separate
+from trackformer_sb.inference.writing import (
+    output_paths,
+    up_to_date,
     write_sources,
 )
-from trackformer_sb.inference.separation import separate
 
 PROGRESS = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
 
@@ -135,6 +137,15 @@ class PerformerSeparation(StrictPretrained):
         chunk_seconds=10.0,
         overlap=0.25,
         progressbar=True,
+        batch_size=1,
+        file_format="wav",
+        outputs=None,
+        ranked=False,
+        remix=None,
+        figure=False,
+        skip_existing=False,
+        stem=None,
+        progress=None,
     ):
         """Separates a file of any length at its own rate and channels.
 
@@ -143,21 +154,52 @@ class PerformerSeparation(StrictPretrained):
         path : str or Path
             Audio file that libsndfile reads.
         out_folder : str or Path, optional
-            Where to write one float wav per output: ``<stem>_source0.wav`` and
-            so on. They appear when all of them are whole. Memory then does
-            not depend on the length.
+            Where to write one file per output: ``<stem>_source0.wav`` and so
+            on. They appear when all of them are whole. Memory then does not
+            depend on the length.
         chunk_seconds : float
             Length of what the model sees at once, in seconds.
         overlap : float
-            Share of a chunk that overlaps with the next, in [0, 0.5].
+            Share of a chunk that overlaps with the next, in [0, 0.5]: a fifth
+            of it is crossfaded, the rest is context.
         progressbar : bool
             Whether to show one.
+        batch_size : int
+            How many chunks go through the model at once.
+        file_format : str
+            wav (32-bit float), flac (24 bit) or ogg (Vorbis). What exceeds
+            full scale is kept by wav; in flac and ogg, all outputs of the file
+            are turned down alike, with a warning.
+        outputs : str or dict, optional
+            Which outputs to keep, or to sum into groups, by default all:
+            ``"0,2"`` or ``"drums=0+3,rest=1+2"``; ``"none"`` for no output,
+            only a remix or a figure.
+        ranked : bool
+            Whether the outputs are numbered by their energy in this file, 0
+            the loudest; otherwise as the model numbers them.
+        remix : str or dict, optional
+            Gains in dB of outputs or groups, ``"0:-inf,3:+3"``: writes their
+            sum to ``<stem>_remix.wav``. Outputs not named stay as they are.
+        figure : bool
+            Whether to write ``<stem>_figure.png``: spectrograms of the mixture
+            and of the outputs, and their levels over time.
+        skip_existing : bool
+            Whether to do nothing if all that would be written is there and
+            not older than the file.
+        stem : str, optional
+            What the names of the files begin with; that of ``path`` without
+            its ending if not given.
+        progress : callable, optional
+            Called as ``progress(seconds_done, seconds_total)`` at the start
+            and after each part of the file. The total is None for a stream of
+            unknown length. What it raises ends the separation.
 
         Returns
         -------
         torch.Tensor or list of Path
             [sources, channels, time] at the rate of the file; with
-            ``out_folder``, the written files. Their sum is the file.
+            ``out_folder``, the written files: outputs, remix, figure. The sum
+            of all outputs is the file.
 
         Raises
         ------
@@ -172,11 +214,36 @@ class PerformerSeparation(StrictPretrained):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such audio file")
+        if out_folder is None and (
+            remix is not None or figure or skip_existing or file_format != "wav"
+        ):
+            raise ValueError(
+                "expected out_folder with file_format, remix, figure or "
+                "skip_existing"
+            )
+        if out_folder is None:
+            if not check_outputs(outputs, self.hparams.num_spks):
+                raise ValueError("expected an output to return")
+        else:
+            out_folder = Path(out_folder)
+            stem = path.stem if stem is None else stem
+            paths = output_paths(
+                out_folder,
+                stem,
+                self.hparams.num_spks,
+                file_format,
+                outputs,
+                remix,
+                figure,
+            )
+            if skip_existing and up_to_date(path, paths):
+                return paths
         with ExitStack() as stack:
             reader = stack.enter_context(soundfile.SoundFile(path))
             known = reader.frames != UNKNOWN_FRAMES
+            seconds = reader.frames / reader.samplerate if known else None
             bar = tqdm(
-                total=reader.frames / reader.samplerate if known else None,
+                total=seconds,
                 desc=path.name,
                 disable=not progressbar,
                 bar_format=PROGRESS if known else None,
@@ -189,21 +256,50 @@ class PerformerSeparation(StrictPretrained):
                     self.hparams.sample_rate,
                     chunk_seconds,
                     overlap,
+                    batch_size,
                 ),
                 bar,
                 reader.samplerate,
+                progress or (lambda done, total: None),
+                seconds,
             )
             if out_folder is None:
-                return torch.cat(list(blocks), dim=-1)
-            return write_sources(blocks, reader, Path(out_folder), path.stem)
+                est_source = torch.cat(list(blocks), dim=-1)
+                return _chosen(est_source, outputs, ranked)
+            return write_sources(
+                blocks,
+                reader,
+                out_folder,
+                stem,
+                file_format,
+                outputs,
+                ranked,
+                remix,
+                figure,
+            )
 
     def forward(self, mix):
         """Separates a batch, see ``separate_batch``."""
         return self.separate_batch(mix)
 
 
-def _counted(blocks, bar, sample_rate):
-    """Moves the progress bar as blocks pass by."""
+def _counted(blocks, bar, sample_rate, progress, seconds):
+    """Moves the progress as blocks pass by."""
+    frames = 0
+    progress(0.0, seconds)
     for block in blocks:
         yield block
+        frames += block.shape[-1]
         bar.update(block.shape[-1] / sample_rate)
+        progress(frames / sample_rate, seconds)
+
+
+def _chosen(est_source, outputs, ranked):
+    """The wanted outputs, or sums of them, [outputs, channels, time]."""
+    if ranked:
+        energies = est_source.double().square().sum((1, 2)).tolist()
+        est_source = est_source[loudest_first(energies)]
+    if outputs is None:
+        return est_source
+    chosen = check_outputs(outputs, len(est_source)).values()
+    return torch.stack([est_source[list(x)].sum(0) for x in chosen])

@@ -1,16 +1,16 @@
 """Separation of audio of any length, chunk by chunk, in constant memory.
 
-Neighbouring chunks share some samples. On these, the outputs of the later
-chunk are put into the order of the earlier one, as nothing ties a model
-trained without labels to one order, and the two are crossfaded.
+Neighbouring chunks share some samples. What a model sees at the edge of a
+chunk it sees without context, and estimates worse: of the shared samples only
+the middle is used of both chunks, in a short crossfade, and the outermost of
+each are thrown away. Before that, the outputs of the later chunk are put into
+the order of the earlier one, as nothing ties a model trained without labels to
+one order.
 """
 
-import os
-import tempfile
-from contextlib import ExitStack
 from fractions import Fraction
+from itertools import islice
 
-import soundfile
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F
@@ -36,11 +36,15 @@ MIN_CHUNK_SECONDS = 0.1
 # What a wrong order has to gain before it is preferred, in parts of the level.
 TIE = 1e-9
 
+# Outputs below this part of the level of all of them, -60 dB, have a smaller
+# say in the order.
+FLOOR = 1e-3
+
+# The part of the shared samples that is crossfaded; the rest is context.
+FADE_SHARE = 0.2
+
 # The length libsndfile gives to a stream whose header has none.
 UNKNOWN_FRAMES = 2**63 - 1
-
-# Sizes in a wav header are 32-bit numbers.
-MAX_WAV_BYTES = 2**32 - 2**16
 
 
 def crossfade_weights(length):
@@ -68,12 +72,43 @@ def crossfade_weights(length):
     return torch.sin(0.5 * torch.pi * phase).square()
 
 
-def best_order(previous, current):
-    """The order of outputs in which two estimates differ least.
+def joining_weights(shared):
+    """Weights of a chunk on the samples that it shares with the one before.
 
-    Minimises the sum of ``|previous_i - current_order(i)|^2``, that is
-    maximises the sum of their inner products: the stitching of continuous
-    speech separation (arXiv 2001.11482), measured on the waveforms.
+    Those of the chunk before are one minus these. Where they are 0 or 1, one
+    of both is context, which the model has seen and nobody hears.
+
+    Arguments
+    ---------
+    shared : int
+        Number of shared samples.
+
+    Returns
+    -------
+    torch.Tensor
+        [shared]: zeros, the crossfade in the middle fifth, ones.
+
+    Example
+    -------
+    >>> joining_weights(5)
+    tensor([0.0000, 0.0000, 0.5000, 1.0000, 1.0000])
+    """
+    fade = min(shared, max(1, round(FADE_SHARE * shared)))
+    weights = torch.ones(shared)
+    context = (shared - fade) // 2
+    weights[:context] = 0.0
+    weights[context : context + fade] = crossfade_weights(fade)
+    return weights
+
+
+def best_order(previous, current):
+    """The order of outputs in which two estimates are most alike.
+
+    Minimises the sum of ``|p_i - c_order(i)|^2 / (|p_i|^2 + |c_order(i)|^2)``:
+    the stitching of continuous speech separation (arXiv 2001.11482), measured
+    on the waveforms and against the level of each pair, so that quiet outputs
+    count as loud ones do. Samples near the edges weigh less (a Hann window),
+    as each estimate is worse at one of them.
 
     Arguments
     ---------
@@ -96,12 +131,17 @@ def best_order(previous, current):
     >>> best_order(torch.zeros(2, 1, 5), torch.zeros(2, 1, 5))
     tensor([0, 1])
     """
-    previous = previous.flatten(1).double()
-    current = current.flatten(1).double()
+    time = previous.shape[-1]
+    phase = (torch.arange(time, dtype=torch.double) + 0.5) / max(time, 1)
+    window = torch.sin(torch.pi * phase)  # on both: their product is Hann's
+    previous = (previous.double() * window).flatten(1)
+    current = (current.double() * window).flatten(1)
     level = previous.norm() * current.norm()
     if level == 0:
         return torch.arange(len(current))
-    similarity = previous @ current.T / level
+    energies = previous.square().sum(1)[:, None] + current.square().sum(1)
+    energies = energies.clamp(min=2 * FLOOR**2 * level)
+    similarity = 2 * (previous @ current.T) / energies
     similarity += TIE * torch.eye(len(current))
     _, order = linear_sum_assignment(similarity.numpy(), maximize=True)
     return torch.from_numpy(order)
@@ -156,24 +196,23 @@ def _check_whole(reader, frames):
         )
 
 
-def _separate_resampled(sig, file_rate, sample_rate, separate_chunk):
-    """[channels, time] -> [sources, channels, time] at the file's rate."""
-    length = sig.shape[-1]
+def _separate_resampled(mixes, file_rate, sample_rate, separate_chunks):
+    """[batch, channels, time] -> [batch, sources, channels, time]."""
+    length = mixes.shape[-1]
     ratio = Fraction(sample_rate, file_rate).limit_denominator(MAX_RATIO_TERM)
-    mix = sig
+    sig = mixes
     if ratio != 1:
-        mix = resample(sig, ratio.denominator, ratio.numerator, **FILTER)
+        sig = resample(sig, ratio.denominator, ratio.numerator, **FILTER)
     shortest = round(MIN_CHUNK_SECONDS * sample_rate)
-    mix = F.pad(mix, (0, max(0, shortest - mix.shape[-1])))
-    est_source = separate_chunk(mix.unsqueeze(0)).detach().cpu().float()
-    if est_source.shape[::2] != (1, len(mix)) or (
-        est_source.shape[-1] != mix.shape[-1]
-    ):
+    sig = F.pad(sig, (0, max(0, shortest - sig.shape[-1])))
+    est_source = separate_chunks(sig).detach().cpu().float().contiguous()
+    batch, channels, time = sig.shape
+    shape = list(est_source.shape)
+    if shape[:1] + shape[2:] != [batch, channels, time]:
         raise ValueError(
-            "expected separate_chunk to return [1, sources, "
-            f"{len(mix)}, {mix.shape[-1]}], got {list(est_source.shape)}"
+            f"expected separate_chunks to return [{batch}, sources, "
+            f"{channels}, {time}], got {shape}"
         )
-    est_source = est_source.squeeze(0)
     if ratio != 1:
         est_source = resample(
             est_source, ratio.numerator, ratio.denominator, **FILTER
@@ -181,8 +220,54 @@ def _separate_resampled(sig, file_rate, sample_rate, separate_chunk):
     return est_source[..., :length]
 
 
+def _read_chunks(reader, chunk, hop):
+    """Chunks of a file, which all are as long as the first one.
+
+    Yields each with the number of its samples that are there only to make the
+    last one as long as the others, and whether it is the last.
+    """
+    sig = _read(reader, chunk)
+    position = sig.shape[-1]
+    if position == 0:
+        raise ValueError(f"{reader.name}: the file holds no samples")
+    repeated, ahead = 0, sig
+    while ahead.shape[-1]:
+        ahead = _read(reader, hop)
+        new = ahead.shape[-1]
+        position += new
+        if new == 0:
+            _check_whole(reader, position)
+        yield sig, repeated, new == 0
+        # a file shorter than a chunk never comes here with new samples
+        sig = torch.cat([sig[:, new:], ahead], dim=-1)
+        repeated = hop - new
+
+
+def _separate_batches(chunks, reader, sample_rate, separate_chunks, batch_size):
+    """Adds [sources, channels, time] to what ``_read_chunks`` yields."""
+    while batch := list(islice(chunks, batch_size)):
+        est_sources = _separate_resampled(
+            torch.stack([sig for sig, _, _ in batch]),
+            reader.samplerate,
+            sample_rate,
+            separate_chunks,
+        )
+        if not est_sources.isfinite().all():
+            raise ValueError(
+                f"{reader.name}: the model returned NaN or infinite samples "
+                f"before {reader.tell() / reader.samplerate:.3f} s"
+            )
+        for (sig, repeated, last), est_source in zip(batch, est_sources):
+            yield sig, est_source, repeated, last
+
+
 def separate_stream(
-    reader, separate_chunk, sample_rate, chunk_seconds=10.0, overlap=0.25
+    reader,
+    separate_chunks,
+    sample_rate,
+    chunk_seconds=10.0,
+    overlap=0.25,
+    batch_size=1,
 ):
     """Separates an open audio file block by block.
 
@@ -194,17 +279,22 @@ def separate_stream(
     ---------
     reader : soundfile.SoundFile
         The file, open for reading, of any rate and number of channels.
-    separate_chunk : callable
-        [1, channels, time] at ``sample_rate`` ->
-        [1, sources, channels, time].
+    separate_chunks : callable
+        [batch, channels, time] at ``sample_rate`` ->
+        [batch, sources, channels, time].
     sample_rate : int
         Rate of the model in Hz.
     chunk_seconds : float
-        Length of the chunks in seconds. The last one begins earlier rather
-        than being shorter.
+        Length of the chunks in seconds, with their context. The last one
+        begins earlier rather than being shorter.
     overlap : float
-        What neighbouring chunks share of their length, in [0, 0.5]. With 0
-        nothing is aligned or crossfaded.
+        What neighbouring chunks share of their length, in [0, 0.5]. The middle
+        fifth is crossfaded, the rest is context: with 0.25, a tenth of a chunk
+        at either side is computed and thrown away. With 0 nothing is
+        aligned or crossfaded.
+    batch_size : int
+        How many chunks go through the model at once, from 1 up. Changes the
+        speed and the memory, not the result.
 
     Yields
     ------
@@ -236,95 +326,27 @@ def separate_stream(
             "expected chunk_seconds > 0 and overlap in [0, 0.5], got "
             f"chunk_seconds={chunk_seconds}, overlap={overlap}"
         )
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size from 1 up, got {batch_size}")
     shared = int(overlap * chunk)
-    hop = chunk - shared
-    fade = crossfade_weights(shared)
-    sig = _read(reader, chunk)
-    if sig.shape[-1] == 0:
-        raise ValueError(f"{reader.name}: the file holds no samples")
-    given = 0  # samples of sig whose outputs have been yielded
-    position = sig.shape[-1]
+    weights = joining_weights(shared)
+    chunks = _separate_batches(
+        _read_chunks(reader, chunk, chunk - shared),
+        reader,
+        sample_rate,
+        separate_chunks,
+        batch_size,
+    )
     tail = None
-    while True:
-        est_source = _separate_resampled(
-            sig, reader.samplerate, sample_rate, separate_chunk
-        )[..., given:]
-        if not est_source.isfinite().all():
-            raise ValueError(
-                f"{reader.name}: the model returned NaN or infinite samples "
-                f"before {position / reader.samplerate:.3f} s"
-            )
+    for sig, est_source, repeated, last in chunks:
+        sig, est_source = sig[:, repeated:], est_source[..., repeated:]
         if tail is not None:
             head = est_source[..., :shared]
             est_source = est_source[best_order(tail, head)]
             # lerp(a, a, w) is a, bit by bit
             est_source[..., :shared] = torch.lerp(
-                tail, est_source[..., :shared], fade
+                tail, est_source[..., :shared], weights
             )
-        ahead = _read(reader, hop)
-        new = ahead.shape[-1]
-        if new == 0:
-            _check_whole(reader, position)
-            yield distribute_residual(sig[:, given:], est_source)
-            return
-        end = est_source.shape[-1] - shared
-        yield distribute_residual(
-            sig[:, given : given + end], est_source[..., :end]
-        )
+        end = est_source.shape[-1] - (0 if last else shared)
+        yield distribute_residual(sig[:, :end], est_source[..., :end])
         tail = est_source[..., end:]
-        sig = torch.cat([sig[:, new:], ahead], dim=-1)
-        # the last chunk is read whole; what it repeats is left out
-        given = hop - new
-        position += new
-
-
-def _wav_format(frames, channels):
-    """RF64, the 64-bit wav, where the sizes would not fit a wav header."""
-    return "RF64" if frames * channels * 4 > MAX_WAV_BYTES else "WAV"
-
-
-def write_sources(blocks, reader, out_folder, stem):
-    """Writes a stream to one float wav per source.
-
-    A run that ends early leaves nothing: the files grow in a hidden folder and
-    move out of it when all of them are whole.
-
-    Arguments
-    ---------
-    blocks : iterable of torch.Tensor
-        [sources, channels, time], as of ``separate_stream``.
-    reader : soundfile.SoundFile
-        The file they come from, which gives rate and channels.
-    out_folder : Path
-        Where to write ``<stem>_source0.wav`` and so on.
-    stem : str
-        Beginning of the names.
-
-    Returns
-    -------
-    list of Path
-        The files, in the order of the sources.
-    """
-    out_folder.mkdir(parents=True, exist_ok=True)
-    names, writers = [], []
-    with tempfile.TemporaryDirectory(
-        prefix=".", suffix=".partial", dir=out_folder
-    ) as partial:
-        with ExitStack() as stack:
-            for block in blocks:
-                for i in range(len(writers), len(block)):
-                    names.append(f"{stem}_source{i}.wav")
-                    writer = soundfile.SoundFile(
-                        os.path.join(partial, names[-1]),
-                        "w",
-                        reader.samplerate,
-                        reader.channels,
-                        subtype="FLOAT",
-                        format=_wav_format(reader.frames, reader.channels),
-                    )
-                    writers.append(stack.enter_context(writer))
-                for writer, source in zip(writers, block, strict=True):
-                    writer.write(source.T.numpy())
-        for name in names:
-            os.replace(os.path.join(partial, name), out_folder / name)
-    return [out_folder / name for name in names]

@@ -1,0 +1,146 @@
+"""The ``trackformer`` command that opens a page in the browser."""
+
+import argparse
+import signal
+import sys
+import threading
+
+from trackformer_sb.cli_data import complain, positive
+
+
+def _port(text):
+    """A number of a TCP port, for argparse."""
+    value = int(text)
+    if not 1 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"must be in [1, 65535], got {text}")
+    return value
+
+
+def add_demo(commands):
+    """Adds ``trackformer demo``.
+
+    Arguments
+    ---------
+    commands : argparse._SubParsersAction
+        What ``add_subparsers`` returned.
+
+    Example
+    -------
+    >>> parser = argparse.ArgumentParser()
+    >>> add_demo(parser.add_subparsers())
+    >>> args = parser.parse_args(["demo", "separator"])
+    >>> args.host, args.port
+    ('127.0.0.1', 7860)
+    """
+    parser = commands.add_parser(
+        "demo",
+        help="a page in the browser: drop music in, hear its sources",
+        description=(
+            "Serves a page on which to separate music, to mute and solo the "
+            "sources against the original, and to download them. Ctrl+C ends "
+            "it and removes the files it made."
+        ),
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="separator folder as training leaves it, or a model on the hub",
+    )
+    parser.add_argument(
+        "--port",
+        type=_port,
+        default=7860,
+        help="of the page (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at; the default is reached from this machine "
+        "only, 0.0.0.0 from all over the network (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", help="cpu or cuda; by default a GPU if there is one"
+    )
+    parser.add_argument(
+        "--max_megabytes",
+        type=positive,
+        default=100,
+        metavar="MB",
+        help="largest file that is taken (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_minutes",
+        type=positive,
+        default=15,
+        metavar="MINUTES",
+        help="longest music that is taken (default: %(default)s)",
+    )
+    parser.set_defaults(run=_demo)
+
+
+def _load(args):
+    """The separator, on the wanted device."""
+    import torch
+
+    from trackformer_sb.inference.interfaces import PerformerSeparation
+
+    run_opts = {}
+    if args.device is not None:
+        if args.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(
+                f"--device {args.device}: torch finds no CUDA device"
+            )
+        # SpeechBrain warns of "cuda" without a number
+        device = "cuda:0" if args.device == "cuda" else args.device
+        run_opts["device"] = device
+    return PerformerSeparation.from_hparams(
+        source=args.model, run_opts=run_opts
+    )
+
+
+def _wait():
+    """Returns on Ctrl+C and when the process is asked to end."""
+    end = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: end.set())
+    try:
+        end.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _demo(args):
+    """Runs ``trackformer demo``."""
+    from trackformer_sb.web.page import import_gradio
+    from trackformer_sb.web.server import running_page
+
+    try:
+        import_gradio()  # before the model, which may take long
+        separator = _load(args)
+        title = (
+            f"{args.model}: {separator.hparams.num_spks} sources at "
+            f"{separator.hparams.sample_rate} Hz"
+        )
+        page = running_page(
+            separator,
+            title,
+            host=args.host,
+            port=args.port,
+            max_megabytes=args.max_megabytes,
+            max_minutes=args.max_minutes,
+        )
+        with page as url:
+            print(f"Open {url} (Ctrl+C ends it)", flush=True)
+            if args.host not in ("127.0.0.1", "localhost", "::1"):
+                print(
+                    f"{args.host} may be reached from other machines: whoever "
+                    "can open the page can use this one to separate",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            _wait()
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        complain(args, error)
+        return 2
+    return 0

@@ -1,0 +1,140 @@
+"""The ``trackformer`` commands about trained models: export and info."""
+
+import json
+
+from trackformer_sb.cli_data import complain, positive
+
+
+def _complain(args, error):
+    """An error in one line; torch's have several."""
+    complain(args, " ".join(str(error).split()))
+
+
+def add_export(commands):
+    """Adds ``trackformer export``.
+
+    Arguments
+    ---------
+    commands : argparse._SubParsersAction
+        What ``add_subparsers`` returned.
+    """
+    parser = commands.add_parser(
+        "export",
+        help="make the separator folder of a training again",
+        description=(
+            "Writes the folder that trackformer, SpeechBrain, huggingface_hub "
+            "and Asteroid load, from a checkpoint of a training: by default "
+            "the best one."
+        ),
+    )
+    parser.add_argument(
+        "experiment",
+        metavar="RUN",
+        help="folder of a training, results/<experiment>/<seed>",
+    )
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        help="folder to write; a separator that is there is replaced",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="another checkpoint than the best: RUN/save/CKPT+... or its name",
+    )
+    parser.add_argument(
+        "--push",
+        metavar="REPO",
+        help="upload the folder to the hub as owner/name; needs a login or "
+        "HF_TOKEN",
+    )
+    parser.add_argument(
+        "--private",
+        action="store_true",
+        default=None,
+        help="a model that --push makes is private",
+    )
+    parser.set_defaults(run=_export)
+
+
+def _export(args):
+    """Runs ``trackformer export``."""
+    from trackformer_sb.inference.runs import export_run, push_folder
+
+    try:
+        folder = export_run(args.experiment, args.out, args.checkpoint)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        _complain(args, error)
+        return 2
+    print(folder)
+    if args.push:
+        try:
+            print(push_folder(folder, args.push, private=args.private))
+        except (OSError, ValueError) as error:
+            _complain(args, error)
+            return 1
+    return 0
+
+
+def add_info(commands):
+    """Adds ``trackformer info``.
+
+    Arguments
+    ---------
+    commands : argparse._SubParsersAction
+        What ``add_subparsers`` returned.
+    """
+    parser = commands.add_parser(
+        "info",
+        help="sizes, training and speed of a separator",
+        description=(
+            "Prints sizes, rate, outputs and what the card says of the "
+            "training, and separates noise to measure memory and speed on "
+            "this machine."
+        ),
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="separator folder as training leaves it, or a model on the hub",
+    )
+    parser.add_argument(
+        "--device", help="cpu or cuda; by default a GPU if there is one"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        default=10.0,
+        help="length of the noise (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object"
+    )
+    parser.set_defaults(run=_info)
+
+
+def _info(args):
+    """Runs ``trackformer info``."""
+    import torch
+
+    from trackformer_sb.inference.measure import (
+        describe_model,
+        description_text,
+    )
+
+    cuda = torch.cuda.is_available()
+    device = args.device or ("cuda" if cuda else "cpu")
+    try:
+        if device.startswith("cuda") and not cuda:
+            raise ValueError(f"--device {device}: torch finds no CUDA device")
+        # SpeechBrain warns of "cuda" without a number
+        device = "cuda:0" if device == "cuda" else device
+        description = describe_model(args.model, device, args.seconds)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        _complain(args, error)
+        return 2
+    if args.json:
+        print(json.dumps(description, indent=2))
+    else:
+        print(description_text(description))
+    return 0

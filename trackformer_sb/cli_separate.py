@@ -1,0 +1,371 @@
+"""The ``trackformer separate`` command."""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+
+from trackformer_sb.cli_data import complain, positive
+
+DESCRIPTION = """\
+Writes one file per output of the model, at the rate and with the channels of
+the input; together they sum to it. Music of any length takes the same memory.
+"""
+
+EPILOG = """\
+examples:
+  trackformer separate song.wav --model separator --out sources
+  trackformer separate music/ --model separator --out sources --skip-existing
+  trackformer separate "*.mp3" --model separator --out sources --format flac
+  trackformer separate song.wav --model separator --out sources \\
+      --outputs none --remix 0:-inf,3:+3
+
+exit codes: 0 if all went well, 1 if a file failed (the others are done), 2 for
+a wrong usage or a model that does not load. Paths of written files go to the
+standard output, one a line, errors to the standard error.
+"""
+
+
+def _overlap(text):
+    """A fraction of a chunk."""
+    value = float(text)
+    if not 0 <= value <= 0.5:
+        raise argparse.ArgumentTypeError(f"must be in [0, 0.5], got {text}")
+    return value
+
+
+def _from_one_up(text):
+    """A number of things."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return value
+
+
+def _outputs(text):
+    """Which outputs to write."""
+    from trackformer_sb.inference.remix import parse_outputs
+
+    try:
+        return parse_outputs(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _remix(text):
+    """Gains of outputs."""
+    from trackformer_sb.inference.remix import parse_remix
+
+    try:
+        return parse_remix(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_separate(commands):
+    """Adds ``trackformer separate``.
+
+    Arguments
+    ---------
+    commands : argparse._SubParsersAction
+        What ``add_subparsers`` returned.
+    """
+    parser = commands.add_parser(
+        "separate",
+        help="separate audio files into sources",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="audio files, folders (with all that is below them) or globs",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="separator folder as training leaves it, or a model on the hub",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder for the sources: <file>_source0.wav and so on; files of "
+        "the same name go to folders in it as they come from",
+    )
+    written = parser.add_argument_group("what is written")
+    written.add_argument(
+        "--format",
+        choices=("wav", "flac", "ogg"),
+        default="wav",
+        help="wav (32-bit float), flac (24 bit) or ogg (Vorbis); where outputs "
+        "exceed full scale, flac and ogg have all of the file turned down "
+        "alike (default: %(default)s)",
+    )
+    written.add_argument(
+        "--outputs",
+        type=_outputs,
+        metavar="LIST",
+        help="outputs to keep, as 0,2, or to sum into groups, as "
+        "drums=0+3,rest=1+2; none for only a remix or a figure (default: all)",
+    )
+    written.add_argument(
+        "--stems",
+        choices=("model", "ranked"),
+        default="model",
+        help="numbers of the outputs: as the model has them, or ranked by "
+        "their energy in the file, 0 the loudest (default: %(default)s)",
+    )
+    written.add_argument(
+        "--remix",
+        type=_remix,
+        metavar="GAINS",
+        help="write <file>_remix as well, the sum with gains in dB: "
+        "0:-inf,3:+3 mutes output 0 and raises output 3; the others stay",
+    )
+    written.add_argument(
+        "--figure",
+        action="store_true",
+        help="draw <file>_figure.png: spectrograms and activity over time",
+    )
+    written.add_argument(
+        "--skip-existing",
+        "--skip_existing",
+        dest="skip_existing",
+        action="store_true",
+        help="leave out files whose results are all there and not older",
+    )
+    model = parser.add_argument_group("how the model runs")
+    model.add_argument(
+        "--device", help="cpu or cuda; by default a GPU if there is one"
+    )
+    model.add_argument(
+        "--chunk_seconds",
+        type=positive,
+        default=10.0,
+        metavar="SECONDS",
+        help="what the model sees at once (default: %(default)s)",
+    )
+    model.add_argument(
+        "--overlap",
+        type=_overlap,
+        default=0.25,
+        metavar="SHARE",
+        help="of a chunk with the next, 0 to 0.5: context, and a fifth of it "
+        "for the crossfade (default: %(default)s)",
+    )
+    model.add_argument(
+        "--batch",
+        type=_from_one_up,
+        default=1,
+        metavar="N",
+        help="chunks that the model sees at a time (default: %(default)s)",
+    )
+    parser.set_defaults(run=_separate)
+
+
+def _load_model(args):
+    """The separator, on the wanted device."""
+    import torch
+
+    from trackformer_sb.inference.interfaces import PerformerSeparation
+
+    run_opts = {}
+    if args.device is not None:
+        if args.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(
+                f"--device {args.device}: torch finds no CUDA device"
+            )
+        # SpeechBrain warns of "cuda" without a number
+        device = "cuda:0" if args.device == "cuda" else args.device
+        run_opts["device"] = device
+    return PerformerSeparation.from_hparams(
+        source=args.model, run_opts=run_opts
+    )
+
+
+def _prepare(args):
+    """The separator, and options of ``separate_file`` by file."""
+    from trackformer_sb.data.audio import AUDIO_EXTENSIONS
+    from trackformer_sb.inference.files import (
+        check_overwriting,
+        find_files,
+        place_files,
+    )
+    from trackformer_sb.inference.writing import output_paths
+
+    files = find_files(args.files, args.out, AUDIO_EXTENSIONS)
+    separator = _load_model(args)
+    wanted = {
+        "file_format": args.format,
+        "outputs": args.outputs,
+        "remix": args.remix,
+        "figure": args.figure,
+    }
+    jobs, planned = {}, {}
+    for path, (folder, stem) in zip(files, place_files(files)):
+        out_folder = os.path.join(args.out, folder) if folder else args.out
+        jobs[path] = {"out_folder": out_folder, "stem": stem, **wanted}
+        planned[path] = output_paths(
+            num_spks=separator.hparams.num_spks, **jobs[path]
+        )
+    check_overwriting(planned)
+    return separator, jobs, planned
+
+
+@contextmanager
+def _clean_stop():
+    """Has a SIGTERM unwind the stack, so that unfinished files are removed."""
+
+    def stop(number, _):
+        raise SystemExit(128 + number)
+
+    # only the main thread may set handlers
+    handled = threading.current_thread() is threading.main_thread()
+    if handled:
+        before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if handled:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Bars:
+    """Progress of a file and of all files, on a terminal only."""
+
+    def __init__(self, files):
+        from tqdm import tqdm
+
+        self.shown = sys.stderr.isatty()
+        self.seconds = {path: self._seconds(path) for path in files}
+        self.before = 0.0
+        form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
+        self.one = tqdm(
+            total=1.0, disable=not self.shown, bar_format=form, leave=False
+        )
+        self.all = tqdm(
+            total=sum(self.seconds.values()) or 1.0,
+            desc=f"all {len(files)} files",
+            disable=not self.shown or len(files) < 2,
+            bar_format=form + " [{elapsed}<{remaining}]",
+        )
+
+    def _seconds(self, path):
+        if not self.shown:
+            return 0.0
+        import soundfile
+
+        from trackformer_sb.inference.overlap_add import UNKNOWN_FRAMES
+
+        try:
+            info = soundfile.info(path)
+        except (OSError, RuntimeError):
+            return 0.0  # separate_file says what is wrong
+        return 0.0 if info.frames == UNKNOWN_FRAMES else info.duration
+
+    def start(self, path, number):
+        """Begins a file; returns what reports the seconds done of it."""
+        self.one.reset(total=self.seconds[path] or 1.0)
+        self.one.set_description_str(
+            f"{number}/{len(self.seconds)} {os.path.basename(path)}"
+        )
+
+        def progress(done, total):
+            self.one.update(done - self.one.n)
+            self.all.update(self.before + done - self.all.n)
+
+        return progress
+
+    def stop(self, path):
+        """Ends a file, however far it came."""
+        self.before += self.seconds[path]
+        self.all.update(self.before - self.all.n)
+        self.one.refresh()
+
+    def print(self, lines):
+        """Prints lines above the bars."""
+        from tqdm import tqdm
+
+        for line in lines:
+            tqdm.write(str(line), file=sys.stdout)
+        sys.stdout.flush()
+
+    def complain(self, args, message):
+        """Prints a message of an error above the bars."""
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):
+            complain(args, message)
+
+    def close(self):
+        """Leaves the terminal as it is."""
+        self.one.close()
+        self.all.close()
+
+
+def _separate(args):
+    """Runs ``trackformer separate``."""
+    try:
+        separator, jobs, planned = _prepare(args)
+    except ImportError as error:
+        hint = "a separator of Asteroid's parts needs the extra [asteroid]"
+        complain(args, f"{error} ({hint})")
+        return 2
+    except (OSError, ValueError, RuntimeError) as error:
+        complain(args, error)
+        return 2
+    bars = _Bars(jobs)
+    try:
+        with _clean_stop():
+            failed = _separate_all(args, separator, jobs, planned, bars)
+    except KeyboardInterrupt:
+        bars.complain(args, "interrupted")
+        return 130
+    finally:
+        bars.close()
+    return 1 if failed else 0
+
+
+def _separate_all(args, separator, jobs, planned, bars):
+    """Separates file after file; returns how many failed."""
+    from trackformer_sb.inference.writing import up_to_date
+
+    failed = 0
+    for number, (path, options) in enumerate(jobs.items(), 1):
+        progress = bars.start(path, number)
+        try:
+            if (
+                args.skip_existing
+                and os.path.isfile(path)
+                and up_to_date(path, planned[path])
+            ):
+                bars.complain(args, f"{path}: skipped, its results are there")
+                continue
+            written = separator.separate_file(
+                path,
+                chunk_seconds=args.chunk_seconds,
+                overlap=args.overlap,
+                batch_size=args.batch,
+                ranked=args.stems == "ranked",
+                progressbar=False,
+                progress=progress,
+                **options,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            # soundfile's and torch's errors are RuntimeErrors
+            reason = str(error)
+            if path not in reason:
+                reason = f"{path}: {reason}"
+            bars.complain(args, reason)
+            failed += 1
+        else:
+            bars.print(written)
+        finally:
+            bars.stop(path)
+    return failed

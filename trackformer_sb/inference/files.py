@@ -1,0 +1,150 @@
+"""Which files a separation reads, and where its results go."""
+
+import glob
+import os
+from collections import Counter
+
+
+def find_files(arguments, out, endings):
+    """The audio files that arguments mean.
+
+    Arguments
+    ---------
+    arguments : list of str
+        Files, folders, and globs that the shell has not expanded. What does
+        not exist is returned as it is.
+    out : str
+        Folder of the results, left out below the folders.
+    endings : tuple of str
+        Of audio files, in lower case; files named one by one may have others.
+
+    Returns
+    -------
+    list of str
+        Each file once, those of a folder in the order of their names. A folder
+        without audio is returned itself.
+
+    Example
+    -------
+    >>> find_files(["song.wav", "./song.wav"], "sources", (".wav",))
+    ['song.wav']
+    """
+    out = os.path.realpath(out)
+    found = {}
+    for argument in arguments:
+        for path in _expand(argument, endings):
+            below = [path]
+            if os.path.isdir(path):
+                below = _below(path, out, endings)
+                # with "**", folders come one by one and inside of each other
+                below = below or ([path] if path == argument else [])
+            for one in below:
+                found.setdefault(os.path.realpath(one), one)
+    return list(found.values())
+
+
+def _expand(argument, endings):
+    """What a glob stands for: all, or the audio if there is some."""
+    if os.path.exists(argument):
+        return [argument]
+    paths = sorted(glob.glob(argument, recursive=True))
+    audio = [
+        path
+        for path in paths
+        if path.lower().endswith(endings) or os.path.isdir(path)
+    ]
+    return audio or paths or [argument]
+
+
+def _below(folder, out, endings):
+    """Audio files in a folder and its folders, less hidden ones."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".")
+            and os.path.realpath(os.path.join(parent, name)) != out
+        )
+        found += [
+            os.path.join(parent, name)
+            for name in sorted(names)
+            if name.lower().endswith(endings) and not name.startswith(".")
+        ]
+    return found
+
+
+def place_files(files):
+    """Where the results of each file go, so that none overwrites another's.
+
+    Arguments
+    ---------
+    files : list of str
+        Different files.
+
+    Returns
+    -------
+    list of tuple
+        (folder below --out, beginning of the names) of each file: no folder
+        where the name is unique, else the one it comes from, below what all
+        files have in common. Files that differ only in their endings keep
+        them.
+
+    Example
+    -------
+    >>> place_files(["a/x.wav", "a/y.wav", "b/x.wav", "b/x.mp3"])
+    [('a', 'x'), ('', 'y'), ('b', 'x.wav'), ('b', 'x.mp3')]
+    """
+    parents = [os.path.dirname(os.path.abspath(path)) for path in files]
+    common = os.path.commonpath(parents) if parents else ""
+    names = [os.path.basename(path) for path in files]
+    stems = [os.path.splitext(name)[0] for name in names]
+    below = [os.path.relpath(parent, common) for parent in parents]
+    below = ["" if folder == os.curdir else folder for folder in below]
+    # some disks do not tell upper case from lower case
+    by_stem = Counter(stem.lower() for stem in stems)
+    by_place = Counter(
+        os.path.join(*place).lower() for place in zip(below, stems)
+    )
+    placed = []
+    for folder, name, stem in zip(below, names, stems):
+        if by_stem[stem.lower()] == 1:
+            placed.append(("", stem))
+        elif by_place[os.path.join(folder, stem).lower()] == 1:
+            placed.append((folder, stem))
+        else:
+            placed.append((folder, name))
+    return placed
+
+
+def check_overwriting(planned):
+    """Refuses results in the place of an input or of other results.
+
+    Arguments
+    ---------
+    planned : dict
+        File -> paths of its results.
+
+    Raises
+    ------
+    ValueError
+        Naming the file, the result and the file that is in its way.
+
+    Example
+    -------
+    >>> check_overwriting({"a.wav": ["a_source0.wav"], "b.wav": ["a.wav"]})
+    Traceback (most recent call last):
+        ...
+    ValueError: b.wav: its result a.wav would overwrite a.wav or a result \
+of it; expected another --out
+    """
+    taken = {os.path.realpath(path): path for path in planned}
+    for path, results in planned.items():
+        for result in results:
+            place = os.path.realpath(result)
+            if place in taken:
+                raise ValueError(
+                    f"{path}: its result {result} would overwrite "
+                    f"{taken[place]} or a result of it; expected another --out"
+                )
+            taken[place] = path

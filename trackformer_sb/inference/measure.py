@@ -1,0 +1,197 @@
+"""What a separator is, what it can, and what it costs on this machine."""
+
+import resource
+import sys
+import time
+
+import torch
+
+from trackformer_sb.inference.card import card_tables
+from trackformer_sb.inference.download import model_file
+from trackformer_sb.inference.folder import CONFIG_FILE
+from trackformer_sb.inference.interfaces import PerformerSeparation
+from trackformer_sb.inference.pretrained import PerformerSeparator
+
+
+def load_separator(source, device="cpu"):
+    """Loads a separator, without running code where that is possible.
+
+    Arguments
+    ---------
+    source : str or Path
+        Folder, or id on the hub.
+    device : str
+        Where to put it.
+
+    Returns
+    -------
+    PerformerSeparation
+        From ``config.json`` if there is one, else from ``hyperparams.yaml``.
+    str
+        The name of that file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder, model or file.
+    ValueError
+        If it does not load.
+    """
+    run_opts = {"device": str(device)}
+    try:
+        model_file(source, CONFIG_FILE)
+    except FileNotFoundError:
+        separator = PerformerSeparation.from_hparams(source, run_opts=run_opts)
+        return separator, "hyperparams.yaml"
+    plain = PerformerSeparator.from_pretrained(source)
+    separator = PerformerSeparation(
+        modules=dict(plain.named_children()),
+        hparams=plain.config,
+        run_opts=run_opts,
+    )
+    return separator, CONFIG_FILE
+
+
+def measure_speed(separator, seconds=10.0):
+    """Separates noise, once to warm up and once to measure.
+
+    Arguments
+    ---------
+    separator : PerformerSeparation
+        The separator.
+    seconds : float
+        Length of the noise, one channel at the rate of the model.
+
+    Returns
+    -------
+    dict
+        ``seconds`` of noise, ``real_time_factor`` (time taken per length,
+        below 1 is faster than it plays) and ``peak_memory_mb`` (of the GPU,
+        or of the whole process).
+    """
+    rate = separator.hparams.sample_rate
+    noise = torch.randn(1, max(1, round(seconds * rate))).to(separator.device)
+    cuda = noise.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(noise.device)
+    with torch.no_grad():
+        for _ in range(2):
+            started = time.perf_counter()
+            separator.separate_batch(noise)
+            if cuda:
+                torch.cuda.synchronize(noise.device)
+            taken = time.perf_counter() - started
+    if cuda:
+        peak = torch.cuda.max_memory_allocated(noise.device) / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak /= 2**20 if sys.platform == "darwin" else 2**10
+    return {
+        "seconds": seconds,
+        "real_time_factor": taken * rate / noise.shape[1],
+        "peak_memory_mb": peak,
+    }
+
+
+def describe_model(source, device="cpu", seconds=10.0):
+    """What a separator is, from its files and by running it.
+
+    Arguments
+    ---------
+    source : str or Path
+        Folder, or id on the hub.
+    device : str
+        Where to run it.
+    seconds : float
+        Length of the noise that it separates.
+
+    Returns
+    -------
+    dict
+        Plain values: sizes, rate, outputs, classes, what the card says of
+        the training, and the costs.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder, model or file.
+    ValueError
+        If it does not load.
+    """
+    separator, loaded_from = load_separator(source, device)
+    modules = dict(separator.mods.items())
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    state = [
+        value
+        for module in modules.values()
+        for value in module.state_dict().values()
+    ]
+    try:
+        path = model_file(source, "README.md")
+        card = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        card = ""
+    return {
+        "model": str(source),
+        "loaded_from": loaded_from,
+        "classes": {
+            name: type(module).__name__ for name, module in modules.items()
+        },
+        "num_spks": separator.hparams.num_spks,
+        "sample_rate": separator.hparams.sample_rate,
+        "mixture_consistency": getattr(
+            separator.hparams, "mixture_consistency", False
+        ),
+        "parameters": sum(p.numel() for p in parameters),
+        "weights_mb": sum(v.numel() * v.element_size() for v in state) / 1e6,
+        "card": card_tables(card),
+        "device": str(separator.device),
+        "threads": torch.get_num_threads(),
+        **measure_speed(separator, seconds),
+    }
+
+
+def description_text(description):
+    """A description for people.
+
+    Arguments
+    ---------
+    description : dict
+        Of ``describe_model``.
+
+    Returns
+    -------
+    str
+        A line per value.
+    """
+    about = description
+    classes = ", ".join(about["classes"].values())
+    where = about["device"]
+    if where == "cpu":
+        where += f", {about['threads']} threads"
+    lines = [
+        ("model", f"{about['model']} ({about['loaded_from']})"),
+        ("classes", classes),
+        ("outputs", about["num_spks"]),
+        ("rate", f"{about['sample_rate']} Hz"),
+        (
+            "parameters",
+            f"{about['parameters']:,} ({about['weights_mb']:.1f} MB)",
+        ),
+        (
+            "speed",
+            f"{about['seconds']:g} s in "
+            f"{about['real_time_factor'] * about['seconds']:.2f} s, "
+            f"real-time factor {about['real_time_factor']:.3f} ({where})",
+        ),
+        (
+            "memory",
+            f"{about['peak_memory_mb']:.0f} MB at most"
+            + (", the whole process" if about["device"] == "cpu" else ""),
+        ),
+    ]
+    text = [f"{name:<12}{value}" for name, value in lines]
+    for title, table in about["card"].items():
+        text += ["", title]
+        text += [f"  {name:<24}{value}" for name, value in table.items()]
+    return "\n".join(text)

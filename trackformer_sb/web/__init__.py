@@ -1,0 +1,1 @@
+"""A local page on which to separate music and hear the sources."""
