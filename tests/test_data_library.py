@@ -508,6 +508,33 @@ def test_groups_and_numbers_of_stems(tmp_path):
         prepare(music, "musdb18hq", tmp_path / "b", max_stems=2, **options)
 
 
+def test_patterns_that_no_stem_is_like(tmp_path, caplog):
+    music = musdb(tmp_path / "musdb18hq")
+    groups = {"band": ["bas", "Drums"]}
+    with caplog.at_level(logging.WARNING):
+        prepare(
+            music,
+            "musdb18hq",
+            tmp_path / "out",
+            sample_rate=RATE,
+            stem_groups=groups,
+        )
+    assert caplog.messages == [
+        "stem_groups: no stem is like bas; there are bass, drums, other, vocals"
+    ]
+
+
+def test_many_songs_with_odd_stems_are_summed_up(tmp_path, caplog):
+    music = musdb(tmp_path / "musdb18hq")
+    for i, song in enumerate(sorted(music.glob("*/*"))):
+        write(song / "bass.wav", noise(200 + i, seconds=7.0, level=0.05))
+        (song / "mixture.wav").unlink()
+    with caplog.at_level(logging.WARNING):
+        prepare(music, "musdb18hq", tmp_path / "out", sample_rate=RATE)
+    assert len(caplog.messages) == 6
+    assert caplog.messages[-1] == "stems of 1 more songs differ"
+
+
 # -------------------------------------------------------- what cannot be used
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
@@ -92,7 +93,19 @@ def list_songs(
         songs = FINDERS[dataset](folder, listing, findings)
     else:
         songs = find_songs(key, folder, dataset, listing, findings)
+    stems = sorted({track for song in songs for track in song.tracks})
     songs = group_stems(songs, stem_groups)
+    unused = [
+        pattern
+        for patterns in (stem_groups or {}).values()
+        for pattern in patterns
+        if not any(fnmatchcase(stem.lower(), pattern.lower()) for stem in stems)
+    ]
+    if unused:
+        findings.warn(
+            f"stem_groups: no stem is like {', '.join(unused)}; there are "
+            f"{', '.join(stems[:20])}"
+        )
     songs = keep_few_stems(songs, max_stems, findings)
     return same_files_once(songs, findings)
 
