@@ -255,6 +255,15 @@ def test_frozen_unless_asked_for(exported):
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
+def test_it_computes_where_its_weights_are(exported):
+    features = loaded(exported)
+    wavs, wav_lens = torch.randn(2, 900), torch.tensor([1.0, 0.5])
+    expected = features.encode_batch(wavs, wav_lens)
+    # what was said at construction, before a recipe moved the weights
+    features.device = "cuda:7"
+    assert torch.equal(features.encode_batch(wavs, wav_lens), expected)
+
+
 def test_shapes_are_checked(exported):
     features = loaded(exported[0])
     for shape in ((1000,), (1, 2, 1000)):

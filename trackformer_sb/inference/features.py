@@ -143,10 +143,12 @@ class PerformerFeatures(StrictPretrained):
             raise ValueError(
                 f"expected waveforms [batch, time], got {list(wavs.shape)}"
             )
-        wavs, padding = wavs.to(self.device), None
+        # not self.device: as a part of a recipe it moves with the recipe
+        device = next(self.mods.encoder.parameters()).device
+        wavs, padding = wavs.to(device), None
         if wav_lens is not None:
-            samples = (wav_lens.to(self.device) * wavs.shape[1]).round()
-            place = torch.arange(wavs.shape[1], device=self.device)
+            samples = (wav_lens.to(device) * wavs.shape[1]).round()
+            place = torch.arange(wavs.shape[1], device=device)
             # windows of the last frames reach beyond the end
             beyond = place >= samples.unsqueeze(1)
             wavs = wavs.masked_fill(beyond, 0.0)
