@@ -256,7 +256,7 @@ def test_frozen_unless_asked_for(exported):
 
 
 def test_it_computes_where_its_weights_are(exported):
-    features = loaded(exported)
+    features = loaded(exported[0])
     wavs, wav_lens = torch.randn(2, 900), torch.tensor([1.0, 0.5])
     expected = features.encode_batch(wavs, wav_lens)
     # what was said at construction, before a recipe moved the weights
