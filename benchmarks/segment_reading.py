@@ -1,7 +1,7 @@
-"""How fast segments are read from audio files, and a folder is catalogued.
+"""How fast segments are read from audio files.
 
     python benchmarks/segment_reading.py [--formats wav flac ogg mp3] \
-        [--lengths 3 30] [--workers 0 1 2] [--files 2000] [--quick]
+        [--lengths 3 30] [--workers 0 1 2] [--quick]
 
 Music: songs of the demo band, stereo at 44.1 kHz, --song_seconds long (wav with
 16 bits, flac, Vorbis, mp3), written just before: all reads come from the
@@ -20,12 +20,6 @@ the range; a ratio above 1 means that trackformer_sb is faster. Before that,
 segments from all over every song, beginning and end among them, are compared
 with the slice of the whole file.
 
-Catalogue. `prepare` on --files songs of 1 s in albums of 25, the formats in
-turn, each with its own content: into an empty folder, again with nothing
-changed, and again after every hundredth file was written anew. Files a second
-are those of the folder, whether read again or not. Beside it, `soundfile.info`
-of every file in one loop.
-
 --quick tries everything in seconds; its figures mean nothing, and it writes no
 record unless given --output.
 """
@@ -40,13 +34,12 @@ import time
 import numpy as np
 import soundfile
 import torch
-from common import Record, add_arguments, say, table, timed
+from common import Record, add_arguments, say, table
 from speechbrain.dataio.dataio import read_audio
 from torch.utils.data import DataLoader, Dataset
 
 from trackformer_sb.data.audio import audio_info, read_segment
 from trackformer_sb.data.band import make_song
-from trackformer_sb.data.catalogue import prepare
 
 SAMPLE_RATE = 44100
 FORMATS = ("wav", "flac", "ogg", "mp3")
@@ -54,10 +47,8 @@ PANS = (0.5, 0.4, 0.2, 0.8)  # of drums, bass, chords, lead; 0 is left
 
 SONGS = 4  # to read from, of each format
 TRIALS = 15  # segments of a song compared with the whole file
-ALBUM = 25  # songs of 1 s in a folder of the catalogue
-CHANGED = 100  # every so many files is written anew
 QUICK = dict(lengths=[1.0, 3.0], song_seconds=6.0, workers=[0, 1], rounds=1)
-QUICK |= dict(period=0.05, batch_size=1, files=40, output=None)
+QUICK |= dict(period=0.05, batch_size=1, output=None)
 
 
 # --- music -------------------------------------------------------------------
@@ -239,74 +230,6 @@ def reading(folder, args, write):
 # --- catalogue ---------------------------------------------------------------
 
 
-def write_library(folder, args):
-    """Songs of 1 s in albums, formats in turn; returns their paths."""
-    paths = []
-    for begin in range(0, args.files, ALBUM):
-        album = folder / f"album {begin // ALBUM:04d}"
-        album.mkdir(parents=True)
-        seconds = min(ALBUM, args.files - begin)
-        parts = np.split(music(begin // ALBUM, seconds), seconds)
-        for i, sig in enumerate(parts):
-            ending = args.formats[i % len(args.formats)]
-            paths.append(album / f"{i:02d}.{ending}")
-            write_song(paths[-1], sig)
-    return paths
-
-
-def change_some(paths, seed):
-    """Writes every hundredth file anew, as noise."""
-    rng = np.random.default_rng(seed)
-    for path in paths[::CHANGED]:
-        noise = rng.normal(scale=0.1, size=(SAMPLE_RATE, 2))
-        write_song(path, noise.astype("float32"))
-
-
-def catalogue(folder, args):
-    """Measures `prepare`; returns blocks of markdown."""
-    paths = write_library(folder / "music", args)
-    headers, first, same, changed = [], [], [], []
-    for number in range(args.rounds):
-        run = functools.partial(
-            prepare,
-            folder / "music",
-            "mixtures",
-            folder / f"manifests_{number}",
-            segment_seconds=0.5,
-        )
-        headers.append(timed(lambda: list(map(soundfile.info, paths)), "cpu"))
-        first.append(timed(run, "cpu"))
-        same.append(timed(run, "cpu"))
-        change_some(paths, number)
-        changed.append(timed(run, "cpu"))
-        say(f"catalogue, round {number + 1}: {first[-1]:.2f} s at first")
-    splits = run()["splits"].values()
-    rows = {
-        "soundfile.info in one loop": headers,
-        "prepare, first run": first,
-        "prepare, nothing changed": same,
-        f"prepare, {len(paths[::CHANGED])} changed": changed,
-    }
-    return [
-        f"## Catalogue: {len(paths)} files ({', '.join(args.formats)} in "
-        f"turn), {sum(part['songs'] for part in splits)} songs found",
-        table(
-            ["", "files/s, median (range)", "s, median"],
-            [
-                [
-                    name,
-                    middle([len(paths) / x for x in seconds]),
-                    f"{statistics.median(seconds):.3g}",
-                ]
-                for name, seconds in rows.items()
-            ],
-        ),
-    ]
-
-
-# --- memory ------------------------------------------------------------------
-
-
 def arguments():
     """The command line; --quick lowers what is not given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -322,7 +245,6 @@ def arguments():
     parser.add_argument("--period", type=float, default=1.0, help="in s")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--song_seconds", type=float, default=180.0)
-    parser.add_argument("--files", type=int, default=2000, help="catalogued")
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     if parser.parse_args().quick:
         parser.set_defaults(**QUICK)
@@ -330,7 +252,7 @@ def arguments():
 
 
 def main():
-    """Measures reading, then the catalogue; writes the record after each."""
+    """Measures format by format; writes the record after each."""
     args = arguments()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -343,7 +265,6 @@ def main():
             f"{soundfile.__libsndfile_version__}."
         )
         blocks = reading(folder, args, functools.partial(record.write, head))
-        blocks += catalogue(folder, args)
         record.write(head, *blocks)
         say(output.read_text(encoding="utf-8"))
     if args.output:
