@@ -112,6 +112,39 @@ def exported(tmp_path):
     return export_separator(path, modules, tmp_path / "separator"), modules
 
 
+@pytest.mark.parametrize(
+    "names", [["mine.ckpt", "README.md"], ["README.md"], ["masknet.ckpt"]]
+)
+def test_files_of_somebody_else_are_not_replaced(tmp_path, names):
+    path, modules = trained(tmp_path / "experiment")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("precious")
+    with pytest.raises(FileExistsError, match="is no separator folder"):
+        export_separator(path, modules, folder)
+    assert [(folder / name).read_text() for name in names] == [
+        "precious" for _ in names
+    ]
+
+
+def test_a_folder_of_another_model_is_not_replaced(exported, tmp_path):
+    folder, modules = exported
+    path = folder / "hyperparams.yaml"
+    text = path.read_text("utf-8").replace("  masknet:", "  classifier:", 1)
+    path.write_text(text, "utf-8")
+    experiment = tmp_path / "experiment" / "hyperparams.yaml"
+    with pytest.raises(FileExistsError, match="another hyperparams"):
+        export_separator(experiment, modules, folder)
+    assert path.read_text("utf-8") == text
+
+
+def test_everybody_may_read_an_exported_folder(exported):
+    folder, _ = exported
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1
+
+
 def loaded(folder, cls=PerformerSeparation, **options):
     return cls.from_hparams(
         source=str(folder), run_opts={"device": "cpu"}, **options

@@ -169,6 +169,36 @@ def test_remix_of_all_muted_is_silence(tmp_path, reader):
     assert torch.equal(files["song_remix.wav"], torch.zeros(2, 100))
 
 
+@pytest.mark.parametrize("file_format", ["wav", "flac"])
+@pytest.mark.parametrize("outputs", [None, "none", "0,2"])
+@pytest.mark.parametrize("figure", [False, True])
+def test_remix_of_one_output_alone(
+    tmp_path, reader, file_format, outputs, figure
+):
+    sig = noise(3, 2, 4000)
+    files = written(
+        sig,
+        reader,
+        tmp_path,
+        remix="1:-inf,2:-inf",
+        outputs=outputs,
+        figure=figure,
+        file_format=file_format,
+    )
+    kept = {None: (0, 1, 2), "none": (), "0,2": (0, 2)}[outputs]
+    names = [f"song_source{i}.{file_format}" for i in kept]
+    assert list(files) == [*names, f"song_remix.{file_format}"]
+    error = 2**-23 if file_format == "flac" else 0
+    for name, index in zip(files, (*kept, 0), strict=True):
+        assert (files[name] - sig[index]).abs().max() <= error
+
+
+@pytest.mark.parametrize("remix", ["0:100000", {0: 121.0}, {0: float("nan")}])
+def test_gains_have_an_end(tmp_path, reader, remix):
+    with pytest.raises(ValueError, match="gains up to 120 dB"):
+        written(noise(2, 2, 100), reader, tmp_path, remix=remix)
+
+
 def test_an_empty_remix_is_the_sum(tmp_path, reader):
     sig = noise(3, 2, writing.BLOCK_FRAMES + 1)
     files = written(sig, reader, tmp_path, remix={})

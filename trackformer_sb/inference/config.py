@@ -2,7 +2,7 @@
 
 import inspect
 import json
-import math
+import sys
 
 import trackformer_sb
 from trackformer_sb.nnet.masknet import PerformerMaskNet
@@ -46,8 +46,9 @@ def _wrong_value(value, example):
     if isinstance(example, str):
         return None if isinstance(value, str) else "a text"
     if isinstance(example, float):
-        number = isinstance(value, (int, float)) and math.isfinite(value)
-        right = number and not isinstance(value, bool)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # an integer of json may be larger than any float
+        right = number and abs(value) <= sys.float_info.max
         return None if right else "a number"
     whole = isinstance(value, int) and not isinstance(value, bool)
     if example is None:

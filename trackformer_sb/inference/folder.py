@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 # The Pretrainer looks for <name of the module>.ckpt beside the yaml. A path in
 # the yaml would be taken from the working directory.
@@ -157,16 +158,26 @@ def _replace_folder(new, folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_replaceable(folder, what):
-    """Refuses to replace a folder that is something else than a model."""
+def _check_replaceable(folder, what, nodes):
+    """Refuses to replace a folder that is something else than such a model."""
     if not folder.exists():
         return
-    for path in sorted(folder.iterdir()):
-        if path.name not in KNOWN_FILES and path.suffix != WEIGHTS_ENDING:
-            raise FileExistsError(
-                f"{folder} is no {what} folder, it holds {path.name}; "
-                "expected an empty or a new folder"
-            )
+    known = {*KNOWN_FILES, *(f"{name}{WEIGHTS_ENDING}" for name in nodes)}
+    found = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in found if name not in known]
+    if found and "hyperparams.yaml" not in found:
+        foreign = foreign or found
+    elif found:
+        text = (folder / "hyperparams.yaml").read_text(encoding="utf-8")
+        modules = re.search(r"^modules:\n((?:  .*\n)+)", text, re.M)
+        names = re.findall(r"^  (\w+):", modules[1], re.M) if modules else []
+        if set(names) != set(nodes):
+            foreign = foreign or ["another hyperparams.yaml"]
+    if foreign:
+        raise FileExistsError(
+            f"{folder} is no {what} folder, it holds {foreign[0]}; expected "
+            "an empty or a new folder"
+        )
 
 
 def read_model(hparams_file, modules, keys, nodes):
@@ -248,7 +259,7 @@ def write_model(
         that fit the trained ones.
     """
     folder = Path(folder).resolve()
-    _check_replaceable(folder, what)
+    _check_replaceable(folder, what, nodes)
     modules = {name: unwrapped(modules[name]) for name in nodes}
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
@@ -288,7 +299,9 @@ def write_files(folder, hparams, modules, nodes, settings, header, config=None):
             for name, state in weights.items()
             for key, value in state.items()
         }
-        save_file(flat, folder / SAFETENSORS_FILE, {"format": "pt"})
+        # save_file would leave it to its owner alone
+        content = save(flat, {"format": "pt"})
+        (folder / SAFETENSORS_FILE).write_bytes(content)
     references = [f"\n  {name}: !ref <{key}>" for name, key in nodes.items()]
     loadables = [f"\n    {name}: !ref <{nodes[name]}>" for name in weights]
     hooks = [f"\n    {name}: {LOAD_HOOK}" for name in weights]

@@ -8,6 +8,7 @@ the order of the earlier one, as nothing ties a model trained without labels to
 one order.
 """
 
+import re
 from fractions import Fraction
 from itertools import islice
 
@@ -42,6 +43,13 @@ FLOOR = 1e-3
 
 # The part of the shared samples that is crossfaded; the rest is context.
 FADE_SHARE = 0.2
+
+# What libsndfile notes of a cut wav or aiff, whose length it corrects, and the
+# placeholder of writers that cannot seek back.
+CUT_HEADER = re.compile(
+    r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.M
+)
+STREAMED = 0x7FFFF000
 
 # The length libsndfile gives to a stream whose header has none.
 UNKNOWN_FRAMES = 2**63 - 1
@@ -188,6 +196,11 @@ def _read(reader, frames):
 
 def _check_whole(reader, frames):
     """Refuses a file that ended before its header said it would."""
+    sizes = CUT_HEADER.search(reader.extra_info)
+    if sizes and int(sizes[2]) < int(sizes[1]) < STREAMED:
+        raise ValueError(
+            f"{reader.name}: truncated, {sizes[2]} of {sizes[1]} bytes"
+        )
     if reader.frames == UNKNOWN_FRAMES or reader.format == "MP3":
         return  # unknown, or an estimate
     if frames < reader.frames:
@@ -226,6 +239,7 @@ def _read_chunks(reader, chunk, hop):
     Yields each with the number of its samples that are there only to make the
     last one as long as the others, and whether it is the last.
     """
+    _check_whole(reader, reader.frames)
     sig = _read(reader, chunk)
     position = sig.shape[-1]
     if position == 0:

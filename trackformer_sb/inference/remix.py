@@ -9,6 +9,9 @@ import re
 NONE = "none"
 REMIX = "remix"
 
+# Beyond this nothing of music is left in 32 bits.
+MAX_GAIN_DB = 120.0
+
 
 def parse_outputs(text):
     """Reads which outputs to write.
@@ -194,6 +197,11 @@ def remix_gains(remix, outputs, num_spks):
             _check_index(index, num_spks, REMIX)
             if index in factors:
                 raise ValueError(f"remix: two gains for the output {index}")
+            if not decibels <= MAX_GAIN_DB:
+                raise ValueError(
+                    f"remix: expected gains up to {MAX_GAIN_DB:g} dB, got "
+                    f"{decibels} for {key}"
+                )
             factors[index] = 10 ** (decibels / 20)
     return [factors.get(index, 1.0) for index in range(num_spks)]
 

@@ -189,7 +189,9 @@ def write_sources(
         }
         if remix is not None:
             mix = _Mix(sources, remix_gains(remix, outputs, num_spks))
-            _write_mixes({finished[len(mixes)]: mix}, file_format, reader)
+            # the outputs need the files that it may be equal to
+            solo = {finished[len(mixes)]: mix}
+            _write_mixes(solo, file_format, reader, move=False)
         if figure:
             from trackformer_sb.inference.figures import save_figure
 
@@ -307,8 +309,11 @@ class _Mix:
         return max(float(np.abs(block).max()) for block in self.blocks())
 
 
-def _write_mixes(mixes, file_format, reader):
-    """Writes path -> _Mix, all turned down alike if the format needs it."""
+def _write_mixes(mixes, file_format, reader, move=True):
+    """Writes path -> _Mix, all turned down alike if the format needs it.
+
+    With `move` the file of a source becomes that of a mix of it alone.
+    """
     gain = 1.0
     if file_format != "wav":
         peak = max((mix.peak() for mix in mixes.values()), default=0.0)
@@ -322,7 +327,8 @@ def _write_mixes(mixes, file_format, reader):
     moved = {}
     for path, mix in mixes.items():
         source = mix.whole_file
-        if file_format == "wav" and source and source not in moved.values():
+        free = move and source not in moved.values()
+        if file_format == "wav" and source and free:
             moved[path] = source  # later, others may need it
             continue
         with _sound_file(path, file_format, reader) as writer:
