@@ -3,7 +3,7 @@
     python benchmarks/data_loading.py \
         [--data_folder FOLDER --dataset mixtures] [--workers 0 1 2]
 
-Batches come as in training: `dataio_prep` of recipes/train.py on prepared
+Batches come as in training: `dataio_prep` of `training.dataio` on prepared
 manifests, SpeechBrain's `make_dataloader`. The consumer is a training step of
 a Performer (--num_layers layers of 192 channels, as in hparams/demo.yaml).
 Sets: the built-in demo band (16-bit wav, four stems a song), made in a
@@ -22,7 +22,6 @@ loader alone, in segments a second, from its first batch on.
 import argparse
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from typing import NamedTuple
@@ -44,6 +43,11 @@ from trackformer_sb.inference.separation import separate
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 from trackformer_sb.objectives.mixit import mixit_loss
+from trackformer_sb.training.dataio import (
+    AUGMENTATION_KEYS,
+    PAIR_KEYS,
+    dataio_prep,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SAMPLE_RATE = 44100
@@ -68,9 +72,6 @@ class Times(NamedTuple):
 
 def training_set(args, dataset, data_folder, folder):
     """The training set of a folder of music, as the recipe makes it."""
-    sys.path.insert(0, str(ROOT / "recipes"))
-    from train import dataio_prep
-
     prepare(
         data_folder,
         dataset,
@@ -81,11 +82,14 @@ def training_set(args, dataset, data_folder, folder):
     )
     hparams = {
         "output_folder": folder,
+        "dataset": dataset,
         "sample_rate": SAMPLE_RATE,
         "seed": 1234,
-        "gain_db": 0.0,
-        "single_stem_share": 0.0,
-        "silent_share": 0.0,
+        "equal_levels": False,
+        "channel": "mean",
+        "strict": False,
+        **dict.fromkeys(PAIR_KEYS[:3], 0.0),
+        **dict.fromkeys(AUGMENTATION_KEYS, 0.0),
     }
     datasets, _ = dataio_prep(hparams, rank=0)
     return datasets["train"]
