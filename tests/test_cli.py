@@ -397,3 +397,25 @@ def test_runs_as_a_module():
     )
     assert done.returncode == 2
     assert done.stderr.startswith("usage: trackformer separate")
+
+
+def test_results_do_not_go_where_the_music_is(model, tmp_path, capsys):
+    write_noise(tmp_path / "a.wav")
+    assert separate(model, [str(tmp_path)], tmp_path) == 2
+    assert "expected another folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
+def test_all_files_are_separated_though_nobody_reads_the_names(model, tmp_path):
+    files = [write_noise(tmp_path / f"{name}.wav") for name in "ab"]
+    command = [sys.executable, "-m", "trackformer_sb.cli", "separate", *files]
+    command += ["--model", model, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [*command, "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait() == 0 and "Traceback" not in errors
+    assert len(list((tmp_path / "out").iterdir())) == 6

@@ -199,6 +199,13 @@ def _prepare(args):
     )
     from trackformer_sb.inference.writing import output_paths
 
+    out = os.path.realpath(args.out)
+    for path in args.files:
+        if os.path.isdir(path) and os.path.realpath(path) == out:
+            raise ValueError(
+                f"--out {args.out}: expected another folder than that of the "
+                "music, whose results would be separated next time"
+            )
     files = find_files(args.files, args.out, AUDIO_EXTENSIONS)
     separator = _load_model(args)
     wanted = {
@@ -292,9 +299,13 @@ class _Bars:
         """Prints lines above the bars."""
         from tqdm import tqdm
 
-        for line in lines:
-            tqdm.write(str(line), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            for line in lines:
+                tqdm.write(str(line), file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # nobody reads on, as in "| head": the files are wanted all the same
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def complain(self, args, message):
         """Prints a message of an error above the bars."""
