@@ -29,9 +29,9 @@ MAY_IMPORT = {
     "asteroid": {"inference", "nnet"},
     "cli": {"cli_data", "cli_demo", "cli_model", "cli_separate"},
     "cli_data": {"data"},
-    "cli_demo": {"cli_data", "inference", "web"},
+    "cli_demo": {"cli_data", "cli_model", "inference", "web"},
     "cli_model": {"cli_data", "inference"},
-    "cli_separate": {"cli_data", "data", "inference"},
+    "cli_separate": {"cli_data", "cli_model", "data", "inference"},
 }
 
 

@@ -6,6 +6,7 @@ import sys
 import threading
 
 from trackformer_sb.cli_data import complain, positive
+from trackformer_sb.cli_model import load_separator
 
 
 def _port(text):
@@ -78,26 +79,6 @@ def add_demo(commands):
     parser.set_defaults(run=_demo)
 
 
-def _load(args):
-    """The separator, on the wanted device."""
-    import torch
-
-    from trackformer_sb.inference.interfaces import PerformerSeparation
-
-    run_opts = {}
-    if args.device is not None:
-        if args.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(
-                f"--device {args.device}: torch finds no CUDA device"
-            )
-        # SpeechBrain warns of "cuda" without a number
-        device = "cuda:0" if args.device == "cuda" else args.device
-        run_opts["device"] = device
-    return PerformerSeparation.from_hparams(
-        source=args.model, run_opts=run_opts
-    )
-
-
 def _wait():
     """Returns on Ctrl+C and when the process is asked to end."""
     end = threading.Event()
@@ -117,7 +98,7 @@ def _demo(args):
 
     try:
         import_gradio()  # before the model, which may take long
-        separator = _load(args)
+        separator = load_separator(args)
         title = (
             f"{args.model}: {separator.hparams.num_spks} sources at "
             f"{separator.hparams.sample_rate} Hz"

@@ -8,6 +8,7 @@ import threading
 from contextlib import contextmanager
 
 from trackformer_sb.cli_data import complain, positive
+from trackformer_sb.cli_model import load_separator
 
 DESCRIPTION = """\
 Writes one file per output of the model, at the rate and with the channels of
@@ -169,26 +170,6 @@ def add_separate(commands):
     parser.set_defaults(run=_separate)
 
 
-def _load_model(args):
-    """The separator, on the wanted device."""
-    import torch
-
-    from trackformer_sb.inference.interfaces import PerformerSeparation
-
-    run_opts = {}
-    if args.device is not None:
-        if args.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(
-                f"--device {args.device}: torch finds no CUDA device"
-            )
-        # SpeechBrain warns of "cuda" without a number
-        device = "cuda:0" if args.device == "cuda" else args.device
-        run_opts["device"] = device
-    return PerformerSeparation.from_hparams(
-        source=args.model, run_opts=run_opts
-    )
-
-
 def _prepare(args):
     """The separator, and options of ``separate_file`` by file."""
     from trackformer_sb.data.audio import AUDIO_EXTENSIONS
@@ -207,7 +188,7 @@ def _prepare(args):
                 "music, whose results would be separated next time"
             )
     files = find_files(args.files, args.out, AUDIO_EXTENSIONS)
-    separator = _load_model(args)
+    separator = load_separator(args)
     wanted = {
         "file_format": args.format,
         "outputs": args.outputs,
