@@ -13,6 +13,8 @@ import math
 import pathlib
 import sys
 
+from trackformer_sb.data.manifest import read_songs
+
 NEEDED = {
     "si_snri": "best one-to-one choice of outputs",
     "si_snri_grouped": "outputs added up by instrument",
@@ -21,9 +23,7 @@ NEEDED = {
 
 def songs_of(folder, split):
     """Names of the songs of a split."""
-    path = folder / "manifests" / f"{split}.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    return {row["song"] for row in rows.values()}
+    return {line["song"] for line in read_songs(folder / "manifests", split)}
 
 
 def read_average(folder):

@@ -302,7 +302,7 @@ def test_debug_leaves_the_results_of_a_training(songs, tmp_path):
 
 def test_unreadable_test_item_has_an_empty_row(tmp_path):
     music = write_songs(tmp_path / "music")
-    stems = write_songs(tmp_path / "stems", num_songs=4)
+    stems = write_songs(tmp_path / "stems", num_songs=4, seconds=1.3)
     broken = stems / "song 2" / "tone.wav"
     sig, _ = soundfile.read(broken)
     soundfile.write(broken, np.full_like(sig, np.nan), RATE, "FLOAT")
