@@ -29,6 +29,7 @@ from trackformer_sb.data.manifest import write_manifest
 from trackformer_sb.data.segments import SegmentFilter, song_lines
 from trackformer_sb.data.songs import name_songs
 from trackformer_sb.data.splits import (
+    MIN_SONGS,
     SPLITS,
     check_apart,
     make_splits,
@@ -279,6 +280,11 @@ def prepare(
             levels,
         )
         left_out += dropped
+        # the filter may leave nothing of a song
+        counted = {
+            line["song"] for line, numbers in segments[name] if len(numbers)
+        }
+        splits[name] = [song for song in part if song.name in counted]
     report = {
         "settings": settings,
         "fingerprint": fingerprint,
@@ -306,11 +312,12 @@ def prepare(
 def _check_segments(report):
     """Refuses splits that the filter left without two songs."""
     for name, part in report["splits"].items():
-        if not part["segments"]:
+        if part["songs"] < MIN_SONGS:
             raise ValueError(
-                f"no segment of {name} passes min_active_share="
-                f"{report['settings']['min_active_share']} and min_level_db="
-                f"{report['settings']['min_level_db']}"
+                f"segments of {part['songs']} songs of {name} pass "
+                f"min_active_share={report['settings']['min_active_share']} "
+                f"and min_level_db={report['settings']['min_level_db']}, "
+                f"expected at least {MIN_SONGS} songs"
             )
 
 
@@ -338,7 +345,9 @@ def _last_places(manifest_folder, settings):
     try:
         with open(manifest_folder / REPORT, encoding="utf-8") as file:
             report = json.load(file)
-        if report["settings"] != json.loads(json.dumps(settings)):
+        asked = json.loads(json.dumps(settings))
+        # strict does not change what goes where
+        if {**report["settings"], "strict": settings["strict"]} != asked:
             return {}
         return {
             name: split

@@ -10,7 +10,7 @@ import json
 import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
@@ -176,7 +176,8 @@ class FileCache:
         name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
         parent = Path(cache_folder or default_cache_folder())
         self.path = parent / f"files-{name}.jsonl"
-        self._headers, self._levels, self._fingerprints = {}, {}, {}
+        # what was read -> path -> what the file was, and the value as of json
+        self._kept = {"header": {}, "levels": {}, "fingerprint": {}}
         lines = 0
         try:
             with open(self.path, "rb") as file:
@@ -185,33 +186,22 @@ class FileCache:
                     self._take(line)
         except OSError:
             return
-        known = self._headers, self._levels, self._fingerprints
-        if lines > 2 * sum(map(len, known)) + 1000:
+        if lines > 2 * sum(map(len, self._kept.values())) + 1000:
             self._rewrite()
 
     def _take(self, line):
         """Keeps a line; the last one of a run that was killed may be cut."""
         try:
             kind, path, stat, value = json.loads(line)
-            if kind == "header":
-                self._headers[path] = stat, AudioInfo(*value)
-            elif kind == "levels":
-                # decoded only where asked for
-                self._levels[path] = stat, value
-            elif kind == "fingerprint":
-                self._fingerprints[path] = stat, value
-        except (ValueError, TypeError):
+            self._kept[kind][path] = stat, value
+        except (ValueError, TypeError, KeyError):
             pass
 
     def _rewrite(self):
         """Leaves out what was overtaken by later lines."""
         unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         with open(unfinished, "w", encoding="utf-8") as file:
-            for kind, kept in (
-                ("header", self._headers),
-                ("levels", self._levels),
-                ("fingerprint", self._fingerprints),
-            ):
+            for kind, kept in self._kept.items():
                 for path, (stat, value) in kept.items():
                     file.write(json.dumps([kind, path, stat, value]) + "\n")
         os.replace(unfinished, self.path)
@@ -232,7 +222,7 @@ class FileCache:
             Path -> AudioInfo, or the UnreadableAudio that it raised.
         """
         return self._known_or_read(
-            "header", self._headers, listing, audio_info, tuple, progress
+            "header", listing, audio_info, list, _info, progress
         )
 
     def levels(self, listing, progress=False):
@@ -250,20 +240,14 @@ class FileCache:
         dict
             Path -> AudioLevels, or the UnreadableAudio that it raised.
         """
-        found = self._known_or_read(
+        return self._known_or_read(
             "levels",
-            self._levels,
             listing,
             measure_levels,
             AudioLevels.to_text,
+            AudioLevels.from_text,
             progress,
         )
-        return {
-            path: AudioLevels.from_text(value)
-            if isinstance(value, str)
-            else value
-            for path, value in found.items()
-        }
 
     def fingerprints(self, listing, progress=False):
         """Fingerprints of what files sound like, see ``audio_fingerprint``.
@@ -281,12 +265,7 @@ class FileCache:
             Path -> str, or the UnreadableAudio that it raised.
         """
         return self._known_or_read(
-            "fingerprint",
-            self._fingerprints,
-            listing,
-            audio_fingerprint,
-            str,
-            progress,
+            "fingerprint", listing, audio_fingerprint, str, str, progress
         )
 
     def _opened(self):
@@ -306,13 +285,14 @@ class FileCache:
             file.write("\n")
         return file
 
-    def _known_or_read(self, kind, kept, listing, read, to_json, progress):
-        unknown = [
-            path
-            for path, stat in listing.items()
-            if path not in kept or kept[path][0] != stat or stat is None
-        ]
-        found = {path: kept[path][1] for path in listing.keys() & kept.keys()}
+    def _known_or_read(self, kind, listing, read, to_json, from_json, progress):
+        kept, found = self._kept[kind], {}
+        for path, stat in listing.items():
+            if stat is not None and path in kept and kept[path][0] == stat:
+                # a damaged cache is one that knows less
+                with suppress(ValueError, TypeError, AttributeError):
+                    found[path] = from_json(kept[path][1])
+        unknown = [path for path in listing if path not in found]
         if unknown:
             with (
                 self._opened() or nullcontext() as file,
@@ -332,9 +312,9 @@ class FileCache:
                     found[path] = value
                     if isinstance(value, UnreadableAudio):
                         continue
-                    kept[path] = listing[path], value
-                    line = [kind, path, listing[path], to_json(value)]
+                    kept[path] = listing[path], to_json(value)
                     if file is not None:
+                        line = [kind, path, *kept[path]]
                         file.write(json.dumps(line) + "\n")
         return {path: found[path] for path in listing}
 
@@ -370,6 +350,10 @@ def audio_fingerprint(path):
             while block := file.read(2**20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _info(value):
+    return AudioInfo(*value)
 
 
 def _or_error(read, path):

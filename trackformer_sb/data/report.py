@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from trackformer_sb.data.audio import UnreadableAudio
 from trackformer_sb.data.catalogue import prepare
 from trackformer_sb.data.findings import skipped_table
 from trackformer_sb.data.headers import FileCache, file_stat
@@ -110,18 +109,12 @@ def describe(folder, dataset, out_folder, decode=True, **options):
         for split in SPLITS
     }
     levels = {}
-    if decode:
-        paths = {p for part in songs.values() for s in part for p in s.files}
-        known = FileCache(
-            report["settings"]["data_folder"], options.get("cache_folder")
-        )
-        found = known.levels(
-            {path: file_stat(path) for path in sorted(paths)}, progress=True
-        )
-        levels = {
-            path: value
-            for path, value in found.items()
-            if not isinstance(value, UnreadableAudio)
-        }
+    for split, part in songs.items() if decode else ():
+        # ``prepare`` has decoded them, into the cache of their folder
+        elsewhere = split == "test" and options.get("test_folder")
+        key = "test_folder" if elsewhere else "data_folder"
+        cache = FileCache(report["settings"][key], options.get("cache_folder"))
+        listing = {p: file_stat(p) for song in part for p in song.files}
+        levels.update(cache.levels(listing, progress=True))
     figures = catalogue_figures(songs, levels, Path(out_folder) / "figures")
     return report, figures

@@ -32,6 +32,7 @@ from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
 from trackformer_sb.data.audio import UnreadableAudio
+from trackformer_sb.data.manifest import Manifest
 from trackformer_sb.data.mixtures import read_tracks
 
 logger = get_logger(__name__)
@@ -137,10 +138,10 @@ def make_shards(
             "expected rows, sample_rate > 0 and shard_megabytes > 0, got "
             f"{len(rows)} rows, {sample_rate} and {shard_megabytes}"
         )
-    ids = sorted(rows)
+    rows = rows if isinstance(rows, Manifest) else Manifest(rows)
     songs, audio_bytes, digest = Counter(), 0, hashlib.sha256()
-    for segment_id in ids:
-        row = rows[segment_id]
+    for place, segment_id in enumerate(rows.ids):
+        row = rows.row(place)
         songs[row["song"]] += 1
         tracks = len(row["tracks"]) if row["has_stems"] else 1
         samples = tracks * round(row["duration"] * sample_rate)
@@ -151,22 +152,22 @@ def make_shards(
         "shard_megabytes": shard_megabytes,
         "subtype": subtype,
         "seed": seed,
-        "segments": len(ids),
+        "segments": len(rows),
         "rows_sha256": digest.hexdigest(),
     }
     out_folder = Path(out_folder)
     out_folder.mkdir(parents=True, exist_ok=True)
     index = _last_index(out_folder, prefix, settings)
     parts = np.array_split(
-        np.random.default_rng(seed).permutation(len(ids)),
-        min(math.ceil(audio_bytes / (shard_megabytes * 1e6)), len(ids)),
+        np.random.default_rng(seed).permutation(len(rows)),
+        min(math.ceil(audio_bytes / (shard_megabytes * 1e6)), len(rows)),
     )
     done = {shard["file"]: shard for shard in index["shards"]}
     num_workers = num_workers or os.cpu_count()
     named = set()
     with (
         ThreadPoolExecutor(num_workers) as pool,
-        tqdm(total=len(ids), unit="segments", disable=not progress) as bar,
+        tqdm(total=len(rows), unit="segments", disable=not progress) as bar,
     ):
         for i, part in enumerate(parts):
             path = out_folder / f"{prefix}-{i:06d}.tar"
@@ -175,9 +176,12 @@ def make_shards(
                 if path.stat().st_size == known["bytes"]:
                     bar.update(len(part))
                     continue
-            part_ids = [ids[j] for j in part]
+            part_ids = [rows.ids[j] for j in part]
             # The row is looked up here: a mapping need not be safe in threads.
-            calls = ((x, rows[x], sample_rate, subtype) for x in part_ids)
+            calls = (
+                (x, rows.row(j), sample_rate, subtype)
+                for x, j in zip(part_ids, part)
+            )
             encoded = _in_order(pool, _encode, calls, 4 * num_workers)
             count, skipped = _write_shard(path, encoded, bar)
             for entry in skipped:
@@ -197,7 +201,7 @@ def make_shards(
     if not index["segments"]:
         first = index["skipped"][0]
         raise UnreadableAudio(
-            f"none of {len(ids)} segments can be read, first {first['file']}: "
+            f"none of {len(rows)} segments can be read, first {first['file']}: "
             f"{first['reason']}"
         )
     index["complete"] = True

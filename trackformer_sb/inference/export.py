@@ -5,11 +5,7 @@ it is a Performer on an STFT, in ``PerformerSeparator`` and in Asteroid.
 """
 
 import trackformer_sb
-from trackformer_sb.inference.card import (
-    card_sections,
-    separator_card,
-    separator_title,
-)
+from trackformer_sb.inference.card import separator_card, separator_title
 from trackformer_sb.inference.config import plain_config
 from trackformer_sb.inference.folder import (
     node_arguments,
@@ -25,8 +21,6 @@ from trackformer_sb.inference.pretrained import (
 )
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
-
-__all__ = ["card_sections", "export_separator", "read_model", "write_model"]
 
 # What a separator of plain values is made of.
 PLAIN_CLASSES = {

@@ -3,11 +3,8 @@
 import torch
 
 import trackformer_sb
-from trackformer_sb.inference.export import (
-    card_sections,
-    read_model,
-    write_model,
-)
+from trackformer_sb.inference.card import card_sections
+from trackformer_sb.inference.folder import read_model, write_model
 from trackformer_sb.inference.hub import StrictPretrained, fetched_file
 
 NODES = {"stft": "Encoder", "encoder": "Features"}

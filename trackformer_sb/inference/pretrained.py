@@ -28,6 +28,7 @@ from trackformer_sb.inference.folder import (
     write_files,
 )
 from trackformer_sb.inference.separation import separate
+from trackformer_sb.inference.weights import load_state
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 
@@ -51,47 +52,6 @@ Decoder: !new:trackformer_sb.nnet.stft.STFTDecoder {stft}
 """
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-
-
-def load_state(module, state, source):
-    """Loads a state that fits a module exactly.
-
-    Arguments
-    ---------
-    module : torch.nn.Module
-        Where the weights belong; unchanged on error.
-    state : dict
-        Name -> tensor.
-    source : str or Path
-        Where they come from, for messages.
-
-    Raises
-    ------
-    ValueError
-        Naming all keys that are missing, unexpected or misshapen.
-
-    Example
-    -------
-    >>> load_state(torch.nn.ReLU(), {"weight": torch.ones(1)}, "a.safetensors")
-    Traceback (most recent call last):
-    ValueError: a.safetensors does not fit ReLU: unexpected weight
-    """
-    expected = module.state_dict()
-    problems = [f"missing {key}" for key in expected if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in expected]
-    problems += [
-        f"misshapen {key} (expected {list(value.shape)}, got "
-        f"{list(getattr(state[key], 'shape', []))})"
-        for key, value in expected.items()
-        if key in state and getattr(state[key], "shape", None) != value.shape
-    ]
-    if problems:
-        rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
-            f"{source} does not fit {type(module).__name__}: "
-            f"{', '.join(problems[:5])}{rest}"
-        )
-    module.load_state_dict(state)
 
 
 def _weights_file(source, **hub):

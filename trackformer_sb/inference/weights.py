@@ -10,6 +10,55 @@ def _listed(names, limit=5):
     return f"{words} and {rest} more" if rest > 0 else words
 
 
+def load_state(module, state, source):
+    """Loads a state that fits a module exactly.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        Where the weights belong; unchanged on error.
+    state : dict
+        Name -> tensor.
+    source : str or Path
+        Where they come from, for messages.
+
+    Raises
+    ------
+    ValueError
+        If keys are missing, unexpected or of another shape.
+
+    Example
+    -------
+    >>> import torch
+    >>> load_state(torch.nn.ReLU(), {"weight": torch.ones(1)}, "a.safetensors")
+    Traceback (most recent call last):
+    ValueError: a.safetensors does not fit ReLU: unexpected weight
+    """
+    expected = module.state_dict()
+    misshapen = [
+        f"{key} (expected {list(expected[key].shape)}, got "
+        f"{list(getattr(state[key], 'shape', []))})"
+        for key in expected
+        if key in state
+        and getattr(state[key], "shape", None) != expected[key].shape
+    ]
+    problems = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [str(key) for key in state if key not in expected],
+        "misshapen": misshapen,
+    }
+    if any(problems.values()):
+        raise ValueError(
+            f"{source} does not fit {type(module).__name__}: "
+            + "; ".join(
+                f"{problem} {_listed(keys)}"
+                for problem, keys in problems.items()
+                if keys
+            )
+        )
+    module.load_state_dict(state)
+
+
 def load_weights(module, path):
     """Loads a file of weights that fits a module exactly.
 
@@ -43,27 +92,4 @@ def load_weights(module, path):
     ...         print(str(error).replace(folder, "folder"))
     folder/masknet.ckpt does not fit Linear: missing bias
     """
-    state = read_state(path)
-    expected = module.state_dict()
-    misshapen = [
-        f"{key} (expected {list(expected[key].shape)}, got "
-        f"{list(getattr(state[key], 'shape', []))})"
-        for key in expected
-        if key in state
-        and getattr(state[key], "shape", None) != expected[key].shape
-    ]
-    problems = {
-        "missing": [key for key in expected if key not in state],
-        "unexpected": [str(key) for key in state if key not in expected],
-        "misshapen": misshapen,
-    }
-    if any(problems.values()):
-        raise ValueError(
-            f"{path} does not fit {type(module).__name__}: "
-            + "; ".join(
-                f"{problem} {_listed(keys)}"
-                for problem, keys in problems.items()
-                if keys
-            )
-        )
-    module.load_state_dict(state)
+    load_state(module, read_state(path), path)
