@@ -77,6 +77,7 @@ SLOW_SECONDS = 60.0  # what takes longer is run once
 SONG_SECONDS = 30.0
 WINDOW_SECONDS = 10.0
 MAX_RATIO = 1.1  # of the memory for the longest to that for the one before
+PARTS = ["speed", "memory"]
 MAX_RESIDUAL = -80.0  # dB
 
 OURS = "ours"
@@ -305,6 +306,21 @@ def speed_table(runs, reasons, args):
     return table(header, rows)
 
 
+def speed_blocks(folder, args):
+    """Table of real-time factors, and what the outputs sum to."""
+    files = {
+        seconds: write_mixture(folder / f"{seconds:g}.wav", seconds)
+        for seconds in (args.seconds, args.excerpt_seconds)
+    }
+    runs, reasons = speed_runs(files, args)
+    blocks = ["## Speed", speed_table(runs, reasons, args)]
+    if (OURS, args.seconds) in runs:
+        residual = runs[OURS, args.seconds][0][2]
+        what = "sum of the outputs minus the file, dB"
+        blocks += ["## Sum", verdict(what, residual, MAX_RESIDUAL, False)]
+    return blocks
+
+
 def memory_blocks(folder, args):
     """Table of memory against length, and the targets."""
     rows, extras, totals = [], [], []
@@ -344,6 +360,9 @@ def main():
     parser.add_argument(
         "--memory_seconds", type=float, nargs="+", default=[10, 180, 3600]
     )
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART"
+    )
     parser.add_argument("--limit_gb", type=float, default=10.0)
     parser.add_argument("--timeout", type=float, default=240.0)
     parser.add_argument(
@@ -361,20 +380,13 @@ def main():
         record = Record(
             "Separation of a file", __doc__, args.output, args.device
         )
-        files = {
-            seconds: write_mixture(folder / f"{seconds:g}.wav", seconds)
-            for seconds in (args.seconds, args.excerpt_seconds)
-        }
-        runs, reasons = speed_runs(files, args)
-        blocks = ["## Speed", speed_table(runs, reasons, args)]
-        if (OURS, args.seconds) in runs:
-            residual = runs[OURS, args.seconds][0][2]
-            what = "sum of the outputs minus the file, dB"
-            line = verdict(what, residual, MAX_RESIDUAL, False)
-            blocks += ["## Sum", line]
-        record.write(*blocks)
-        blocks += memory_blocks(folder, args)
-        record.write(*blocks)
+        blocks = []
+        if "speed" in args.parts:
+            blocks += speed_blocks(folder, args)
+            record.write(*blocks)
+        if "memory" in args.parts:
+            blocks += memory_blocks(folder, args)
+            record.write(*blocks)
         say(args.output.read_text(encoding="utf-8"))
 
 

@@ -186,9 +186,7 @@ def test_soft_segments_are_left_out(tmp_path):
 
 def test_filters_that_leave_nothing(tmp_path):
     music = library_of(tmp_path / "music", level=0.001)
-    with pytest.raises(
-        ValueError, match=r"segments of 0 songs of train .*=-10"
-    ):
+    with pytest.raises(ValueError, match=r"of 0 songs of train .*=-10"):
         catalogue(music, tmp_path / "out", min_level_db=-10)
 
 
