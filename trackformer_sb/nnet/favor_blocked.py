@@ -20,14 +20,16 @@ for queries, of the sequence for keys. They cancel in ``o_i``. ``psi`` comes fro
 the same code as ``phi`` with ``log d_i`` added to the stabiliser.
 """
 
+import math
+
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Features a block may have over all its sequences and heads: 2 MB in float32,
-# what stays in cache (measured, 2 cores with 1 MB each). GPUs want large
-# products, and have the memory for them.
-BLOCK_FEATURES = {"cpu": 2**19, "cuda": 2**26}
+# Features a block has over all its sequences and heads, about: 4 MB in float32.
+# On 2 CPU cores a fourth of that is 10 to 20 % slower, four times as much as
+# fast, but no longer small. GPUs want large products, and have the memory.
+BLOCK_FEATURES = {"cpu": 2**20, "cuda": 2**26}
 MIN_BLOCK = 64
 
 
@@ -40,15 +42,6 @@ def _is_mirrored(projection):
     return torch.equal(projection[half:], -projection[:half])
 
 
-def _blocks(frames, sequences, n_features, device):
-    """Slices of frames, as equal as can be."""
-    most = BLOCK_FEATURES.get(device.type, BLOCK_FEATURES["cuda"])
-    size = max(MIN_BLOCK, most // max(1, sequences * n_features))
-    number = max(1, -(-frames // size))
-    bounds = [frames * i // number for i in range(number + 1)]
-    return [slice(a, b) for a, b in zip(bounds, bounds[1:])]
-
-
 def _take(x, block):
     """Frames of [batch, heads, frames, dim] as [sequences, block, dim]."""
     return x[:, :, block].flatten(0, 1)
@@ -59,31 +52,69 @@ def _put(x, block, part):
     x[:, :, block] = part.view(*x.shape[:2], *part.shape[1:])
 
 
-def _largest(exponent, mirrored):
-    """The largest exponent of each frame, [sequences, block, 1]."""
-    largest = exponent.amax(-1, keepdim=True)
-    if mirrored:
-        largest = largest.maximum(-exponent.amin(-1, keepdim=True))
-    return largest
+class _Features:
+    """Makes features of blocks, in memory that the next block takes again.
 
+    Fresh memory for each would cost as much as the exponential does.
+    """
 
-def _features(exponent, offset, mirrored):
-    """exp(exponent - offset), of mirrored directions both halves."""
-    if not mirrored:
-        return exponent.sub_(offset).exp_()
-    half = exponent.shape[-1]
-    features = exponent.new_empty(*exponent.shape[:-1], 2 * half)
-    torch.sub(exponent, offset, out=features[..., :half])
-    torch.sub(-offset, exponent, out=features[..., half:])
-    return features.exp_()
+    def __init__(self, query, key, rows, mirrored):
+        self.rows, self.mirrored = rows, mirrored
+        self.n_features = rows.shape[0] * (2 if mirrored else 1)
+        width = query.shape[0] * query.shape[1] * self.n_features
+        most = BLOCK_FEATURES.get(query.device.type, BLOCK_FEATURES["cuda"])
+        self.size = max(MIN_BLOCK, most // max(1, width))
+        longest = max(
+            block.stop - block.start
+            for x in (query, key)
+            for block in self.blocks(x)
+        )
+        self.memory = query.new_empty(2, longest * width).unbind()
 
+    def blocks(self, x):
+        """Slices of the frames, as equal as can be."""
+        frames = x.shape[2]
+        number = max(1, round(frames / self.size))
+        bounds = [frames * i // number for i in range(number + 1)]
+        return [slice(a, b) for a, b in zip(bounds, bounds[1:])]
 
-def _to_inputs(gradient, rows, mirrored):
-    """Gradient of x from that of the exponents, which is overwritten."""
-    if mirrored:
-        half = rows.shape[0]
-        gradient = gradient[..., :half].sub_(gradient[..., half:])
-    return gradient @ rows
+    def room(self, i, x, width):
+        """Memory as [sequences, block, width] for a block of inputs."""
+        shape = *x.shape[:-1], width
+        return self.memory[i][: math.prod(shape)].view(shape)
+
+    def exponents(self, x):
+        """Of the directions or, if they are mirrored, of the first half."""
+        rows = self.rows.T.expand(x.shape[0], -1, -1)
+        return torch.bmm(x, rows, out=self.room(0, x, self.rows.shape[0]))
+
+    def largest(self, exponent):
+        """The largest exponent of each frame, [sequences, block, 1]."""
+        largest = exponent.amax(-1, keepdim=True)
+        if self.mirrored:
+            largest = largest.maximum(-exponent.amin(-1, keepdim=True))
+        return largest
+
+    def features(self, exponent, offset):
+        """exp(exponent - offset), [sequences, block, n_features]."""
+        features = self.room(1, exponent, self.n_features)
+        half = exponent.shape[-1]
+        torch.sub(exponent, offset, out=features[..., :half])
+        if self.mirrored:
+            torch.sub(-offset, exponent, out=features[..., half:])
+        return features.exp_()
+
+    def to_exponents(self, features, grad, state):
+        """Gradient of the exponents, from that of the result."""
+        room = self.room(0, features, self.n_features)
+        return torch.bmm(grad, state, out=room).mul_(features)
+
+    def to_inputs(self, gradient):
+        """Gradient of the inputs, from that of the exponents."""
+        if self.mirrored:
+            half = self.rows.shape[0]
+            gradient = gradient[..., :half].sub_(gradient[..., half:])
+        return gradient @ self.rows
 
 
 class BlockedFavor(torch.autograd.Function):
@@ -114,37 +145,38 @@ class BlockedFavor(torch.autograd.Function):
         sequences, n_features = batch * heads, projection.shape[0]
         mirrored = _is_mirrored(projection)
         rows = projection[: n_features // 2] if mirrored else projection
-        sizes = sequences, n_features, query.device
+        kernel = _Features(query, key, rows, mirrored)
         limits = torch.finfo(query.dtype)
 
         key_offset = key.square().sum(-1, keepdim=True).div_(2)
         if key_padding_mask is not None:
             mask = key_padding_mask[:, None, :, None]
             key_offset.masked_fill_(mask, torch.inf)
-        state = query.new_zeros(sequences, n_features, value.shape[-1] + 1)
+        channels = value.shape[-1] + 1
+        state = query.new_zeros(sequences, channels, n_features)
         # not -inf, whose difference from itself is not a number
         largest = query.new_full((sequences, 1, 1), limits.min)
-        for block in _blocks(key.shape[2], *sizes):
-            exponent = _take(key, block) @ rows.T
+        for block in kernel.blocks(key):
+            exponent = kernel.exponents(_take(key, block))
             offset = _take(key_offset, block)
             before = largest
-            largest = _largest(exponent, mirrored) - offset
+            largest = kernel.largest(exponent) - offset
             largest = largest.amax(-2, keepdim=True).maximum(before)
-            phi = _features(exponent, offset + largest, mirrored)
+            phi = kernel.features(exponent, offset + largest)
             state.mul_((before - largest).exp())
             # a value of one in the last channel sums up the weights
             padded = F.pad(_take(value, block), (0, 1), value=1)
-            state.baddbmm_(phi.mT, padded)
+            state.baddbmm_(padded.mT, phi)
         key_offset += largest.view(batch, heads, 1, 1)
 
         # frames before heads: a caller who joins the heads need not copy
         output = query.new_empty(batch, frames, heads, value.shape[-1])
         output = output.transpose(1, 2)
         query_offset = query.new_empty(batch, heads, frames, 1)
-        for block in _blocks(frames, *sizes):
-            exponent = _take(query, block) @ rows.T
-            offset = _largest(exponent, mirrored)
-            mixed = _features(exponent, offset, mirrored) @ state
+        for block in kernel.blocks(query):
+            exponent = kernel.exponents(_take(query, block))
+            offset = kernel.largest(exponent)
+            mixed = kernel.features(exponent, offset) @ state.mT
             weight = mixed[..., -1:]
             seen = weight >= limits.tiny
             # with no weight: zero, and an offset that makes psi zero
@@ -155,7 +187,7 @@ class BlockedFavor(torch.autograd.Function):
             *(query, key, value, rows, output, state),
             *(query_offset, key_offset),
         )
-        ctx.mirrored, ctx.sizes = mirrored, sizes
+        ctx.mirrored = mirrored
         return output
 
     @staticmethod
@@ -164,33 +196,32 @@ class BlockedFavor(torch.autograd.Function):
         """The equations of the module, block by block."""
         query, key, value, rows, output, state, *offsets = ctx.saved_tensors
         query_offset, key_offset = offsets
-        mirrored = ctx.mirrored
         grad_query, grad_key, grad_value = (
             torch.empty_like(x) for x in (query, key, value)
         )
         grad_state = torch.zeros_like(state)
         # backward may be called where autocast is on
         with torch.autocast(query.device.type, enabled=False):
-            for block in _blocks(query.shape[2], *ctx.sizes):
-                exponent = _take(query, block) @ rows.T
-                offset = _take(query_offset, block)
-                psi = _features(exponent, offset, mirrored)
+            kernel = _Features(query, key, rows, ctx.mirrored)
+            for block in kernel.blocks(query):
+                exponent = kernel.exponents(_take(query, block))
+                psi = kernel.features(exponent, _take(query_offset, block))
                 grad = _take(grad_output, block)
                 inner = (grad * _take(output, block)).sum(-1, keepdim=True)
                 grad = torch.cat([grad, -inner], -1)
-                grad_state.baddbmm_(psi.mT, grad)
-                psi *= grad @ state.mT
-                _put(grad_query, block, _to_inputs(psi, rows, mirrored))
-            for block in _blocks(key.shape[2], *ctx.sizes):
+                grad_state.baddbmm_(grad.mT, psi)
+                grad = kernel.to_exponents(psi, grad, state)
+                _put(grad_query, block, kernel.to_inputs(grad))
+            for block in kernel.blocks(key):
                 part = _take(key, block)
-                offset = _take(key_offset, block)
-                phi = _features(part @ rows.T, offset, mirrored)
+                exponent = kernel.exponents(part)
+                phi = kernel.features(exponent, _take(key_offset, block))
                 padded = F.pad(_take(value, block), (0, 1), value=1)
-                grad = phi @ grad_state
+                grad = phi @ grad_state.mT
                 _put(grad_value, block, grad[..., :-1])
                 # the exponents of a key sum up to that of its norm
                 inner = (grad * padded).sum(-1, keepdim=True)
-                phi *= padded @ grad_state.mT
-                grad = _to_inputs(phi, rows, mirrored)
-                _put(grad_key, block, grad.addcmul_(part, inner, value=-1))
+                grad = kernel.to_exponents(phi, padded, grad_state)
+                grad = kernel.to_inputs(grad).addcmul_(part, inner, value=-1)
+                _put(grad_key, block, grad)
         return grad_query, grad_key, grad_value, None, None
