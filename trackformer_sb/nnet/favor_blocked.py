@@ -15,11 +15,12 @@ With features ``phi``, state ``S = sum_j phi(k_j) [v_j, 1]'`` and
 - gradient of ``v_j``: ``dS' phi(k_j)`` without its last channel
 - gradient of the exponents of ``k_j``: ``phi(k_j) * (dS [v_j, 1])``.
 
-Stabilisers are numbers subtracted from exponents: the largest one of a frame
-for queries, of the sequence for keys. They cancel in ``o_i``. ``psi`` comes from
-the same code as ``phi`` with ``log d_i`` added to the stabiliser.
+Stabilisers, subtracted from exponents, are the largest one of a frame for
+queries, of the sequence for keys. They cancel in ``o_i``; ``psi`` is ``phi``
+with ``log d_i`` added to them.
 """
 
+import itertools
 import math
 
 import torch
@@ -76,7 +77,7 @@ class _Features:
         frames = x.shape[2]
         number = max(1, round(frames / self.size))
         bounds = [frames * i // number for i in range(number + 1)]
-        return [slice(a, b) for a, b in zip(bounds, bounds[1:])]
+        return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
     def room(self, i, x, width):
         """Memory as [sequences, block, width] for a block of inputs."""
