@@ -40,7 +40,7 @@ def clustered_frames(generator, temperature=1.0, frames=160, groups=8):
 
 
 def relative_error(estimate, exact):
-    return float((estimate - exact).norm() / exact.norm())
+    return float((estimate - exact).detach().norm() / exact.detach().norm())
 
 
 def mean_errors(n_features, temperature, orthogonal=True, **kwargs):
