@@ -195,6 +195,13 @@ def measure(frames, args):
         share = memory[OURS] / memory[PEER]
         what = f"{frames} frames, share of the memory of {PEER}"
         lines.append(verdict(what, share, MEMORY_TARGETS[frames], False))
+        # output and three gradients in float32
+        given = 4 * inputs[0].numel() * 4 / 2**20
+        share = (memory[OURS] - given) / (memory[PEER] - given)
+        lines.append(
+            f"- {frames} frames, the same share without output and gradients, "
+            f"{given:.0f} MB for each: {share:.3g}"
+        )
     return rows, lines
 
 

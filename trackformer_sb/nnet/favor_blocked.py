@@ -86,8 +86,9 @@ class _Features:
 
     def exponents(self, x):
         """Of the directions or, if they are mirrored, of the first half."""
-        rows = self.rows.T.expand(x.shape[0], -1, -1)
-        return torch.bmm(x, rows, out=self.room(0, x, self.rows.shape[0]))
+        room = self.room(0, x, self.rows.shape[0])
+        torch.mm(x.flatten(0, 1), self.rows.T, out=room.flatten(0, 1))
+        return room
 
     def largest(self, exponent):
         """The largest exponent of each frame, [sequences, block, 1]."""
