@@ -43,6 +43,8 @@ setup(
         "asteroid": ["asteroid>=0.7,<0.8"],
         "shards": ["webdataset>=1.0"],
         "demo": ["gradio>=6,<7"],
+        # the peers of benchmarks/
+        "bench": ["performer-pytorch", "asteroid>=0.7,<0.8"],
         "dev": [
             "pytest>=8",
             "psutil",

@@ -8,11 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from trackformer_sb.nnet import favor_blocked
 from trackformer_sb.nnet.favor import (
     causal_favor_attention,
     draw_projection,
     favor_attention,
+    plain_favor_attention,
     positive_features,
     softmax_attention,
 )
@@ -37,7 +40,7 @@ def clustered_frames(generator, temperature=1.0, frames=160, groups=8):
 
 
 def relative_error(estimate, exact):
-    return float((estimate - exact).norm() / exact.norm())
+    return float((estimate - exact).detach().norm() / exact.detach().norm())
 
 
 def mean_errors(n_features, temperature, orthogonal=True, **kwargs):
@@ -434,3 +437,163 @@ def test_inputs_are_left_alone(causal):
     (causal_favor_attention if causal else favor_attention)(*inputs, mask)
     for x, y in zip((*inputs, mask), before):
         assert torch.equal(x, y)
+
+
+# -- in blocks of frames
+
+
+def padded_frames(frames, n_features=16, dtype=torch.float64):
+    """Queries, keys, values that need a gradient, directions and a mask."""
+    *inputs, _ = random_frames(frames=frames, dtype=dtype)
+    mask = torch.zeros(2, frames, dtype=torch.bool)
+    mask[1, : frames // 3] = True
+    projection = draw_projection(n_features, 8).to(dtype)
+    return [x.requires_grad_() for x in inputs], projection, mask
+
+
+def with_gradients(attend, inputs, *args):
+    result = attend(*inputs, *args)
+    weights = torch.linspace(-1, 1, result.numel(), device=result.device)
+    loss = (result * weights.view(result.shape)).sum()
+    return result, *torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("n_features", [1, 7, 16])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("frames", [1, 2, 63, 64, 65, 97, 200])
+def test_blocks_equal_the_plain_form(
+    monkeypatch, frames, padded, n_features, device
+):
+    # blocks of the smallest size: 1 frame to 3 unequal blocks
+    monkeypatch.setattr(favor_blocked, "BLOCK_FEATURES", {"cuda": 1})
+    inputs, *args = padded_frames(frames, n_features)
+    args = [x.to(device) for x in (args if padded else args[:1])]
+    inputs = [x.detach().to(device).requires_grad_() for x in inputs]
+    expected = with_gradients(plain_favor_attention, inputs, *args)
+    result = with_gradients(favor_attention, inputs, *args)
+    torch.testing.assert_close(result, expected, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("n_features", [5, 6])
+def test_gradients_of_several_blocks_equal_difference_quotients(
+    monkeypatch, n_features
+):
+    monkeypatch.setattr(favor_blocked, "BLOCK_FEATURES", {"cuda": 1})
+    monkeypatch.setattr(favor_blocked, "MIN_BLOCK", 3)
+    inputs, projection, mask = padded_frames(8, n_features)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: favor_attention(*inputs, projection, mask), inputs
+    )
+
+
+def test_queries_and_keys_may_differ_in_number(monkeypatch):
+    monkeypatch.setattr(favor_blocked, "BLOCK_FEATURES", {"cuda": 1})
+    (query, key, value), projection, mask = padded_frames(150)
+    for part in (slice(0, 1), slice(0, 70)):
+        inputs = query[:, :, part], key, value
+        expected = with_gradients(
+            plain_favor_attention, inputs, projection, mask
+        )
+        result = with_gradients(favor_attention, inputs, projection, mask)
+        torch.testing.assert_close(result, expected, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+def test_blocks_in_single_precision_follow_the_plain_form(monkeypatch, scale):
+    """Also where the stabilisers of blocks differ by hundreds."""
+    monkeypatch.setattr(favor_blocked, "BLOCK_FEATURES", {"cuda": 1})
+    inputs, projection, mask = padded_frames(300)
+    loud = torch.linspace(0, scale, 300, dtype=torch.float64)[:, None]
+    (query, key, value) = inputs
+    inputs = [loud.flip(0) * query, loud * key, value]
+    expected = with_gradients(plain_favor_attention, inputs, projection, mask)
+    single = [x.detach().float().requires_grad_() for x in inputs]
+    result = with_gradients(favor_attention, single, projection.float(), mask)
+    for x, y in zip(result, expected):
+        assert x.isfinite().all()
+        # a float32 exponent of 500 is good to 3e-5
+        assert relative_error(x.double(), y) < (1e-5 if scale == 1 else 1e-3)
+
+
+def test_inputs_may_be_views_of_any_strides():
+    inputs, projection, mask = padded_frames(50)
+    expected = with_gradients(favor_attention, inputs, projection, mask)
+    # as in SelfAttention, and of every second frame
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    sparse = [x.repeat_interleave(2, 2)[:, :, ::2] for x in inputs]
+    for views in (turned, sparse):
+        assert not any(x.is_contiguous() for x in views)
+        result = with_gradients(favor_attention, views, projection, mask)
+        torch.testing.assert_close(result, expected)
+
+
+def test_backward_is_single_precision_under_autocast_too(device):
+    inputs, projection, mask = padded_frames(50, dtype=torch.float32)
+    inputs = [x.detach().to(device).requires_grad_() for x in inputs]
+    args = projection.to(device), mask.to(device)
+    expected = with_gradients(favor_attention, inputs, *args)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        result = with_gradients(favor_attention, inputs, *args)
+    for x, y in zip(result, expected):
+        assert torch.equal(x, y)
+
+
+def test_gradient_of_directions_is_that_of_the_plain_form():
+    inputs, projection, mask = padded_frames(6)
+    inputs.append(projection.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda *inputs: favor_attention(*inputs, mask), inputs
+    )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest memory among the results of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                stored = x.untyped_storage().nbytes() // x.element_size()
+                self.numbers = max(self.numbers, stored)
+        return result
+
+
+def largest_tensor(attend, frames, backward):
+    *inputs, _ = random_frames(frames=frames)
+    inputs = [x.requires_grad_(backward) for x in inputs]
+    projection = draw_projection(256, 8)
+    with LargestTensor() as largest, torch.set_grad_enabled(backward):
+        result = attend(*inputs, projection)
+        result = result[0] if isinstance(result, tuple) else result
+        if backward:
+            result.sum().backward()
+    return largest.numbers
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_no_tensor_holds_the_features_of_all_frames(monkeypatch, backward):
+    monkeypatch.setattr(favor_blocked, "BLOCK_FEATURES", {"cuda": 1})
+    frames, sequences = 5000, 4
+    features = sequences * frames * 256
+    for attend in (favor_attention, causal_favor_attention):
+        # queries, keys and values have 8 numbers a frame
+        largest = largest_tensor(attend, frames, backward)
+        assert largest < 0.08 * features
+    # the measure sees those of the plain form
+    plain = largest_tensor(plain_favor_attention, frames, backward)
+    assert plain >= features
+
+
+@pytest.mark.slow
+def test_compiled_attention_is_one_graph():
+    inputs, projection, mask = padded_frames(40, dtype=torch.float32)
+    expected = with_gradients(favor_attention, inputs, projection, mask)
+    compiled = torch.compile(
+        favor_attention, fullgraph=True, backend="aot_eager"
+    )
+    result = with_gradients(compiled, inputs, projection, mask)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-4)

@@ -53,7 +53,7 @@ def test_favor_estimates_softmax_with_the_same_weights(device):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_auto_is_exact_up_to_a_length(monkeypatch, causal):
-    monkeypatch.setattr(performer, "AUTO_MAX_EXACT_FRAMES", 20)
+    monkeypatch.setattr(performer, "auto_max_exact_frames", lambda *_: 20)
     auto, favored, exact = encoders("auto", "favor", "softmax", causal=causal)
     for frames, same, other in ((20, exact, favored), (21, favored, exact)):
         x = torch.randn(1, frames, 32)

@@ -16,6 +16,8 @@ import math
 import torch
 from torch.nn import functional as F
 
+from trackformer_sb.nnet.favor_blocked import BlockedFavor
+
 
 def draw_projection(n_features, head_dim, generator=None, orthogonal=True):
     """Draws the random directions of FAVOR+.
@@ -116,11 +118,38 @@ def _normalise(numerator, denominator):
     return numerator / denominator.unsqueeze(-1)
 
 
+def plain_favor_attention(query, key, value, projection, key_padding_mask=None):
+    """Equation 4 of arXiv 2009.14794 as it is written, for autograd.
+
+    Keeps features of all frames. ``favor_attention`` takes it where the blocked
+    form cannot be: for a gradient of the directions, and while compiling.
+
+    Arguments
+    ---------
+    query, key, value, projection, key_padding_mask
+        As for ``favor_attention``, of one type.
+
+    Returns
+    -------
+    torch.Tensor
+        [batch, heads, frames, value_dim].
+    """
+    phi_q = positive_features(query, projection, "frame")
+    phi_k = positive_features(key, projection, "sequence")
+    if key_padding_mask is not None:
+        phi_k = phi_k.masked_fill(key_padding_mask[:, None, :, None], 0.0)
+    # a value of one in the last channel sums up the weights on the way
+    mixed = phi_q @ (phi_k.transpose(-1, -2) @ F.pad(value, (0, 1), value=1))
+    return _normalise(mixed[..., :-1], mixed[..., -1])
+
+
 def favor_attention(query, key, value, projection, key_padding_mask=None):
     """Bidirectional FAVOR+ attention, equation 4 of arXiv 2009.14794.
 
-    Time and memory are proportional to the number of frames. Computed in
-    float32 whatever the autocast state; the result has the values' type.
+    Time and memory are proportional to the number of frames; features are made
+    for a block of frames at a time, see ``favor_blocked``. Computed in float32
+    whatever the autocast state; the result has the values' type. Can be
+    differentiated once.
 
     Arguments
     ---------
@@ -156,15 +185,11 @@ def favor_attention(query, key, value, projection, key_padding_mask=None):
             x if x.dtype == torch.float64 else x.float()
             for x in (query, key, value, projection)
         )
-        phi_q = positive_features(query, projection, "frame")
-        phi_k = positive_features(key, projection, "sequence")
-        if key_padding_mask is not None:
-            phi_k = phi_k.masked_fill(key_padding_mask[:, None, :, None], 0.0)
-        # a value of one in the last channel sums up the weights on the way
-        mixed = phi_q @ (
-            phi_k.transpose(-1, -2) @ F.pad(value, (0, 1), value=1)
-        )
-        return _normalise(mixed[..., :-1], mixed[..., -1]).to(dtype)
+        # unrolled over blocks, a compiled graph would be of any size
+        plain = torch.compiler.is_compiling() or projection.requires_grad
+        attend = plain_favor_attention if plain else BlockedFavor.apply
+        mixed = attend(query, key, value, projection, key_padding_mask)
+        return mixed.to(dtype)
 
 
 def causal_favor_attention(
@@ -220,23 +245,22 @@ def causal_favor_attention(
             x if x.dtype == torch.float64 else x.float()
             for x in (query, key, value, projection)
         )
-        phi_q = positive_features(query, projection, "frame")
-        # a stabiliser over the sequence would look into the future
-        phi_k = positive_features(key, projection)
-        if key_padding_mask is not None:
-            phi_k = phi_k.masked_fill(key_padding_mask[:, None, :, None], 0.0)
         if state is None:
-            batch, heads, _, n_features = phi_k.shape
-            context = value.new_zeros(batch, heads, n_features, value.shape[-1])
-            weight = value.new_zeros(batch, heads, n_features)
+            sizes = *value.shape[:2], projection.shape[0]
+            context = value.new_zeros(*sizes, value.shape[-1])
+            weight = value.new_zeros(sizes)
         else:
             context, weight = state
         outputs = []
-        for part_q, part_k, part_v in zip(
-            phi_q.split(chunk_size, -2),
-            phi_k.split(chunk_size, -2),
-            value.split(chunk_size, -2),
-        ):
+        for start in range(0, max(1, query.shape[-2]), chunk_size):
+            part = slice(start, start + chunk_size)
+            part_q = positive_features(query[:, :, part], projection, "frame")
+            # a stabiliser over the sequence would look into the future
+            part_k = positive_features(key[:, :, part], projection)
+            part_v = value[:, :, part]
+            if key_padding_mask is not None:
+                hidden = key_padding_mask[:, None, part, None]
+                part_k = part_k.masked_fill(hidden, 0.0)
             inside = (part_q @ part_k.transpose(-1, -2)).tril()
             numerator = inside @ part_v + part_q @ context
             denominator = inside.sum(-1) + (
