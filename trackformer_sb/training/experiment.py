@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "ckpt_interval_minutes",
     "precision",
     "compile_module_keys",
+    "checkpointing",
 )
 
 
