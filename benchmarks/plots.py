@@ -1,0 +1,122 @@
+"""Pictures of the training step benchmark.
+
+Colours follow the candidate, so that both pictures agree; they are those of
+Okabe and Ito, which colour-blind readers can tell apart.
+"""
+
+import numpy as np
+from common import exponent
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = "osD^vP"
+QUANTITIES = ("time of a step, ms", "extra memory, MB")
+PLAIN = FuncFormatter(lambda value, _: f"{value:,.10g}")
+
+
+def growth_figure(results):
+    """Time and memory against the length of the segments, both logarithmic.
+
+    Arguments
+    ---------
+    results : dict
+        Candidate -> list of (seconds of audio, ms a step, MB).
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Two panels; the legend has the fitted exponents, where there is more
+        than one length.
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    lengths = sorted({point[0] for one in results.values() for point in one})
+    for column, axis in enumerate(figure.subplots(1, 2), start=1):
+        for number, (name, points) in enumerate(results.items()):
+            x = [point[0] for point in points]
+            y = [point[column] for point in points]
+            power = f", length$^{{{exponent(x, y):.2f}}}$" if len(x) > 1 else ""
+            axis.loglog(
+                *(x, y),
+                color=COLOURS[number % len(COLOURS)],
+                marker=MARKERS[number % len(MARKERS)],
+                label=f"{name}{power}",
+            )
+        axis.set_xticks(lengths, [f"{length:g}" for length in lengths])
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(PLAIN)
+        axis.set_xlabel("length of a segment, s")
+        axis.set_title(QUANTITIES[column - 1])
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def ratio_figure(results, reference):
+    """How many times the time and memory of a reference the others take.
+
+    Arguments
+    ---------
+    results : dict
+        As for ``growth_figure``.
+    reference : str
+        The candidate that counts as one.
+
+    Returns
+    -------
+    matplotlib.figure.Figure or None
+        A panel for time and one for memory; None where there is no reference
+        or nothing beside it.
+    """
+    ones = {point[0]: point for point in results.get(reference, ())}
+    others = {
+        name: [point for point in points if point[0] in ones]
+        for name, points in results.items()
+        if name != reference
+    }
+    others = {name: points for name, points in others.items() if points}
+    if not others:
+        return None
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    names, lengths = list(results), sorted(ones)
+    width = 0.8 / len(others)
+    for column, axis in enumerate(figure.subplots(1, 2), start=1):
+        for number, (name, points) in enumerate(others.items()):
+            offset = (number - (len(others) - 1) / 2) * width
+            place = [lengths.index(point[0]) + offset for point in points]
+            ratio = [point[column] / ones[point[0]][column] for point in points]
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            # from one, so that what costs less points down
+            bars = axis.bar(
+                *(place, np.subtract(ratio, 1), 0.9 * width),
+                bottom=1,
+                color=colour,
+                label=name,
+            )
+            labels = [f"{value:.2g}" for value in ratio]
+            axis.bar_label(bars, labels, fontsize=8, padding=2)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(PLAIN)
+        axis.yaxis.set_minor_locator(NullLocator())
+        low, high = axis.get_ylim()
+        axis.set_ylim(low / 1.2, high * 1.3)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(lengths)), [f"{x:g} s" for x in lengths])
+        axis.set_title(f"{QUANTITIES[column - 1].split(',')[0]}, times")
+        axis.set_ylabel(f"times that of {reference}")
+        axis.spines[["top", "right"]].set_visible(False)
+    # above, where no bar can be
+    figure.legend(
+        *axis.get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=len(others),
+        fontsize=8,
+        frameon=False,
+    )
+    return figure
+
+
+def save_png(figure, path):
+    """Writes a picture, as small as it stays readable."""
+    figure.savefig(path, dpi=90)
