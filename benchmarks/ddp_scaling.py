@@ -3,8 +3,8 @@
     python benchmarks/ddp_scaling.py [--ranks 2] [--device cuda]
 
 The Performer of performer_mixit.yaml at its sizes (no dropout, which ranks draw
-each for themselves) is trained on the same --steps global batches of noise by one
-process and by --ranks processes under torchrun, each on its share of every
+each for themselves) is trained on the same --steps global batches of noise by
+one process and by --ranks processes under torchrun, each on its share of every
 batch, with the masknet in DistributedDataParallel as in the recipes: gloo on
 the loopback device and one thread a rank on a CPU, NCCL and one GPU a rank
 with --device cuda. In each of --rounds rounds both are started, turn by turn.
