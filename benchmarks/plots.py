@@ -45,7 +45,7 @@ def growth_figure(results):
         for number, (name, points) in enumerate(results.items()):
             x = [point[0] for point in points]
             y = [point[column] for point in points]
-            power = f", length$^{{{exponent(x, y):.2f}}}$" if len(x) > 1 else ""
+            power = f", length^{exponent(x, y):.2f}" if len(x) > 1 else ""
             axis.loglog(
                 *(x, y),
                 color=COLOURS[number % len(COLOURS)],

@@ -253,7 +253,7 @@ class PerformerEncoder(nn.Module):
         Whether training keeps the inputs of the layers only and computes each
         layer a second time in the backward pass ("Training Deep Nets with
         Sublinear Memory Cost", arXiv 1604.06174): less memory, a third more
-        time, the same gradients.
+        computing, the same gradients.
 
     Example
     -------
