@@ -39,7 +39,7 @@ def growth_figure(results):
         Two panels; the legend has the fitted exponents, where there is more
         than one length.
     """
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
     lengths = sorted({point[0] for one in results.values() for point in one})
     for column, axis in enumerate(figure.subplots(1, 2), start=1):
         for number, (name, points) in enumerate(results.items()):
@@ -66,6 +66,7 @@ def growth_figure(results):
             loc="upper center",
             bbox_to_anchor=(0.5, -0.16),
             ncols=2,
+            columnspacing=1.0,
             fontsize=8,
             frameon=False,
         )
