@@ -35,6 +35,7 @@ test-slow: $(INSTALLED)-dev
 bench: $(INSTALLED)-dev
 	$(BIN)/python benchmarks/mixit_loss.py
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/ddp_scaling.py
 	$(BIN)/python benchmarks/data_loading.py
 
 check: $(INSTALLED)-dev

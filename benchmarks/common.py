@@ -6,6 +6,7 @@ reported. Memory is measured in a fresh process for each candidate, since an
 allocator keeps what an earlier candidate made it take.
 """
 
+import math
 import multiprocessing
 import os
 import pathlib
@@ -73,6 +74,22 @@ def spread(seconds):
         1e3 * f(seconds) for f in (statistics.median, min, max)
     )
     return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+
+
+def exponent(lengths, values):
+    """The p of the power law ``value = c * length ** p`` that fits best.
+
+    Least squares of the logarithms.
+
+    Example
+    -------
+    >>> exponent([1, 2, 4], [3, 12, 48])
+    2.0
+    """
+    fit = statistics.linear_regression(
+        [math.log(x) for x in lengths], [math.log(y) for y in values]
+    )
+    return round(fit.slope, 3)
 
 
 def _status():

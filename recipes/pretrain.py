@@ -59,7 +59,7 @@ class Pretraining(MusicBrain):
             Loss, prediction, target and what was hidden.
         """
         self.note_input(batch)
-        mixtures = batch.to(self.device).mixtures.data
+        mixtures = batch.to(self.device, non_blocking=True).mixtures.data
         if stage != sb.Stage.TRAIN and self.hparams.silent_share == 1.0:
             # in training a silent partner was drawn
             mixtures = mixtures[:, :1]

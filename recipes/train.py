@@ -88,7 +88,7 @@ class Separation(MusicBrain):
             [num_spks, batch, channels, frames].
         """
         self.note_input(batch)
-        mixtures = batch.to(self.device).mixtures.data
+        mixtures = batch.to(self.device, non_blocking=True).mixtures.data
         mix = mixtures.sum(1)
         if stage != sb.Stage.TRAIN and batch.stems.data.shape[1]:
             # with known stems the single song is separated as well

@@ -16,7 +16,7 @@ FRAMES = 20
 HIDING_MODES = tuple(mode for mode in MASK_MODES if mode != "mix")
 
 
-def small_mae(spec_norm="zscore", **options):
+def small_mae(spec_norm="zscore", checkpointing=False, **options):
     """10 channels, one layer on either side, no dropout."""
     features = SpectrogramEncoder(
         CHANNELS,
@@ -27,6 +27,7 @@ def small_mae(spec_norm="zscore", **options):
         n_features=16,
         dropout=0.0,
         spec_norm=spec_norm,
+        checkpointing=checkpointing,
     )
     options = {"d_decoder": 8, "decoder_nhead": 2, **options}
     return AudioMAE(features, **options)
@@ -450,6 +451,24 @@ def test_autocast_is_near_to_single_precision(mask_mode, device):
     torch.testing.assert_close(result.loss, expected.loss, atol=0.05, rtol=0)
     for name, parameter in mae.named_parameters():
         assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("mask_mode", HIDING_MODES)
+def test_checkpointing_reaches_encoder_and_decoder(mask_mode):
+    plain, saving = (
+        small_mae(mask_mode=mask_mode, checkpointing=checkpointing)
+        for checkpointing in (False, True)
+    )
+    saving.load_state_dict(plain.state_dict())
+    assert saving.features.encoder.checkpointing
+    assert saving.decoder.checkpointing
+    mix_w, losses = music(), []
+    for mae in (plain, saving):
+        losses.append(mae(mix_w, seeded()).loss)
+        losses[-1].sum().backward()
+    assert torch.equal(*losses)
+    for one, other in zip(plain.parameters(), saving.parameters()):
+        torch.testing.assert_close(other.grad, one.grad, atol=1e-7, rtol=1e-5)
 
 
 def test_redraw_reaches_encoder_and_decoder():

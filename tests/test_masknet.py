@@ -289,6 +289,26 @@ def test_autocast_is_near_to_single_precision(activation, device):
         assert parameter.grad.isfinite().all()
 
 
+# -- compilation
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attention", ["favor", "softmax", "auto"])
+@pytest.mark.parametrize("is_complex", [True, False])
+def test_compiles_to_one_graph(attention, checkpointing, is_complex):
+    masknet = small_masknet(
+        attention=attention,
+        num_layers=2,
+        dropout=0.1,
+        checkpointing=checkpointing,
+    )
+    mix_w = spectra() if is_complex else spectra().abs()
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(masknet)(mix_w)
+    assert found.graph_break_count == 0, found.break_reasons
+    assert found.graph_count == 1
+
+
 # -- errors
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trackformer_sb.nnet import favor, performer
+from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.performer import (
     PerformerEncoder,
     PerformerLayer,
@@ -245,6 +246,93 @@ def test_every_weight_gets_a_gradient():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.any(), name
+
+
+# -- activation checkpointing
+
+
+def kept_by_autograd(call):
+    """What a call returns, and the bytes it leaves for the backward pass."""
+    stored = {}
+
+    def note(x):
+        storage = x.untyped_storage()
+        stored[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        result = call()
+    return result, sum(stored.values())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["favor", "softmax"])
+def test_checkpointing_changes_no_loss_and_no_gradient(
+    kind, padded, autocast, device
+):
+    plain, saving = (
+        PerformerEncoder(
+            **SIZES, attention=kind, dropout=0.3, checkpointing=checkpointing
+        ).to(device)
+        for checkpointing in (False, True)
+    )
+    saving.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 40, 32, device=device)
+    mask = torch.arange(40, device=device) >= torch.tensor(
+        [[40], [25]], device=device
+    )
+    losses = []
+    for encoder in (plain, saving):
+        # dropout, the same in both and when a layer is computed again
+        torch.manual_seed(1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = encoder(x, mask if padded else None).square().mean()
+        loss.backward()
+        losses.append(loss)
+    assert torch.equal(*losses)
+    for one, other in zip(plain.parameters(), saving.parameters()):
+        assert one.grad.any()
+        torch.testing.assert_close(other.grad, one.grad, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["favor", "softmax"])
+def test_checkpointing_keeps_inputs_of_layers_only(kind):
+    x = torch.randn(2, 200, 32)
+    kept = {}
+    for layers in (2, 6):
+        for checkpointing in (False, True):
+            encoder = PerformerEncoder(
+                **{**SIZES, "num_layers": layers},
+                attention=kind,
+                checkpointing=checkpointing,
+            )
+            _, kept[layers, checkpointing] = kept_by_autograd(
+                lambda encoder=encoder: encoder(x)
+            )
+    # a layer more keeps its input and no more
+    frames = x.numel() * x.element_size()
+    assert kept[6, True] - kept[2, True] == 4 * frames
+    assert kept[6, False] - kept[2, False] > 4 * 8 * frames
+    assert kept[6, True] < kept[6, False] / 8
+
+
+def test_checkpointing_acts_in_training_with_gradients_only(monkeypatch):
+    calls = []
+
+    def spy(layer, *args, **kwargs):
+        calls.append(layer)
+        return layer(*args)
+
+    monkeypatch.setattr(performer, "checkpoint", spy)
+    masknet = PerformerMaskNet(33, 3, **SIZES, dropout=0.0, checkpointing=True)
+    mix_w = torch.randn(1, 33, 10)
+    with torch.no_grad():
+        expected = masknet(mix_w)
+    assert torch.equal(masknet.eval()(mix_w), expected)
+    assert not calls
+    assert torch.equal(masknet.train()(mix_w), expected)
+    assert calls == list(masknet.encoder.layers)
 
 
 def test_layer_is_the_identity_with_blocks_of_zeros():

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import ddp_step
 import numpy as np
 import pytest
 import soundfile
@@ -24,6 +25,10 @@ from recipe_runs import (
 
 from trackformer_sb.data.manifest import read_songs
 from trackformer_sb.inference.interfaces import PerformerSeparation
+from trackformer_sb.nnet.masknet import PerformerMaskNet
+from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
+from trackformer_sb.training.dataio import prepare_data
+from trackformer_sb.training.experiment import load_experiment, make_brain
 
 SEPARATION_YAMLS = (
     "performer_mixit.yaml",
@@ -202,6 +207,7 @@ def test_redraw_is_the_same_for_equal_seed_and_step(songs, tmp_path):
     "more",
     (
         {"precision": "bf16"},
+        {"checkpointing": True},
         {"grad_accumulation_factor": 2, "max_grad_norm": -1},
         {"mixit_objective": "mse", "assign_by": "si_snr"},
         {"single_stem_share": 0.5, "silent_share": 0.5, "gain_db": 6},
@@ -381,11 +387,6 @@ def test_wrong_path_exits_with_one_line(tmp_path):
 
 def test_ddp_step_equals_joined_batch(songs, tmp_path):
     torchrun(ROOT / "tests" / "ddp_step.py", tmp_path)
-    sys.path.insert(0, str(ROOT / "tests"))
-    try:
-        import ddp_step
-    finally:
-        sys.path.pop(0)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     single = ddp_step.one_step(tmp_path / "single", ddp_step.mixtures())
     assert single["gradient"].keys() == ranks[0]["gradient"].keys()
@@ -400,6 +401,39 @@ def test_ddp_step_equals_joined_batch(songs, tmp_path):
         for key in single["gradient"]
     ]
     assert all(moved)
+
+
+def test_a_step_builds_its_sources_once(tmp_path, monkeypatch):
+    calls = []
+    for module in (STFTEncoder, PerformerMaskNet, STFTDecoder):
+
+        def spy(self, x, *args, forward=module.forward):
+            calls.append((type(self).__name__, list(x.shape)))
+            return forward(self, x, *args)
+
+        monkeypatch.setattr(module, "forward", spy)
+    ddp_step.one_step(tmp_path, ddp_step.mixtures())
+    assert calls == [
+        ("STFTEncoder", [4, 2000]),
+        ("PerformerMaskNet", [4, 65, 63]),
+        ("STFTDecoder", [3 * 4, 65, 63]),
+    ]
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_batches_are_pinned_for_a_gpu(device_type, songs, tmp_path):
+    class Placed(recipe.Separation):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.device_type = device_type
+
+    argv = tiny("performer_mixit.yaml", songs, tmp_path / "run")
+    experiment = load_experiment(argv, recipe.SELECTION_METRICS)
+    prepare_data(experiment.hparams)
+    make_brain(Placed, experiment)
+    for options in ("train_loader_options", "eval_loader_options"):
+        pinned = experiment.hparams[options]["pin_memory"]
+        assert pinned == (device_type == "cuda")
 
 
 @pytest.mark.slow

@@ -209,6 +209,45 @@ def test_gradient_reaches_encoder_masknet_and_decoder():
     assert modules[2].weight.grad.any()
 
 
+def test_all_sources_are_decoded_in_one_pass():
+    modules, seen = stft_modules(), []
+    for module in modules:
+        module.register_forward_hook(
+            lambda module, inputs, output: seen.append(
+                (type(module).__name__, list(inputs[0].shape))
+            )
+        )
+    separate(torch.randn(2, 500), *modules)
+    assert seen == [
+        ("STFTEncoder", [2, 500]),
+        ("PerformerMaskNet", [2, 33, 32]),
+        ("STFTDecoder", [4 * 2, 33, 32]),
+    ]
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "relu"])
+def test_transforms_are_single_precision_under_autocast(activation, device):
+    encoder, masknet, decoder = (
+        module.to(device) for module in stft_modules(activation)
+    )
+    mix = torch.randn(2, 500, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        est_source, est_mask = separate(mix, encoder, masknet, decoder)
+        mix_w = encoder(mix)
+        half = encoder(mix.bfloat16())
+    # sigmoid and relu stay in the precision of the network
+    expected = torch.float32 if activation == "softmax" else torch.bfloat16
+    assert est_mask.dtype == expected
+    assert mix_w.dtype == half.dtype == torch.complex64
+    assert est_source.dtype == torch.float32
+    assert torch.equal(mix_w, encoder(mix))
+    assert torch.equal(
+        est_source[:, 0], decoder(mix_w * est_mask[0].float(), 500)
+    )
+    if activation == "softmax":
+        torch.testing.assert_close(est_source.sum(1), mix, atol=1e-5, rtol=0)
+
+
 def test_silence_separates_into_silence():
     est_source, est_mask = separate(torch.zeros(1, 300), *stft_modules())
     assert not est_source.any()

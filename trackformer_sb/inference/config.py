@@ -24,7 +24,8 @@ def masknet_arguments():
         for name, parameter in inspect.signature(
             PerformerMaskNet
         ).parameters.items()
-        if name not in ("in_channels", "num_spks")
+        # how it is trained says nothing of what it computes
+        if name not in ("in_channels", "num_spks", "checkpointing")
     }
 
 

@@ -51,7 +51,7 @@ def _config(hparams, modules, settings):
             "expected Encoder and Decoder with the same n_fft and hop_length, "
             f"got {stft} and {arguments['decoder']}"
         )
-    del masknet["in_channels"]
+    del masknet["in_channels"], masknet["checkpointing"]
     return plain_config({**settings, **stft, **masknet})
 
 

@@ -115,6 +115,9 @@ class SpectrogramEncoder(nn.Module):
     spec_norm : str
         How the spectrogram is normalised per item: "zscore", "minmax",
         "band_zscore" or "none", see ``normalise_spectrogram``.
+    checkpointing : bool
+        Whether layers are computed again in the backward pass, to save memory,
+        see ``PerformerEncoder``.
 
     Raises
     ------
@@ -140,6 +143,7 @@ class SpectrogramEncoder(nn.Module):
         attention="favor",
         causal=False,
         spec_norm="zscore",
+        checkpointing=False,
     ):
         super().__init__()
         if spec_norm not in SPEC_NORMS:
@@ -159,6 +163,7 @@ class SpectrogramEncoder(nn.Module):
             dropout,
             attention,
             causal,
+            checkpointing,
         )
 
     def redraw_projections(self, generator=None):

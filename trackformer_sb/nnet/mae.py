@@ -195,6 +195,7 @@ class AudioMAE(nn.Module):
             n_features=first.projection.shape[0],
             dropout=0.0,
             attention=first.attention,
+            checkpointing=features.encoder.checkpointing,
         )
         self.head = nn.Linear(d_decoder, features.in_channels)
 

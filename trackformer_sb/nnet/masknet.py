@@ -29,6 +29,9 @@ class PerformerMaskNet(SpectrogramEncoder):
         "band_zscore" or "none", see ``normalise_spectrogram``.
     mask_activation : str
         "softmax" over sources (masks sum to one), "sigmoid" or "relu".
+    checkpointing : bool
+        Whether layers are computed again in the backward pass, to save memory,
+        see ``PerformerEncoder``.
 
     Raises
     ------
@@ -62,6 +65,7 @@ class PerformerMaskNet(SpectrogramEncoder):
         causal=False,
         spec_norm="zscore",
         mask_activation="softmax",
+        checkpointing=False,
     ):
         super().__init__(
             in_channels,
@@ -74,6 +78,7 @@ class PerformerMaskNet(SpectrogramEncoder):
             attention,
             causal,
             spec_norm,
+            checkpointing,
         )
         if mask_activation not in MASK_ACTIVATIONS:
             raise ValueError(

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from trackformer_sb.nnet import favor
 
@@ -274,6 +275,11 @@ class PerformerEncoder(nn.Module):
         "favor", "softmax" (exact), or "auto": exact for short inputs.
     causal : bool
         Whether a frame may only attend to itself and the past.
+    checkpointing : bool
+        Whether training keeps the inputs of the layers only and computes each
+        layer a second time in the backward pass ("Training Deep Nets with
+        Sublinear Memory Cost", arXiv 1604.06174): less memory, a third more
+        computing, the same gradients.
 
     Example
     -------
@@ -292,9 +298,11 @@ class PerformerEncoder(nn.Module):
         dropout=0.1,
         attention="favor",
         causal=False,
+        checkpointing=False,
     ):
         super().__init__()
         self.d_model = d_model
+        self.checkpointing = checkpointing
         self.layers = nn.ModuleList(
             PerformerLayer(
                 d_model,
@@ -345,6 +353,12 @@ class PerformerEncoder(nn.Module):
         if positions is None:
             positions = self.positions(x.shape[1], x.device)
         x = x + positions.to(x.dtype)
+        recompute = (
+            self.checkpointing and self.training and torch.is_grad_enabled()
+        )
         for layer in self.layers:
-            x = layer(x, key_padding_mask)
+            if recompute:
+                x = checkpoint(layer, x, key_padding_mask, use_reentrant=False)
+            else:
+                x = layer(x, key_padding_mask)
         return self.norm(x)

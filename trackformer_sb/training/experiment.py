@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "ckpt_interval_minutes",
     "precision",
     "compile_module_keys",
+    "checkpointing",
 )
 
 
@@ -151,7 +152,10 @@ def make_brain(brain_class, experiment):
         # SpeechBrain documents a negative norm as "off" but turns the
         # gradient around with it
         brain.max_grad_norm = float("inf")
-    hparams["train_loader_options"]["pin_memory"] = brain.device_type == "cuda"
+    for options in ("train_loader_options", "eval_loader_options"):
+        # workers load ahead, two batches each; pinned ones are copied to the
+        # GPU while it computes
+        hparams[options]["pin_memory"] = brain.device_type == "cuda"
     rank = getattr(brain, "rank", 0)
     datasets, brain.pairs = dataio_prep(hparams, rank)
     brain.skipped, brain.silent_songs, brain.sounding = {}, set(), {}
