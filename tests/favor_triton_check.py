@@ -3,48 +3,48 @@
 Needs TRITON_INTERPRET=1 before triton is imported, hence its own process.
 """
 
-import sys
+import json
+import traceback
 
 import numpy as np
 import torch
-from triton import language as tl
-from triton.runtime import interpreter
 
 from trackformer_sb.nnet import favor
 from trackformer_sb.nnet.favor_trial import _largest_error
 from trackformer_sb.nnet.favor_triton import favor_attention_triton
 
-# with numpy 2.4, int() takes no arrays of one element, which scalars are here
-patch_tensor = interpreter._patch_lang_tensor
 
+def interpret_as_a_gpu_multiplies():
+    """Corrects triton's interpreter: indices, and products of matrices."""
+    from triton import language as tl
+    from triton.runtime import interpreter
 
-def patch_tensor_and_index(tensor, scope):
-    patch_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda x: x.handle.data.item())
+    patch_tensor = interpreter._patch_lang_tensor
 
+    def patch_index_too(tensor, scope):
+        patch_tensor(tensor, scope)
+        # scalars are arrays of one element, which int() refuses in numpy 2.4
+        scope.set_attr(tensor, "__index__", lambda x: x.handle.data.item())
 
-interpreter._patch_lang_tensor = patch_tensor_and_index
+    def as_multiplied(handle, precision):
+        data = handle.data
+        if handle.dtype.scalar == tl.bfloat16:
+            # kept as 16 bit integers, which numpy would multiply as such
+            return (data.astype(np.uint32) << 16).view(np.float32)
+        bits = np.ascontiguousarray(data, np.float32).view(np.uint32)
+        if precision == interpreter._ir.INPUT_PRECISION.TF32:
+            # ten bits of mantissa, cut off as on Hopper
+            bits = bits & np.uint32(0xFFFFE000)
+        return bits.view(np.float32)
 
+    def dot(self, a, b, start, precision, max_num_imprecise_acc):
+        product = as_multiplied(a, precision) @ as_multiplied(b, precision)
+        return interpreter.TensorHandle(
+            product + start.data, start.dtype.scalar
+        )
 
-def as_multiplied(handle, precision):
-    """The float32 numbers that a GPU multiplies."""
-    data = handle.data
-    if handle.dtype.scalar == tl.bfloat16:
-        # kept as 16 bit integers, which numpy would multiply as such
-        return (data.astype(np.uint32) << 16).view(np.float32)
-    bits = np.ascontiguousarray(data, np.float32).view(np.uint32)
-    if precision == interpreter._ir.INPUT_PRECISION.TF32:
-        # ten bits of mantissa, cut off as the worst that hardware does
-        bits = bits & np.uint32(0xFFFFE000)
-    return bits.view(np.float32)
-
-
-def dot(self, a, b, start, precision, max_num_imprecise_acc):
-    product = as_multiplied(a, precision) @ as_multiplied(b, precision)
-    return interpreter.TensorHandle(product + start.data, start.dtype.scalar)
-
-
-interpreter.InterpreterBuilder.create_dot = dot
+    interpreter._patch_lang_tensor = patch_index_too
+    interpreter.InterpreterBuilder.create_dot = dot
 
 
 def gradients(attention, inputs, projection, hidden, weights):
@@ -125,8 +125,9 @@ def check_constant_values():
             None,
             torch.randn(1, 2, 100, 16).to(dtype),
         )
-        print(dtype, float((output - 3).abs().max()))
-        assert (output - 3).abs().max() < 1e-5
+        # the interpreter rounds to bfloat16 towards zero
+        allowed = 1e-5 if dtype == torch.float32 else 2**-6
+        assert (output - 3).abs().max() <= allowed
         assert grad_query.abs().max() < 1e-5
 
 
@@ -215,13 +216,25 @@ def check_partial_gradients():
 def check_guard():
     for dtype, expected in ((torch.float32, 2e-3), (torch.bfloat16, 2e-2)):
         error = _largest_error(torch.device("cpu"), dtype, 16, 16, 32)
-        print(dtype, error)
+        print("trial", dtype, error)
         assert error < expected
 
 
-if __name__ == "__main__":
+def main():
+    """Prints what went wrong in each check, nothing if nothing did."""
+    interpret_as_a_gpu_multiplies()
     torch.set_num_threads(1)
-    for name in sys.argv[1:]:
-        torch.manual_seed(0)
-        print(name)
-        globals()[f"check_{name}"]()
+    outcomes = {}
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            torch.manual_seed(0)
+            outcomes[name] = ""
+            try:
+                check()
+            except Exception:
+                outcomes[name] = traceback.format_exc()
+    print(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main()

@@ -41,6 +41,7 @@ def load_rows(base, stride, first, count, ROWS: tl.constexpr, D: tl.constexpr):
 def store_rows(
     base, stride, first, count, rows, ROWS: tl.constexpr, D: tl.constexpr
 ):
+    """Writes rows [ROWS, D] from ``first`` on, none from ``count`` on."""
     row = tl.arange(0, ROWS)
     base += tl.cast(first, tl.int64) * stride
     pointer = base + row[:, None] * stride + tl.arange(0, D)[None, :]
@@ -50,6 +51,7 @@ def store_rows(
 
 @jit()
 def half_norms(x):
+    """``|x|^2 / 2`` of rows, [rows], in float32."""
     x = x.to(tl.float32)
     return tl.sum(x * x, 1) / 2
 

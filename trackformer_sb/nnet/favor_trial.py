@@ -11,13 +11,38 @@ import torch
 from speechbrain.utils.logger import get_logger
 
 from trackformer_sb.nnet import favor
-from trackformer_sb.nnet.favor_triton import favor_attention_triton
+from trackformer_sb.nnet.favor_triton import (
+    can_use_triton,
+    favor_attention_triton,
+)
 
 logger = get_logger(__name__)
 
 # Largest relative error of results and gradients in ``triton_agrees``, far
 # above rounding and far below what a wrong kernel gives.
 TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 0.01}
+
+
+def should_use_triton(query, key, value, projection):
+    """Whether the kernels are made for such inputs and work here.
+
+    Arguments
+    ---------
+    query, key, value, projection
+        As for ``favor_attention_triton``.
+
+    Returns
+    -------
+    bool
+        False for everything that is not on a GPU, and while compiling.
+    """
+    return can_use_triton(query, key, value, projection) and triton_agrees(
+        value.device,
+        value.dtype,
+        query.shape[-1],
+        value.shape[-1],
+        projection.shape[0],
+    )
 
 
 def _results(attention, inputs, projection, hidden, weights):

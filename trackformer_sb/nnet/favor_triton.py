@@ -49,8 +49,8 @@ def can_use_triton(query, key, value, projection):
     -------
     bool
         True for CUDA tensors on one device of compute capability 8.0 or
-        higher, none of float64, head dimensions of 16, 32, 64 or 128 and
-        features in multiples of 16.
+        higher, none of float64, queries, keys and values of one type, head
+        dimensions of 16, 32, 64 or 128 and features in multiples of 16.
     """
     tensors = (query, key, value, projection)
     return (
@@ -59,6 +59,7 @@ def can_use_triton(query, key, value, projection):
         and torch.version.hip is None
         and all(x.is_cuda and x.device == query.device for x in tensors)
         and all(x.dtype in DTYPES for x in tensors)
+        and query.dtype == key.dtype == value.dtype
         and query.shape[-1] in HEAD_DIMS
         and value.shape[-1] in HEAD_DIMS
         and projection.shape[0] % 16 == 0
@@ -233,8 +234,8 @@ class _FavorAttention(torch.autograd.Function):
 def _launch_options(projection, value_dim):
     """Compile-time constants of the kernels and how to compile them.
 
-    The largest tiles with which compute capability 9.0 needs no registers
-    beyond its own, and which fit the 99 KB of shared memory of 8.6 and 8.9.
+    The largest tiles that compute capability 9.0 keeps in registers, but for
+    tens of bytes, and that fit the 99 KB of shared memory of 8.6 and 8.9.
     """
     n_features, head_dim = projection.shape
     wide = max(head_dim, value_dim) > 64
