@@ -178,6 +178,14 @@ def favor_attention(query, key, value, projection, key_padding_mask=None):
     >>> bool((estimate - exact).norm() < 0.01 * exact.norm())
     True
     """
+    if query.is_cuda and not torch.compiler.is_compiling():
+        # lazily: importing triton takes time
+        from trackformer_sb.nnet import favor_trial, favor_triton
+
+        if favor_trial.should_use_triton(query, key, value, projection):
+            return favor_triton.favor_attention_triton(
+                query, key, value, projection, key_padding_mask
+            )
     with torch.autocast(query.device.type, enabled=False):
         dtype = value.dtype
         # float64 stays, for gradient checks

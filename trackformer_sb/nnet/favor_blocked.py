@@ -28,8 +28,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # Features a block has over all its sequences and heads, about: 4 MB in float32.
-# On 2 CPU cores a fourth of that is 10 to 20 % slower, four times as much as
-# fast, but no longer small. GPUs want large products, and have the memory.
+# On 2 CPU cores a fourth of that is about 10 % slower and twice as much no
+# faster. GPUs want large products, and have the memory; theirs is a guess.
 BLOCK_FEATURES = {"cpu": 2**20, "cuda": 2**26}
 MIN_BLOCK = 64
 
