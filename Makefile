@@ -33,7 +33,9 @@ test-slow: $(INSTALLED)-dev
 	$(BIN)/python -m pytest -q -m slow
 
 bench: $(INSTALLED)-dev
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python benchmarks/mixit_loss.py
+	$(BIN)/python benchmarks/favor.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/ddp_scaling.py
 	$(BIN)/python benchmarks/data_loading.py
