@@ -110,3 +110,17 @@ def test_loudest_first():
         order = loudest_first(energies)
         assert [energies[i] for i in order] == [4.0, 3.0, 1.0, 0.0]
     assert loudest_first([0.0, 0.0, 1.0, 0.0]) == [2, 0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "match"),
+    [
+        ({"../drums": (0,)}, "expected names of letters"),
+        ({"Drums": (0,), "drums": (1,)}, "occurs twice"),
+        ({"drums": ()}, "drums: expected outputs, each once"),
+        ({"drums": (1, 1)}, "drums: expected outputs, each once"),
+    ],
+)
+def test_groups_of_a_dict_are_checked_as_those_of_a_text(outputs, match):
+    with pytest.raises(ValueError, match=match):
+        check_outputs(outputs, 4)

@@ -138,7 +138,8 @@ def check_outputs(outputs, num_spks):
     Raises
     ------
     ValueError
-        If the model has no such output.
+        If the model has no such output, a group has none or one twice, or a
+        name cannot be part of a file name.
 
     Example
     -------
@@ -149,7 +150,14 @@ def check_outputs(outputs, num_spks):
         return {f"source{i}": (i,) for i in range(num_spks)}
     if isinstance(outputs, str):
         outputs = parse_outputs(outputs)
+    checked = {}
     for name, indices in outputs.items():
+        # names become file names, those of a dict as well
+        checked[_new_name(name, checked, outputs)] = indices
+        if not indices or len(set(indices)) < len(indices):
+            raise ValueError(
+                f"{name}: expected outputs, each once, got {indices}"
+            )
         for index in indices:
             _check_index(index, num_spks, name)
     return outputs
