@@ -178,7 +178,10 @@ def favor_attention(query, key, value, projection, key_padding_mask=None):
     >>> bool((estimate - exact).norm() < 0.01 * exact.norm())
     True
     """
-    if query.is_cuda and not torch.compiler.is_compiling():
+    # unrolled over blocks, a compiled graph would be of any size; only the
+    # plain form has a gradient of the directions
+    plain = torch.compiler.is_compiling() or projection.requires_grad
+    if query.is_cuda and not plain:
         # lazily: importing triton takes time
         from trackformer_sb.nnet import favor_trial, favor_triton
 
@@ -193,8 +196,6 @@ def favor_attention(query, key, value, projection, key_padding_mask=None):
             x if x.dtype == torch.float64 else x.float()
             for x in (query, key, value, projection)
         )
-        # unrolled over blocks, a compiled graph would be of any size
-        plain = torch.compiler.is_compiling() or projection.requires_grad
         attend = plain_favor_attention if plain else BlockedFavor.apply
         mixed = attend(query, key, value, projection, key_padding_mask)
         return mixed.to(dtype)

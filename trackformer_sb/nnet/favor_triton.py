@@ -50,8 +50,7 @@ def can_use_triton(query, key, value, projection):
     bool
         True for CUDA tensors on one device of compute capability 8.0 or
         higher, none of float64, queries, keys and values of one type, head
-        dimensions of 16, 32, 64 or 128 and features in multiples of 16,
-        whose projection needs no gradient.
+        dimensions of 16, 32, 64 or 128 and features in multiples of 16.
     """
     tensors = (query, key, value, projection)
     return (
@@ -63,8 +62,6 @@ def can_use_triton(query, key, value, projection):
         and query.dtype == key.dtype == value.dtype
         and query.shape[-1] in HEAD_DIMS
         and value.shape[-1] in HEAD_DIMS
-        # the kernels give it none
-        and not projection.requires_grad
         and projection.shape[0] % 16 == 0
         and min(query.numel(), key.numel(), projection.numel()) > 0
         # the second axis of a CUDA grid ends there
