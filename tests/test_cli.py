@@ -1,6 +1,7 @@
 """The command line: exit codes, what it prints and where."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from hyperpyyaml import load_hyperpyyaml
 import trackformer_sb
 from trackformer_sb.cli import main
 from trackformer_sb.inference.export import export_separator
+from trackformer_sb.inference.pretrained import PerformerSeparator
 
 TINY = """\
 sample_rate: 8000
@@ -151,15 +153,27 @@ def test_wrong_model(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_model(model, tmp_path, capsys):
-    import shutil
-
+@pytest.mark.parametrize("name", ["model.safetensors", "masknet.ckpt"])
+def test_damaged_model(model, tmp_path, capsys, name):
     folder = shutil.copytree(model, tmp_path / "separator")
-    weights = folder / "masknet.ckpt"
+    if name == "masknet.ckpt":
+        (folder / "config.json").unlink()
+    weights = folder / name
     weights.write_bytes(weights.read_bytes()[:500])
     song = write_noise(tmp_path / "song.wav")
     assert separate(str(folder), [song], tmp_path / "out") == 2
-    assert "masknet.ckpt: no readable file" in capsys.readouterr().err
+    assert f"{name}: no readable file" in capsys.readouterr().err
+
+
+def test_a_yaml_beside_a_config_is_not_run(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "separator")
+    trace = tmp_path / "trace"
+    text = f'a: !apply:builtins.open ["{trace}", w]\n'
+    (folder / "hyperparams.yaml").write_text(text)
+    (folder / "masknet.ckpt").write_bytes(b"")
+    song = write_noise(tmp_path / "song.wav")
+    assert separate(str(folder), [song], tmp_path / "out") == 0
+    assert not trace.exists()
 
 
 def below(folder):
@@ -226,11 +240,12 @@ def test_skip_existing(model, tmp_path, capsys, spelling):
     song = write_noise(tmp_path / "song.wav")
     out = tmp_path / "out"
     paths = [out / f"song_source{i}.wav" for i in range(3)]
+    args = [model, [song], out]
 
     def again(*options):
         for path in paths:
             os.utime(path, (path.stat().st_atime, 2e9)) if path.exists() else 0
-        assert separate(model, [song], out, spelling, *options) == 0
+        assert separate(*args, spelling, *options) == 0
         printed = capsys.readouterr()
         skipped = f"{song}: skipped, its results are there" in printed.err
         assert skipped == (not printed.out)
@@ -244,6 +259,17 @@ def test_skip_existing(model, tmp_path, capsys, spelling):
     assert not again("--format", "flac")
     paths[1].unlink()
     assert not again()
+    # other options, and another model
+    assert not again("--overlap", "0.5")
+    assert again("--overlap", "0.50", "--batch", "2")
+    assert not again("--remix", "0:-3")
+    assert again("--remix", "0:-3.0")
+    assert not again("--remix", "0:-4")
+    args[0] = str(tmp_path / "other")
+    sizes = {"d_model": 16, "nhead": 2, "num_layers": 1, "n_features": 16}
+    PerformerSeparator(8000, 3, 256, 64, **sizes).save_pretrained(args[0])
+    assert not again()
+    assert again()
     os.utime(song, (2.1e9, 2.1e9))
     assert not again()
 

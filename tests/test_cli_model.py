@@ -15,7 +15,8 @@ from test_export import CONV_TASNET, TRAINING, loaded, mixtures, trained
 from trackformer_sb.cli_model import add_export, add_info
 from trackformer_sb.inference.card import card_tables
 from trackformer_sb.inference.export import export_separator
-from trackformer_sb.inference.measure import describe_model, load_separator
+from trackformer_sb.inference.loading import load_separator
+from trackformer_sb.inference.measure import describe_model
 from trackformer_sb.inference.pretrained import PerformerSeparator
 
 SCORES = {1: 2.0, 2: 5.0, 3: 3.0}
@@ -353,6 +354,16 @@ def test_load_separator(exported, tmp_path, keep_config):
     expected = loaded(exported).separate_batch(mix)
     assert torch.equal(separator.separate_batch(mix), expected)
     assert describe_model(folder, seconds=0.1)["card"] == {}
+
+
+def test_a_config_of_another_library_is_left_to_the_yaml(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "separator")
+    text = '{"speechbrain_interface": "SepformerSeparation"}'
+    (folder / "config.json").write_text(text)
+    assert load_separator(folder, "cpu")[1] == "hyperparams.yaml"
+    (folder / "config.json").write_text(text[:9])
+    with pytest.raises(ValueError, match="no readable JSON"):
+        load_separator(folder, "cpu")
 
 
 @pytest.mark.parametrize(

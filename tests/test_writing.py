@@ -1,7 +1,6 @@
 """Files of results: formats, groups, ranks, remixes, whole or not at all."""
 
 import itertools
-import os
 import subprocess
 import sys
 
@@ -13,7 +12,6 @@ import torch
 from trackformer_sb.inference import writing
 from trackformer_sb.inference.writing import (
     output_paths,
-    up_to_date,
     write_sources,
 )
 
@@ -283,19 +281,3 @@ def test_output_paths(tmp_path):
         output_paths("", "song", 2, outputs="2")
     with pytest.raises(ValueError, match="expected an output, a remix or"):
         output_paths("", "song", 2, outputs="none")
-
-
-def test_up_to_date(tmp_path):
-    song, *results = [tmp_path / name for name in ("song", "a", "b")]
-    for second, path in enumerate((song, *results)):
-        path.touch()
-        os.utime(path, (0, 1000 + second))
-    assert up_to_date(song, results)
-    os.utime(results[1], (0, 1000))
-    assert up_to_date(song, results)
-    os.utime(results[1], (0, 999))
-    assert not up_to_date(song, results)
-    results[1].unlink()
-    assert not up_to_date(song, results)
-    results[1].mkdir()
-    assert not up_to_date(song, results)

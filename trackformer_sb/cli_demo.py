@@ -6,7 +6,6 @@ import sys
 import threading
 
 from trackformer_sb.cli_data import complain, positive
-from trackformer_sb.cli_model import load_separator
 
 
 def _port(text):
@@ -93,12 +92,13 @@ def _wait():
 
 def _demo(args):
     """Runs ``trackformer demo``."""
+    from trackformer_sb.inference.loading import load_separator
     from trackformer_sb.web.page import import_gradio
     from trackformer_sb.web.server import running_page
 
     try:
         import_gradio()  # before the model, which may take long
-        separator = load_separator(args)
+        separator, _ = load_separator(args.model, args.device)
         title = (
             f"{args.model}: {separator.hparams.num_spks} sources at "
             f"{separator.hparams.sample_rate} Hz"

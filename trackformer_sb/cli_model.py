@@ -5,41 +5,6 @@ import json
 from trackformer_sb.cli_data import complain, positive
 
 
-def load_separator(args):
-    """The separator that a command is to use, on the wanted device.
-
-    Arguments
-    ---------
-    args : argparse.Namespace
-        ``model``, a folder or an id on the hub, and ``device`` or None.
-
-    Returns
-    -------
-    PerformerSeparation
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If there is no such model or device.
-    """
-    import torch
-
-    from trackformer_sb.inference.interfaces import PerformerSeparation
-
-    run_opts = {}
-    if args.device is not None:
-        if args.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(
-                f"--device {args.device}: torch finds no CUDA device"
-            )
-        # SpeechBrain warns of "cuda" without a number
-        device = "cuda:0" if args.device == "cuda" else args.device
-        run_opts["device"] = device
-    return PerformerSeparation.from_hparams(
-        source=args.model, run_opts=run_opts
-    )
-
-
 def _complain(args, error):
     """An error in one line; torch's have several."""
     complain(args, " ".join(str(error).split()))
@@ -150,21 +115,13 @@ def add_info(commands):
 
 def _info(args):
     """Runs ``trackformer info``."""
-    import torch
-
     from trackformer_sb.inference.measure import (
         describe_model,
         description_text,
     )
 
-    cuda = torch.cuda.is_available()
-    device = args.device or ("cuda" if cuda else "cpu")
     try:
-        if device.startswith("cuda") and not cuda:
-            raise ValueError(f"--device {device}: torch finds no CUDA device")
-        # SpeechBrain warns of "cuda" without a number
-        device = "cuda:0" if device == "cuda" else device
-        description = describe_model(args.model, device, args.seconds)
+        description = describe_model(args.model, args.device, args.seconds)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         _complain(args, error)
         return 2

@@ -8,7 +8,6 @@ import threading
 from contextlib import contextmanager
 
 from trackformer_sb.cli_data import complain, positive
-from trackformer_sb.cli_model import load_separator
 
 DESCRIPTION = """\
 Writes one file per output of the model, at the rate and with the channels of
@@ -139,7 +138,8 @@ def add_separate(commands):
         "--skip_existing",
         dest="skip_existing",
         action="store_true",
-        help="leave out files whose results are all there and not older",
+        help="leave out files whose results are all there, not older, and made "
+        "by this model with these options",
     )
     model = parser.add_argument_group("how the model runs")
     model.add_argument(
@@ -178,6 +178,7 @@ def _prepare(args):
         find_files,
         place_files,
     )
+    from trackformer_sb.inference.loading import load_separator
     from trackformer_sb.inference.writing import output_paths
 
     out = os.path.realpath(args.out)
@@ -188,7 +189,7 @@ def _prepare(args):
                 "music, whose results would be separated next time"
             )
     files = find_files(args.files, args.out, AUDIO_EXTENSIONS)
-    separator = load_separator(args)
+    separator, _ = load_separator(args.model, args.device)
     wanted = {
         "file_format": args.format,
         "outputs": args.outputs,
@@ -326,27 +327,31 @@ def _separate(args):
 
 def _separate_all(args, separator, jobs, planned, bars):
     """Separates file after file; returns how many failed."""
-    from trackformer_sb.inference.writing import up_to_date
+    from trackformer_sb.inference.provenance import up_to_date
 
     failed = 0
+    how = {
+        "chunk_seconds": args.chunk_seconds,
+        "overlap": args.overlap,
+        "ranked": args.stems == "ranked",
+    }
+    comment = separator.comment(outputs=args.outputs, remix=args.remix, **how)
     for number, (path, options) in enumerate(jobs.items(), 1):
         progress = bars.start(path, number)
         try:
             if (
                 args.skip_existing
                 and os.path.isfile(path)
-                and up_to_date(path, planned[path])
+                and up_to_date(path, planned[path], comment)
             ):
                 bars.complain(args, f"{path}: skipped, its results are there")
                 continue
             written = separator.separate_file(
                 path,
-                chunk_seconds=args.chunk_seconds,
-                overlap=args.overlap,
                 batch_size=args.batch,
-                ranked=args.stems == "ranked",
                 progressbar=False,
                 progress=progress,
+                **how,
                 **options,
             )
         except (OSError, ValueError, RuntimeError) as error:

@@ -96,6 +96,43 @@ def _checked(values, where):
     return {key: values[key] for key in EXAMPLES}
 
 
+def _read_json(path):
+    """The content of a JSON file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no readable JSON ({error})") from error
+
+
+def _library(config):
+    """Whose config it is."""
+    return config.get(ABOUT[0]) if isinstance(config, dict) else None
+
+
+def is_ours(path):
+    """Whether a ``config.json`` is that of a separator of this library.
+
+    Models of SpeechBrain on the hub may have one with other content.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file.
+
+    Returns
+    -------
+    bool
+        Whether it names this library; nothing else is checked.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON.
+    """
+    return _library(_read_json(path)) == LIBRARY
+
+
 def read_config(path):
     """Reads a ``config.json``.
 
@@ -115,12 +152,8 @@ def read_config(path):
         If it is no JSON, of another library, or keys are missing, unknown or
         of another type.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no readable JSON ({error})") from error
-    library = config.get(ABOUT[0]) if isinstance(config, dict) else None
+    config = _read_json(path)
+    library = _library(config)
     if library != LIBRARY:
         raise ValueError(
             f"{path}: expected the config of a separator, with library_name "

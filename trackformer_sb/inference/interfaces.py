@@ -13,11 +13,15 @@ from tqdm import tqdm
 
 from trackformer_sb.inference.hub import StrictPretrained
 from trackformer_sb.inference.overlap_add import UNKNOWN_FRAMES, separate_stream
-from trackformer_sb.inference.remix import check_outputs, loudest_first
+from trackformer_sb.inference.provenance import provenance, up_to_date
+from trackformer_sb.inference.remix import (
+    check_outputs,
+    loudest_first,
+    remix_gains,
+)
 from trackformer_sb.inference.separation import separate
 from trackformer_sb.inference.writing import (
     output_paths,
-    up_to_date,
     write_sources,
 )
 
@@ -184,8 +188,8 @@ class PerformerSeparation(StrictPretrained):
             Whether to write ``<stem>_figure.png``: spectrograms of the mixture
             and of the outputs, and their levels over time.
         skip_existing : bool
-            Whether to do nothing if all that would be written is there and
-            not older than the file.
+            Whether to do nothing if all that would be written is there, not
+            older than the file, and made by this model and these options.
         stem : str, optional
             What the names of the files begin with; that of ``path`` without
             its ending if not given.
@@ -236,7 +240,10 @@ class PerformerSeparation(StrictPretrained):
                 remix,
                 figure,
             )
-            if skip_existing and up_to_date(path, paths):
+            comment = self.comment(
+                chunk_seconds, overlap, outputs, ranked, remix
+            )
+            if skip_existing and up_to_date(path, paths, comment):
                 return paths
         with ExitStack() as stack:
             reader = stack.enter_context(soundfile.SoundFile(path))
@@ -276,7 +283,48 @@ class PerformerSeparation(StrictPretrained):
                 ranked,
                 remix,
                 figure,
+                comment,
             )
+
+    def comment(
+        self,
+        chunk_seconds=10.0,
+        overlap=0.25,
+        outputs=None,
+        ranked=False,
+        remix=None,
+    ):
+        """What ``separate_file`` writes into its files, see ``provenance``.
+
+        Arguments
+        ---------
+        chunk_seconds, overlap, outputs, ranked, remix
+            As of ``separate_file``.
+
+        Returns
+        -------
+        str
+            The same for the same samples.
+
+        Raises
+        ------
+        ValueError
+            If the model has no such output.
+        """
+        num_spks = self.hparams.num_spks
+        outputs = check_outputs(outputs, num_spks)
+        gains = None if remix is None else remix_gains(remix, outputs, num_spks)
+        return provenance(
+            dict(self.mods.items()),
+            mixture_consistency=getattr(
+                self.hparams, "mixture_consistency", False
+            ),
+            chunk_seconds=float(chunk_seconds),
+            overlap=float(overlap),
+            outputs=outputs,
+            ranked=ranked,
+            gains=gains,
+        )
 
     def forward(self, mix):
         """Separates a batch, see ``separate_batch``."""

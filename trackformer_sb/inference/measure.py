@@ -8,48 +8,7 @@ import torch
 
 from trackformer_sb.inference.card import card_tables
 from trackformer_sb.inference.download import model_file
-from trackformer_sb.inference.folder import CONFIG_FILE
-from trackformer_sb.inference.interfaces import PerformerSeparation
-from trackformer_sb.inference.pretrained import PerformerSeparator
-
-
-def load_separator(source, device="cpu"):
-    """Loads a separator, without running code where that is possible.
-
-    Arguments
-    ---------
-    source : str or Path
-        Folder, or id on the hub.
-    device : str
-        Where to put it.
-
-    Returns
-    -------
-    PerformerSeparation
-        From ``config.json`` if there is one, else from ``hyperparams.yaml``.
-    str
-        The name of that file.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such folder, model or file.
-    ValueError
-        If it does not load.
-    """
-    run_opts = {"device": str(device)}
-    try:
-        model_file(source, CONFIG_FILE)
-    except FileNotFoundError:
-        separator = PerformerSeparation.from_hparams(source, run_opts=run_opts)
-        return separator, "hyperparams.yaml"
-    plain = PerformerSeparator.from_pretrained(source)
-    separator = PerformerSeparation(
-        modules=dict(plain.named_children()),
-        hparams=plain.config,
-        run_opts=run_opts,
-    )
-    return separator, CONFIG_FILE
+from trackformer_sb.inference.loading import load_separator
 
 
 def measure_speed(separator, seconds=10.0):
@@ -93,15 +52,15 @@ def measure_speed(separator, seconds=10.0):
     }
 
 
-def describe_model(source, device="cpu", seconds=10.0):
+def describe_model(source, device=None, seconds=10.0):
     """What a separator is, from its files and by running it.
 
     Arguments
     ---------
     source : str or Path
         Folder, or id on the hub.
-    device : str
-        Where to run it.
+    device : str, optional
+        Where to run it; by default a GPU if there is one.
     seconds : float
         Length of the noise that it separates.
 

@@ -96,27 +96,6 @@ def output_paths(
     return [Path(out_folder) / name for name in names]
 
 
-def up_to_date(path, written):
-    """Whether a file has been separated since it last changed.
-
-    Arguments
-    ---------
-    path : str or Path
-        The audio file.
-    written : list of Path
-        What its separation writes, as of ``output_paths``.
-
-    Returns
-    -------
-    bool
-        Whether all of them are there, and none is older than the file.
-    """
-    changed = os.stat(path).st_mtime
-    return all(
-        one.is_file() and one.stat().st_mtime >= changed for one in written
-    )
-
-
 def write_sources(
     blocks,
     reader,
@@ -127,6 +106,7 @@ def write_sources(
     ranked=False,
     remix=None,
     figure=False,
+    comment="",
 ):
     """Writes a stream to files, in memory that does not depend on its length.
 
@@ -156,6 +136,8 @@ def write_sources(
         Gains in dB, see ``parse_remix``: writes ``<stem>_remix.wav``.
     figure : bool
         Whether to draw ``<stem>_figure.png``.
+    comment : str
+        Text that the audio files carry, see ``provenance``.
 
     Returns
     -------
@@ -174,7 +156,9 @@ def write_sources(
         prefix=".", suffix=".partial", dir=out_folder
     ) as partial:
         partial = Path(partial)
-        sources, energies = _write_streams(blocks, reader, partial / "streams")
+        sources, energies = _write_streams(
+            blocks, reader, partial / "streams", comment
+        )
         if ranked:
             sources = [sources[i] for i in loudest_first(energies)]
         num_spks = len(sources)
@@ -191,7 +175,7 @@ def write_sources(
             mix = _Mix(sources, remix_gains(remix, outputs, num_spks))
             # the outputs need the files that it may be equal to
             solo = {finished[len(mixes)]: mix}
-            _write_mixes(solo, file_format, reader, move=False)
+            _write_mixes(solo, file_format, reader, comment, move=False)
         if figure:
             from trackformer_sb.inference.figures import save_figure
 
@@ -203,18 +187,20 @@ def write_sources(
                 reader.samplerate,
                 stem,
             )
-        _write_mixes(dict(zip(finished, mixes.values())), file_format, reader)
+        _write_mixes(
+            dict(zip(finished, mixes.values())), file_format, reader, comment
+        )
         for path, whole in zip(paths, finished):
             os.replace(whole, path)
     return paths
 
 
-def _sound_file(path, file_format, reader):
+def _sound_file(path, file_format, reader, comment=""):
     """A file to write, of the rate and the channels of another."""
     container, subtype = FORMATS[file_format]
     if container == "WAV":
         container = _wav_format(reader.frames, reader.channels)
-    return soundfile.SoundFile(
+    file = soundfile.SoundFile(
         path,
         "w",
         reader.samplerate,
@@ -222,6 +208,9 @@ def _sound_file(path, file_format, reader):
         subtype=subtype,
         format=container,
     )
+    if comment:
+        file.comment = comment
+    return file
 
 
 def _wav_format(frames, channels):
@@ -250,7 +239,7 @@ def _check_format(file_format, reader):
         ) from error
 
 
-def _write_streams(blocks, reader, folder):
+def _write_streams(blocks, reader, folder, comment):
     """Writes one float wav per source; returns the paths and the energies."""
     folder.mkdir()
     paths, writers, energies = [], [], []
@@ -258,7 +247,7 @@ def _write_streams(blocks, reader, folder):
         for block in blocks:
             for i in range(len(writers), len(block)):
                 paths.append(folder / f"{i}.wav")
-                writer = _sound_file(paths[i], "wav", reader)
+                writer = _sound_file(paths[i], "wav", reader, comment)
                 writers.append(stack.enter_context(writer))
                 energies.append(0.0)
             for i, (writer, source) in enumerate(
@@ -309,7 +298,7 @@ class _Mix:
         return max(float(np.abs(block).max()) for block in self.blocks())
 
 
-def _write_mixes(mixes, file_format, reader, move=True):
+def _write_mixes(mixes, file_format, reader, comment, move=True):
     """Writes path -> _Mix, all turned down alike if the format needs it.
 
     With `move` the file of a source becomes that of a mix of it alone.
@@ -331,7 +320,7 @@ def _write_mixes(mixes, file_format, reader, move=True):
         if file_format == "wav" and source and free:
             moved[path] = source  # later, others may need it
             continue
-        with _sound_file(path, file_format, reader) as writer:
+        with _sound_file(path, file_format, reader, comment) as writer:
             for block in mix.blocks():
                 writer.write(block if gain == 1 else block * np.float32(gain))
     for path, source in moved.items():

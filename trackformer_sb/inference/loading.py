@@ -1,0 +1,69 @@
+"""A separator from any folder or hub id, by its safest files."""
+
+import torch
+from speechbrain.utils.logger import get_logger
+
+from trackformer_sb.inference.config import is_ours
+from trackformer_sb.inference.download import model_file
+from trackformer_sb.inference.folder import CONFIG_FILE
+from trackformer_sb.inference.hub import is_local
+from trackformer_sb.inference.interfaces import PerformerSeparation
+from trackformer_sb.inference.pretrained import PerformerSeparator
+
+logger = get_logger(__name__)
+
+
+def load_separator(source, device=None):
+    """Loads a separator, without running its code where that is possible.
+
+    Arguments
+    ---------
+    source : str or Path
+        Folder as training leaves it, or an id on the hub.
+    device : str, optional
+        Where to put it; by default a GPU if there is one.
+
+    Returns
+    -------
+    PerformerSeparation
+        From ``config.json`` if this library wrote one. Else from
+        ``hyperparams.yaml``, which can run any code; that of a model on the
+        hub with a warning.
+    str
+        The name of that file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder, model or file.
+    OSError
+        If the hub cannot be reached or refuses, or a download is broken.
+    ValueError
+        If it does not load, or there is no such device.
+    """
+    cuda = torch.cuda.is_available()
+    if device is None:
+        device = "cuda" if cuda else "cpu"
+    if str(device).startswith("cuda") and not cuda:
+        raise ValueError(f"device {device}: torch finds no CUDA device")
+    # SpeechBrain warns of "cuda" without a number
+    run_opts = {"device": "cuda:0" if device == "cuda" else str(device)}
+    try:
+        plain = is_ours(model_file(source, CONFIG_FILE))
+    except FileNotFoundError:
+        plain = False
+    if not plain:
+        if not is_local(source):
+            logger.warning(
+                f"{source} has no {CONFIG_FILE} of this library: its "
+                "hyperparams.yaml is loaded, which can run any code"
+            )
+        separator = PerformerSeparation.from_hparams(source, run_opts=run_opts)
+        return separator, "hyperparams.yaml"
+    model = PerformerSeparator.from_pretrained(source)
+    separator = PerformerSeparation(
+        modules=dict(model.named_children()),
+        hparams=model.config,
+        run_opts=run_opts,
+    )
+    return separator, CONFIG_FILE

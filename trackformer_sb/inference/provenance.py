@@ -1,0 +1,98 @@
+"""What made a separated file: the comment in it, and whether it still holds."""
+
+import hashlib
+import json
+import os
+
+import soundfile
+import torch
+
+import trackformer_sb
+
+LIBRARY = "trackformer_sb"
+PICTURE = ".png"
+
+
+def model_digest(modules):
+    """A name for what modules compute: layers and weights.
+
+    Arguments
+    ---------
+    modules : dict
+        Modules by name.
+
+    Returns
+    -------
+    str
+        12 hexadecimal digits.
+
+    Example
+    -------
+    >>> model_digest({"masknet": torch.nn.ReLU()})
+    '245fe0e518ce'
+    """
+    digest = hashlib.sha256()
+    for name, module in modules.items():
+        digest.update(f"{name}: {module}".encode())
+        for key, value in module.state_dict().items():
+            digest.update(key.encode())
+            # numpy has no bfloat16
+            content = value.detach().cpu().flatten().view(torch.uint8)
+            digest.update(content.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def provenance(modules, **options):
+    """The comment that separated files carry.
+
+    Arguments
+    ---------
+    modules : dict
+        Of the separator, by name.
+    **options : dict
+        What else the samples depend on; plain values.
+
+    Returns
+    -------
+    str
+        Name and version of the library, and JSON: the same for the same
+        samples.
+    """
+    options = {"model": model_digest(modules), **options}
+    return f"{LIBRARY} {trackformer_sb.__version__} {json.dumps(options)}"
+
+
+def up_to_date(path, written, comment):
+    """Whether a file has been separated in this way since it last changed.
+
+    Arguments
+    ---------
+    path : str or Path
+        The audio file.
+    written : list of Path
+        What its separation writes, as of ``output_paths``.
+    comment : str
+        Of ``provenance``.
+
+    Returns
+    -------
+    bool
+        Whether all of them are there, none is older than the file, and those
+        with sound have this comment.
+    """
+    changed = os.stat(path).st_mtime
+    return all(
+        one.is_file()
+        and one.stat().st_mtime >= changed
+        and (one.suffix == PICTURE or _comment(one) == comment)
+        for one in written
+    )
+
+
+def _comment(path):
+    """The comment of an audio file; none if it is damaged."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            return file.comment
+    except soundfile.SoundFileError:
+        return None
