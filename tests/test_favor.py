@@ -358,6 +358,25 @@ def test_batch_neighbours_do_not_matter(causal):
     assert causal or together[1].any()
 
 
+def test_causal_training_keeps_no_features():
+    """What the backward pass keeps is less than the features of the frames."""
+    projection = draw_projection(64, 8)
+    inputs = torch.randn(3, 1, 2, 1024, 8, requires_grad=True)
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        output, _ = causal_favor_attention(*inputs, projection)
+    features = 4 * 2 * 1024 * 64
+    assert inputs.nbytes <= sum(kept.values()) < inputs.nbytes + features
+    output.sum().backward()
+    assert bool((inputs.grad[2] > 0).all())
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_equal_difference_quotients(causal):
     *inputs, projection = random_frames(

@@ -15,6 +15,7 @@ import math
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from trackformer_sb.nnet.favor_blocked import BlockedFavor
 
@@ -260,25 +261,42 @@ def causal_favor_attention(
             weight = value.new_zeros(sizes)
         else:
             context, weight = state
+        # the features of all chunks would be those of the whole: the backward
+        # pass makes them again; while compiling, the compiler decides
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         outputs = []
         for start in range(0, max(1, query.shape[-2]), chunk_size):
             part = slice(start, start + chunk_size)
-            part_q = positive_features(query[:, :, part], projection, "frame")
-            # a stabiliser over the sequence would look into the future
-            part_k = positive_features(key[:, :, part], projection)
-            part_v = value[:, :, part]
+            hidden = None
             if key_padding_mask is not None:
                 hidden = key_padding_mask[:, None, part, None]
-                part_k = part_k.masked_fill(hidden, 0.0)
-            inside = (part_q @ part_k.transpose(-1, -2)).tril()
-            numerator = inside @ part_v + part_q @ context
-            denominator = inside.sum(-1) + (
-                part_q @ weight.unsqueeze(-1)
-            ).squeeze(-1)
-            outputs.append(_normalise(numerator, denominator))
-            context = context + part_k.transpose(-1, -2) @ part_v
-            weight = weight + part_k.sum(-2)
+            chunk = *(x[:, :, part] for x in (query, key, value)), hidden
+            output, context, weight = (
+                checkpoint(
+                    *(_causal_chunk, *chunk, projection, context, weight),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+                if again
+                else _causal_chunk(*chunk, projection, context, weight)
+            )
+            outputs.append(output)
         return torch.cat(outputs, dim=-2).to(dtype), (context, weight)
+
+
+def _causal_chunk(query, key, value, hidden, projection, context, weight):
+    """Output of a chunk, and the state after it."""
+    query = positive_features(query, projection, "frame")
+    # a stabiliser over the sequence would look into the future
+    key = positive_features(key, projection)
+    if hidden is not None:
+        key = key.masked_fill(hidden, 0.0)
+    inside = (query @ key.transpose(-1, -2)).tril()
+    numerator = inside @ value + query @ context
+    past = (query @ weight.unsqueeze(-1)).squeeze(-1)
+    output = _normalise(numerator, inside.sum(-1) + past)
+    context = context + key.transpose(-1, -2) @ value
+    return output, context, weight + key.sum(-2)
 
 
 def softmax_attention(query, key, value, key_padding_mask=None, causal=False):
