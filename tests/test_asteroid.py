@@ -1,7 +1,11 @@
 """The bridge: Asteroid's masker in our path, our masknet in its models."""
 
+import pathlib
+import pickle
+import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -15,17 +19,20 @@ from asteroid.models.base_models import BaseEncoderMaskerDecoder
 from asteroid_filterbanks import make_enc_dec
 from speechbrain.lobes.models.conv_tasnet import MaskNet
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
+from test_export import TRAINING, mixtures, trained
 
 from trackformer_sb.asteroid import (
     AsteroidMasker,
     AsteroidMaskNet,
     PerformerSeparatorModel,
 )
+from trackformer_sb.inference.export import export_separator
 from trackformer_sb.inference.pretrained import PerformerSeparator
 from trackformer_sb.inference.separation import separate
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 
+ROOT = pathlib.Path(__file__).parents[1]
 CHANNELS = 32
 
 
@@ -309,4 +316,89 @@ def test_file_that_is_code(tmp_path):
     torch.save({"model_name": Payload()}, path)
     with pytest.raises(ValueError, match="no readable file of weights"):
         PerformerSeparatorModel.from_pretrained(path)
+    # Asteroid's own loader: weights_only is the default of today's torch
+    with pytest.raises(pickle.UnpicklingError):
+        BaseModel.from_pretrained(str(path))
     assert not trace.exists()
+
+
+# --- the folder of a separator there -----------------------------------------
+
+
+def exported(tmp_path, text=TRAINING):
+    path, modules = trained(tmp_path / "experiment", text)
+    return export_separator(path, modules, tmp_path / "separator")
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("saved_by", ["export", "save_pretrained"])
+def test_folder_loads_in_their_class(tmp_path, activation, saved_by):
+    folder = exported(tmp_path, TRAINING.replace("softmax", activation))
+    separator = PerformerSeparator.from_pretrained(folder)
+    if saved_by == "save_pretrained":
+        folder = tmp_path / "again"
+        separator.save_pretrained(folder)
+    mix = mixtures()
+    expected = separator(mix).transpose(1, 2)
+    assert expected.abs().max() > 0.1
+    path = str(folder / "pytorch_model.bin")
+    model = BaseModel.from_pretrained(path).eval()
+    assert type(model) is PerformerSeparatorModel
+    assert torch.equal(model(mix), expected)
+    assert model.sample_rate == 8000
+    for source in (folder, path):
+        again = PerformerSeparatorModel.from_pretrained(source)
+        assert torch.equal(again(mix), expected)
+        assert again.get_model_args() == model.get_model_args()
+
+
+def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+    run = tmp_path / "results" / "demo" / "1234"
+    run.mkdir(parents=True)
+    exported(tmp_path).rename(run / "separator")
+    text = (ROOT / "README.md").read_text("utf-8")
+    (block,) = re.findall(r"(?:    .*\n)+    model = BaseModel.*\n", text)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(textwrap.dedent(block), names)
+    assert names["model"](mixtures()).shape == (2, 3, 5000)
+    assert not names["model"].training
+
+
+def test_file_of_the_folder_is_what_the_model_saves(tmp_path):
+    path = exported(tmp_path) / "pytorch_model.bin"
+    assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
+    conf = torch.load(path, weights_only=True)
+    again = BaseModel.from_pretrained(str(path)).serialize()
+    assert conf.keys() == again.keys()
+    assert conf["model_name"] == again["model_name"]
+    assert conf["model_args"] == again["model_args"]
+    state, expected = conf["state_dict"], again["state_dict"]
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda conf: conf["state_dict"].popitem(), "Missing key.*masknet"),
+        (
+            lambda conf: conf["state_dict"].update(surprise=torch.ones(1)),
+            "Unexpected key.*surprise",
+        ),
+        (lambda conf: conf["model_args"].update(d_model=8), "size mismatch"),
+        (lambda conf: conf["model_args"].update(surprise=1), "surprise"),
+        (lambda conf: conf["model_args"].pop("num_spks"), "num_spks"),
+        (lambda conf: conf.pop("state_dict"), "state_dict"),
+    ],
+)
+def test_their_class_refuses_a_file_that_does_not_fit(
+    tmp_path, change, message
+):
+    path = exported(tmp_path) / "pytorch_model.bin"
+    conf = torch.load(path)
+    change(conf)
+    torch.save(conf, path)
+    errors = (RuntimeError, TypeError, ValueError)
+    with pytest.raises(errors, match=rf"(?s){message}"):
+        BaseModel.from_pretrained(str(path))

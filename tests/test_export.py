@@ -164,6 +164,7 @@ def test_files_of_the_folder(exported, tmp_path):
         "hyperparams.yaml",
         "masknet.ckpt",
         "model.safetensors",
+        "pytorch_model.bin",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "experiment",

@@ -126,7 +126,8 @@ def test_model_without_its_files(hub, load):
 
 def test_pickles_of_the_hub_are_no_substitute(hub, tmp_path):
     files = hub.repos[REPO]["main"]
-    files["pytorch_model.bin"] = files.pop("model.safetensors")
+    del files["model.safetensors"]
+    assert "pytorch_model.bin" in files
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors$"):
         PerformerSeparator.from_pretrained(REPO)
     assert not any("pytorch_model" in path for _, path in hub.asked)
@@ -282,6 +283,7 @@ def test_push_to_hub(hub, folder, expected):
         "hyperparams.yaml",
         "masknet.ckpt",
         "model.safetensors",
+        "pytorch_model.bin",
     ]
     again = by_values("me/mine", token="hf_right")
     assert torch.equal(again(mixtures()), expected)
@@ -299,6 +301,19 @@ else:
 """
 
 
+def output_of(script, *arguments, env):
+    """What a process prints that raises nothing."""
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=env,
+        cwd=pathlib.Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert result.stderr.count("Traceback") == 0, result.stderr
+    return result.stdout.strip()
+
+
 def test_environment_of_a_process(hub, tmp_path):
     """As users set it: HF_ENDPOINT, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE."""
     hub.token = "hf_right"
@@ -310,15 +325,48 @@ def test_environment_of_a_process(hub, tmp_path):
     }
 
     def run(**more):
-        result = subprocess.run(
-            [sys.executable, "-c", SCRIPT, REPO],
-            env={**environment, **more},
-            cwd=pathlib.Path(__file__).parents[1],
-            capture_output=True,
-            text=True,
-        )
-        assert result.stderr.count("Traceback") == 0, result.stderr
-        return result.stdout.strip()
+        return output_of(SCRIPT, REPO, env={**environment, **more})
 
     assert run(HF_TOKEN="hf_right") == "8000"
     assert run(HF_HUB_OFFLINE="1") == "8000"
+
+
+ASTEROID_SCRIPT = """
+import sys
+import torch
+from asteroid.models import BaseModel
+from trackformer_sb.asteroid import PerformerSeparatorModel
+model = BaseModel.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    est_source = model(torch.load(sys.argv[2]))
+torch.save(est_source.transpose(1, 2), sys.argv[2])
+print(type(model) is PerformerSeparatorModel)
+"""
+
+
+@pytest.mark.parametrize("source", [REPO, f"{REPO}@v2"])
+def test_their_base_model_of_asteroid(hub, folder, tmp_path, source):
+    """By Asteroid's own download, set to this hub as users set it."""
+    pytest.importorskip("asteroid")
+    revision = source.partition("@")[2] or "main"
+    hub.repos.clear()
+    hub.put(REPO, folder, revision)
+    hub.token = "hf_right"
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "ASTEROID_CACHE": str(tmp_path / "asteroid"),
+        "OMP_NUM_THREADS": "1",
+    }
+    with torch.no_grad():
+        expected = PerformerSeparator.from_pretrained(folder)(mixtures())
+    path = tmp_path / "audio.pt"
+    for more in ({"HF_TOKEN": "hf_right"}, {"HF_HUB_OFFLINE": "1"}):
+        torch.save(mixtures(), path)
+        environment.update(more)
+        script = (ASTEROID_SCRIPT, source, path)
+        assert output_of(*script, env=environment) == "True"
+        assert torch.equal(torch.load(path), expected)
+    asked = {path.rpartition("/")[2] for _, path in hub.asked if REPO in path}
+    assert asked == {"pytorch_model.bin"}

@@ -31,17 +31,15 @@ def folder(tmp_path):
     return export_separator(path, modules, tmp_path / "separator")
 
 
-def by_asteroid(folder, tmp_path):
+def by_asteroid(folder, _):
     pytest.importorskip("asteroid")
     from asteroid.models import BaseModel
 
     from trackformer_sb.asteroid import PerformerSeparatorModel
 
-    path = str(tmp_path / "model.pth")
-    model = PerformerSeparatorModel.from_pretrained(folder)
-    torch.save(model.serialize(), path)
     # Asteroid's own class and loader, which leave the training mode on
-    model = BaseModel.from_pretrained(path).eval()
+    model = BaseModel.from_pretrained(str(folder / "pytorch_model.bin")).eval()
+    assert type(model) is PerformerSeparatorModel
     return lambda mix: model(mix).transpose(1, 2)
 
 
@@ -156,7 +154,7 @@ def test_other_parts_have_no_config(tmp_path):
     path, modules = trained(tmp_path / "experiment", CONV_TASNET)
     folder = export_separator(path, modules, tmp_path / "separator")
     names = {path.name for path in folder.iterdir()}
-    assert not names & {"config.json", "model.safetensors"}
+    assert not names & {"config.json", "model.safetensors", "pytorch_model.bin"}
     card = (folder / "README.md").read_text()
     assert "has no `config.json`" in card
     assert "PerformerSeparator" not in card

@@ -4,19 +4,21 @@ Asteroid puts the batch first in masks, SpeechBrain the sources.
 
 ``PerformerSeparatorModel`` is a trained separator as a model of Asteroid. The
 first use of the name imports Asteroid and registers the class there, so that
-``BaseModel.from_pretrained`` finds it.
+``BaseModel.from_pretrained`` finds it: it loads ``pytorch_model.bin`` of a
+separator's folder, and an id on the hub, of which it fetches this file.
 """
 
 import os
 
 from torch import nn
 
-MODEL_NAME = "PerformerSeparatorModel"
+from trackformer_sb.inference.config import ASTEROID_MODEL, asteroid_conf
+
 CONF_KEYS = ("model_name", "model_args", "state_dict")
 
 
 def __getattr__(name):
-    if name != MODEL_NAME:
+    if name != ASTEROID_MODEL:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = _model_class()
     return globals()[name]
@@ -79,7 +81,6 @@ class AsteroidMasker(nn.Module):
 
 def _model_class():
     """Defines and registers what needs Asteroid to be defined."""
-    import torch
     from asteroid import __version__ as asteroid_version
     from asteroid.models import base_models, register_model
 
@@ -164,27 +165,20 @@ def _model_class():
             return dict(self.model_args)
 
         def serialize(self):
-            """The model as tensors and plain values.
+            """The model as tensors and plain values, see ``asteroid_conf``.
 
-            ``torch.save`` writes it, and ``torch.load`` reads it with
-            ``weights_only``: the versions are texts, unlike Asteroid's own.
+            ``torch.save`` makes a file of it that Asteroid loads.
 
             Returns
             -------
             dict
                 ``model_name``, ``model_args``, ``state_dict`` and ``infos``.
             """
-            return {
-                "model_name": type(self).__name__,
-                "model_args": self.get_model_args(),
-                "state_dict": dict(self.get_state_dict()),
-                "infos": {
-                    "software_versions": {
-                        "torch_version": str(torch.__version__),
-                        "asteroid_version": str(asteroid_version),
-                    }
-                },
-            }
+            conf = asteroid_conf(self.get_model_args(), self.get_state_dict())
+            conf["model_name"] = type(self).__name__
+            versions = conf["infos"]["software_versions"]
+            versions["asteroid_version"] = str(asteroid_version)
+            return conf
 
         @classmethod
         def from_pretrained(cls, source, **kwargs):
@@ -245,6 +239,6 @@ def _model_class():
         except (TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{source}: model_args: {error}") from error
 
-    PerformerSeparatorModel.__qualname__ = MODEL_NAME
+    PerformerSeparatorModel.__qualname__ = ASTEROID_MODEL
     register_model(PerformerSeparatorModel)
     return PerformerSeparatorModel

@@ -48,14 +48,20 @@ separator = PerformerSeparator.from_pretrained("path/to/this/folder")
 est_source = separator(mix)  # [batch, time] -> [batch, time, sources]
 ```
 
-In Asteroid:
+In Asteroid, whose own loader takes `pytorch_model.bin` (tensors and plain
+values), or the id of this model on the hub:
 
 ```python
-from trackformer_sb.asteroid import PerformerSeparatorModel
+from asteroid.models import BaseModel
+from trackformer_sb.asteroid import PerformerSeparatorModel  # registers it
 
-model = PerformerSeparatorModel.from_pretrained("path/to/this/folder")
+path = "path/to/this/folder/pytorch_model.bin"
+model = BaseModel.from_pretrained(path).eval()
 est_source = model(mix)  # [batch, time] -> [batch, sources, time]
 ```
+
+`PerformerSeparatorModel.from_pretrained("path/to/this/folder")` is the same
+model from the safetensors.
 """
 
 YAML_ONLY = """

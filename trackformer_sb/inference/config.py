@@ -1,14 +1,19 @@
-"""``config.json``: a separator in plain values."""
+"""A separator in plain values: ``config.json``, and what Asteroid takes."""
 
 import inspect
 import json
 import sys
+
+import torch
 
 import trackformer_sb
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 
 LIBRARY = "trackformer_sb"
 ABOUT = ("library_name", "library_version")
+
+# The name under which Asteroid knows the class, see trackformer_sb.asteroid.
+ASTEROID_MODEL = "PerformerSeparatorModel"
 
 
 def masknet_arguments():
@@ -80,6 +85,44 @@ def plain_config(values):
         "library_name": LIBRARY,
         "library_version": trackformer_sb.__version__,
         **_checked(values, "the separator"),
+    }
+
+
+def asteroid_conf(config, state):
+    """A separator as Asteroid's ``BaseModel.from_pretrained`` takes it.
+
+    Arguments
+    ---------
+    config : dict
+        Of ``plain_config``.
+    state : dict
+        Name -> tensor, with the names of ``PerformerSeparator``.
+
+    Returns
+    -------
+    dict
+        ``model_name``, ``model_args``, ``state_dict`` and ``infos``. A file
+        of it opens with ``weights_only``: versions are texts, where Asteroid
+        has an object of torch.
+
+    Example
+    -------
+    >>> conf = asteroid_conf({"library_name": LIBRARY, "num_spks": 4}, {})
+    >>> conf["model_args"]
+    {'num_spks': 4}
+    """
+    return {
+        "model_name": ASTEROID_MODEL,
+        "model_args": {
+            key: value for key, value in config.items() if key not in ABOUT
+        },
+        "state_dict": dict(state),
+        "infos": {
+            "software_versions": {
+                "torch_version": str(torch.__version__),
+                f"{LIBRARY}_version": trackformer_sb.__version__,
+            }
+        },
     }
 
 

@@ -8,6 +8,7 @@ import trackformer_sb
 from trackformer_sb.inference.card import separator_card, separator_title
 from trackformer_sb.inference.config import plain_config
 from trackformer_sb.inference.folder import (
+    ASTEROID_FILE,
     node_arguments,
     read_model,
     unwrapped,
@@ -19,8 +20,10 @@ from trackformer_sb.inference.pretrained import (
     SETTINGS,
     PerformerSeparator,
 )
+from trackformer_sb.inference.weights import load_state
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
+from trackformer_sb.nnet.transfer import read_state
 
 # What a separator of plain values is made of.
 PLAIN_CLASSES = {
@@ -55,14 +58,22 @@ def _config(hparams, modules, settings):
     return plain_config({**settings, **stft, **masknet})
 
 
+def _check_plain(folder):
+    """Loads what needs no yaml; Asteroid itself may not be installed."""
+    separator = PerformerSeparator.from_pretrained(folder)
+    path = folder / ASTEROID_FILE
+    load_state(separator, read_state(path)["state_dict"], path)
+
+
 def export_separator(hparams_file, modules, folder, metadata=None):
     """Writes the folder of a trained separator.
 
     It loads in ``PerformerSeparation`` and, as it is, in SpeechBrain's own
     ``SepformerSeparation``; a Performer on an STFT has ``config.json`` and
-    ``model.safetensors`` as well and loads in ``PerformerSeparator`` and
-    Asteroid. Everything is written and loaded once beside ``folder`` before
-    it takes its place. In a distributed run, call it on the main process only.
+    ``model.safetensors`` as well and loads in ``PerformerSeparator``, and
+    ``pytorch_model.bin``, which Asteroid's ``BaseModel`` loads. Everything is
+    written and loaded once beside ``folder`` before it takes its place. In a
+    distributed run, call it on the main process only.
 
     Arguments
     ---------
@@ -124,5 +135,5 @@ def export_separator(hparams_file, modules, folder, metadata=None):
         ),
         "separator",
         config,
-        PerformerSeparator.from_pretrained if plain else None,
+        _check_plain if plain else None,
     )

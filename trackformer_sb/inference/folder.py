@@ -2,7 +2,8 @@
 
 The folder holds ``hyperparams.yaml``, one file of weights per module and a
 model card. It needs nothing of the experiment it comes from. A model that is
-described by plain values has ``config.json`` and ``model.safetensors`` too.
+described by plain values has ``config.json`` and ``model.safetensors`` too,
+and ``pytorch_model.bin`` for Asteroid.
 """
 
 import inspect
@@ -19,13 +20,23 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from safetensors.torch import save
 
+from trackformer_sb.inference.config import asteroid_conf
+
 # The Pretrainer looks for <name of the module>.ckpt beside the yaml. A path in
 # the yaml would be taken from the working directory.
 WEIGHTS_ENDING = ".ckpt"
 
 CONFIG_FILE = "config.json"
 SAFETENSORS_FILE = "model.safetensors"
-KNOWN_FILES = ("hyperparams.yaml", "README.md", CONFIG_FILE, SAFETENSORS_FILE)
+# Asteroid asks the hub for this name and no other.
+ASTEROID_FILE = "pytorch_model.bin"
+KNOWN_FILES = (
+    "hyperparams.yaml",
+    "README.md",
+    CONFIG_FILE,
+    SAFETENSORS_FILE,
+    ASTEROID_FILE,
+)
 
 FOOTER = """
 modules:{modules}
@@ -302,6 +313,7 @@ def write_files(folder, hparams, modules, nodes, settings, header, config=None):
         # save_file would leave it to its owner alone
         content = save(flat, {"format": "pt"})
         (folder / SAFETENSORS_FILE).write_bytes(content)
+        torch.save(asteroid_conf(config, flat), folder / ASTEROID_FILE)
     references = [f"\n  {name}: !ref <{key}>" for name, key in nodes.items()]
     loadables = [f"\n    {name}: !ref <{nodes[name]}>" for name in weights]
     hooks = [f"\n    {name}: {LOAD_HOOK}" for name in weights]

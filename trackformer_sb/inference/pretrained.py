@@ -235,7 +235,7 @@ class PerformerSeparator(torch.nn.Module, ModelHubMixin):
         return separator.to(device).eval()
 
     def _save_pretrained(self, save_directory):
-        """Writes config, weights, and the yaml of the other interfaces."""
+        """Writes config, weights, and the files of the other interfaces."""
         stft = {key: self.config[key] for key in ("n_fft", "hop_length")}
         masknet = {
             "in_channels": self.masknet.in_channels,
