@@ -550,6 +550,9 @@ def damaged(folder):
     write(folder / "clipped.wav", (300 * noise(79)).clip(-1, 1))
     path = write(folder / "cut.flac", noise(80))
     path.write_bytes(path.read_bytes()[:-4000])
+    for seed, extension in ((81, "ogg"), (82, "mp3")):
+        path = write(folder / f"cut.{extension}", noise(seed))
+        path.write_bytes(path.read_bytes()[:-4000])
     return folder
 
 
@@ -559,6 +562,8 @@ KINDS = {
     "offset.wav": "a DC offset of 0.30",
     "clipped.wav": "clipped, .* % of it is at full scale",
     "cut.flac": "truncated",
+    "cut.ogg": r"truncated, \d+ of at least \d+ bytes",
+    "cut.mp3": r"truncated, \d+ of \d+ bytes",
 }
 
 
@@ -575,11 +580,29 @@ def test_a_full_check_finds_what_headers_do_not_show(tmp_path, caplog):
         assert len([m for m in report["warnings"] if path in m]) == 1
         assert re.search(reason, found[path]), (name, found[path])
     (table,) = [m for m in caplog.messages if "left out" in m]
-    assert table.startswith("5 left out")
+    assert table.startswith("7 left out")
     assert "    2  NaN or infinite samples after ... s, first" in table
     saved = json.loads((tmp_path / "b" / "data_report.json").read_text())
     assert saved == report
     assert len(songs_in(tmp_path / "b")) == 6
+
+
+def test_ogg_that_nobody_ended_is_kept_and_named(tmp_path):
+    music = library_of(tmp_path / "music")
+    for name in ("a.ogg", "b.ogg"):
+        path = write(music / name, noise(ord(name[0]), seconds=30.0))
+        content = path.read_bytes()
+        path.write_bytes(content[: content.rindex(b"OggS")])
+    write(music / "whole.ogg", noise(90))
+    assert catalogue(music, tmp_path / "a")["warnings"] == []
+    # whether the files are decoded now or were before
+    for out in ("b", "c"):
+        report = catalogue(music, tmp_path / out, audio_check="full")
+        assert report["skipped"] == []
+        assert report["warnings"] == [
+            f"2 Ogg files, {music / 'a.ogg'} first: no end-of-stream page, a "
+            "live recording or cut between two pages"
+        ]
 
 
 def test_other_formats_and_links_are_named(tmp_path, caplog):
@@ -623,7 +646,7 @@ def test_a_split_file_without_its_switch(tmp_path):
 def test_strict_stops_at_the_first(tmp_path):
     music = damaged(tmp_path / "music")
     options = {"audio_check": "full", "strict": True}
-    with pytest.raises(ValueError, match=r"strict: .*\.(wav|flac): "):
+    with pytest.raises(ValueError, match=r"strict: .*\.\w+: "):
         catalogue(music, tmp_path / "a", **options)
     assert not (tmp_path / "a").exists()
     for name in KINDS:

@@ -442,8 +442,8 @@ def test_truncated_anywhere(contents, tmp_path, extension, cut):
 
 @pytest.mark.parametrize("extension", ["ogg", "opus"])
 @pytest.mark.parametrize("cut", CUTS)
-def test_truncated_ogg_is_a_shorter_file(contents, tmp_path, extension, cut):
-    """Its length is where its last whole page ends; none is an error."""
+def test_truncated_ogg(contents, tmp_path, extension, cut):
+    """It is as long as its whole pages; what came after is not known."""
     content, whole = contents[extension]
     path = tmp_path / f"cut.{extension}"
     path.write_bytes(content[: int(len(content) * cut)])
@@ -455,12 +455,52 @@ def test_truncated_ogg_is_a_shorter_file(contents, tmp_path, extension, cut):
         return
     # a page holds about 8 KB
     assert (cut - 0.6) * len(whole) < info.num_frames < cut * len(whole) + 8192
+    for start in range(0, info.num_frames - 2205, 2205):
+        segment = read_segment(
+            path, start / info.sample_rate, 1, info.sample_rate, 2205
+        )
+        torch.testing.assert_close(
+            segment, whole[start : start + 2205], atol=1e-4, rtol=0
+        )
+    match = rf"cut\.{extension}: truncated, \d+ of at least \d+ bytes"
+    for start in (info.duration - 0.01, info.duration, info.duration + 1):
+        with pytest.raises(UnreadableAudio, match=match):
+            read_segment(path, start, 0.1, info.sample_rate)
+    with pytest.raises(UnreadableAudio, match=match):
+        measure_levels(path)
+
+
+@pytest.mark.parametrize("extension", ["ogg", "opus"])
+def test_ogg_cut_between_two_pages_is_a_shorter_file(
+    contents, tmp_path, extension
+):
+    """A live recording ends like that, and lacks nothing."""
+    content, whole = contents[extension]
+    path = tmp_path / f"live.{extension}"
+    path.write_bytes(content[: content.rindex(b"OggS")])
+    info = audio_info(path)
+    assert 0 < info.num_frames < len(whole)
     torch.testing.assert_close(
         decoded(path), whole[: info.num_frames], atol=1e-6, rtol=0
     )
     assert_segments_are_slices(path, atol=1e-4)
     seconds = info.num_frames / info.sample_rate
     assert len(measure_levels(path).codes) == -(-round(1e6 * seconds) // 100000)
+
+
+@pytest.mark.parametrize("missing", [2000, 5000, 20000])
+def test_truncated_mp3_names_its_bytes(contents, tmp_path, missing):
+    content, _ = contents["mp3"]
+    path = tmp_path / "cut.mp3"
+    size = len(content) - missing
+    for before, after in ((b"", b""), (id3(300), b"TAG" + b"x" * 125)):
+        path.write_bytes(before + content[:size] + after)
+        present = len(before) + size + len(after)
+        promised = len(before) + len(content)
+        match = rf"cut\.mp3: truncated, {present} of {promised} bytes"
+        with pytest.raises(UnreadableAudio, match=match):
+            measure_levels(path)
+        assert read_segment(path, 0.1, 0.1, RATE).any()
 
 
 @pytest.mark.parametrize("extension", ["flac", "ogg", "opus"])

@@ -20,12 +20,13 @@ MAX_LINES = 400
 
 # What each part of the package may import of the others.
 MAY_IMPORT = {
-    "data": set(),
+    "truncation": set(),
+    "data": {"truncation"},
     "nnet": set(),
     "objectives": set(),
     "web": set(),
     "training": {"data", "nnet", "objectives"},
-    "inference": {"nnet"},
+    "inference": {"nnet", "truncation"},
     "asteroid": {"inference", "nnet"},
     "cli": {"cli_data", "cli_demo", "cli_model", "cli_separate"},
     "cli_data": {"data"},

@@ -344,6 +344,44 @@ def test_files_that_are_no_music(separator, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "of"), [("song.ogg", "at least "), ("song.mp3", "")]
+)
+def test_cut_files_are_refused(separator, tmp_path, name, of):
+    path, out = tmp_path / name, tmp_path / "sources"
+    sig = np.random.default_rng(0).uniform(-0.3, 0.3, 5 * 8000)
+    soundfile.write(path, sig, 8000)
+    content = path.read_bytes()
+    for missing in (2000, len(content) // 3):
+        path.write_bytes(content[:-missing])
+        size = len(content) - missing
+        message = rf"{name}: truncated, {size} of {of}\d+ bytes"
+        for folder in (None, out):
+            with pytest.raises(ValueError, match=message):
+                separator.separate_file(path, folder, progressbar=False)
+    assert list(out.iterdir()) == []
+    path.write_bytes(content + b"TAG" + b"x" * 125)
+    est_source = separator.separate_file(path, progressbar=False)
+    assert torch.allclose(est_source.sum(0), read(path), atol=1e-5)
+
+
+def test_ogg_that_nobody_ended_is_separated_with_a_warning(
+    separator, tmp_path, caplog
+):
+    path = tmp_path / "live.ogg"
+    sig = np.random.default_rng(0).uniform(-0.3, 0.3, 5 * 8000)
+    soundfile.write(path, sig, 8000)
+    separator.separate_file(path, progressbar=False)
+    assert not caplog.messages
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(b"OggS")])
+    with caplog.at_level("WARNING"):
+        est_source = separator.separate_file(path, progressbar=False)
+    assert torch.allclose(est_source.sum(0), read(path), atol=1e-5)
+    (message,) = caplog.messages
+    assert message.startswith(f"{path}: no end-of-stream page")
+
+
 def test_loading_a_folder_leaves_no_trace(folder, tmp_path, monkeypatch):
     working = tmp_path / "working"
     working.mkdir()

@@ -7,7 +7,6 @@ whose ending is in `AUDIO_EXTENSIONS`.
 
 import math
 import os
-import re
 import stat
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -16,6 +15,8 @@ import numpy as np
 import soundfile
 import torch
 from torchaudio.functional import resample
+
+from trackformer_sb.truncation import cut_sizes, find_cut
 
 # Lossless formats first: where a track exists in two formats, the first wins.
 AUDIO_EXTENSIONS = (".wav", ".flac", ".aiff", ".aif", ".ogg", ".opus", ".mp3")
@@ -42,9 +43,6 @@ MP3_LEAD = 10 * 1152
 # off, in 36 of 59 files tried. A page has at most 255 packets, a Vorbis packet
 # at most 1024 samples: reading on from before that is right.
 OGG_LAST_PAGE = 255 * 1024
-
-# Writers that cannot seek back leave such a placeholder in the data size.
-STREAMED_BYTES = 0x7FFFF000
 
 # libsndfile calls an .mp3 without one mp3 frame "not a regular file".
 NO_MP3_FRAME = 7
@@ -214,8 +212,8 @@ def _read_resampled(audio, path, first, count, sample_rate, channel):
 
 def _read_frames(audio, path, first, count, channel):
     """Up to `count` frames from `first` on as mono; fewer at the file's end."""
-    if first + count > audio.frames and first < _promised_frames(audio):
-        raise _unreadable(path, "truncated, the header promises more samples")
+    if first + count > audio.frames:
+        _check_whole(audio, path, first)
     available = min(count, audio.frames - first)
     if available <= 0:
         return torch.zeros(0)
@@ -241,22 +239,21 @@ def _seekable(audio, first):
     return first
 
 
-def _promised_frames(audio):
-    """Frames the header of a cut wav or aiff file promises at most, else 0.
+def _check_whole(audio, path, first=0):
+    """Refuses a file that was cut, if frames from `first` on are missing."""
+    if first < _promised_frames(audio):
+        raise _unreadable(path, "truncated, the header promises more samples")
+    cut = find_cut(path)
+    if cut is not None and cut.certain:
+        raise _unreadable(path, cut.reason)
 
-    libsndfile silently corrects the length of such a file; what the header said
-    is left only in its log: "data : 176400 (should be 88200)".
-    """
-    sizes = re.search(
-        r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)",
-        audio.extra_info,
-        re.MULTILINE,
-    )
+
+def _promised_frames(audio):
+    """Frames the header of a cut wav or aiff file promises at most, else 0."""
+    sizes = cut_sizes(audio.extra_info)
     if sizes is None:
         return 0
-    promised, present = map(int, sizes.groups())
-    if promised <= present or promised >= STREAMED_BYTES:
-        return 0
+    present, promised = sizes
     if promised * audio.frames // present <= audio.frames:
         return 0
     # Up to 10 bytes that are present are no samples, nor is half a frame.
@@ -348,8 +345,7 @@ def read_blocks(audio, path, num_frames):
     ...         [block.shape for block in read_blocks(audio, path, 64)]
     [(64, 2), (36, 2)]
     """
-    if _promised_frames(audio):
-        raise _unreadable(path, "truncated, the header promises more samples")
+    _check_whole(audio, path)
     # soundfile seeks to where it is after every read, and the first frames of
     # an mp3 after a seek are wrong: see MP3_LEAD.
     audio.seekable = lambda: False

@@ -131,9 +131,8 @@ def measure_levels(path):
     ------
     UnreadableAudio
         If the file cannot be opened, does not say its length, holds NaN or
-        infinite samples, or is damaged or shorter than its header promises. An
-        Ogg file that was cut is a whole one of less length, as far as anybody
-        can tell.
+        infinite samples, or is damaged, cut or shorter than its header
+        promises.
 
     Example
     -------

@@ -24,6 +24,7 @@ from trackformer_sb.data.songs import (
     skip_unreadable,
     usable_songs,
 )
+from trackformer_sb.truncation import find_cut
 
 FINDERS = {
     "moisesdb": moisesdb_songs,
@@ -43,6 +44,8 @@ MAX_DC_OFFSET = 0.1
 # relative to the mixture, has something that no stem has.
 MIXTURE_TOLERANCE_DB = -30.0
 CHECKED_SECONDS = 2.0
+
+OGG = (".ogg", ".opus")
 
 
 class Library(NamedTuple):
@@ -158,6 +161,8 @@ def read_library(
                 f"no usable songs under {where}: {len(bad)} files are damaged, "
                 f"first {min(bad)}"
             )
+    if check:
+        warn_of_open_ends(songs, findings)
     headers = {path: headers[path] for song in songs for path in song.files}
     return Library(songs, headers, levels)
 
@@ -265,6 +270,27 @@ def _skip_distorted(songs, levels, findings):
             bad.add(path)
             findings.skip(path, reason)
     return bad
+
+
+def warn_of_open_ends(songs, findings):
+    """Warns of Ogg files that may have been cut, or nobody ended.
+
+    Arguments
+    ---------
+    songs : list of Song
+        Readable songs.
+    findings : Findings
+        Takes the warning.
+    """
+    files = {path for song in songs for path in song.files}
+    files = sorted(path for path in files if path.lower().endswith(OGG))
+    with ThreadPoolExecutor(THREADS) as pool:
+        cuts = dict(zip(files, pool.map(find_cut, files)))
+    found = [path for path in files if cuts[path] and not cuts[path].certain]
+    if found:
+        findings.warn(
+            f"{len(found)} Ogg files, {found[0]} first: {cuts[found[0]].reason}"
+        )
 
 
 def check_mixtures(songs, findings):

@@ -8,14 +8,18 @@ the order of the earlier one, as nothing ties a model trained without labels to
 one order.
 """
 
-import re
 from fractions import Fraction
 from itertools import islice
 
 import torch
 from scipy.optimize import linear_sum_assignment
+from speechbrain.utils.logger import get_logger
 from torch.nn import functional as F
 from torchaudio.functional import resample
+
+from trackformer_sb.truncation import cut_sizes, find_cut
+
+logger = get_logger(__name__)
 
 # The equivalent of resampy's "kaiser_best": pass band up to 0.948 of the lower
 # Nyquist frequency. torchaudio's default (6 zero crossings) is audibly dull.
@@ -43,13 +47,6 @@ FLOOR = 1e-3
 
 # The part of the shared samples that is crossfaded; the rest is context.
 FADE_SHARE = 0.2
-
-# What libsndfile notes of a cut wav or aiff, whose length it corrects, and the
-# placeholder of writers that cannot seek back.
-CUT_HEADER = re.compile(
-    r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.M
-)
-STREAMED = 0x7FFFF000
 
 # The length libsndfile gives to a stream whose header has none.
 UNKNOWN_FRAMES = 2**63 - 1
@@ -194,13 +191,23 @@ def _read(reader, frames):
     return block.T
 
 
+def _check_end(reader):
+    """Refuses a file that was cut; warns of one that may have been."""
+    if sizes := cut_sizes(reader.extra_info):
+        raise ValueError(
+            f"{reader.name}: truncated, {sizes[0]} of {sizes[1]} bytes"
+        )
+    cut = find_cut(reader.name)
+    if cut is None:
+        return
+    message = f"{reader.name}: {cut.reason}"
+    if cut.certain:
+        raise ValueError(message)
+    logger.warning(message)
+
+
 def _check_whole(reader, frames):
     """Refuses a file that ended before its header said it would."""
-    sizes = CUT_HEADER.search(reader.extra_info)
-    if sizes and int(sizes[2]) < int(sizes[1]) < STREAMED:
-        raise ValueError(
-            f"{reader.name}: truncated, {sizes[2]} of {sizes[1]} bytes"
-        )
     if reader.frames == UNKNOWN_FRAMES or reader.format == "MP3":
         return  # unknown, or an estimate
     if frames < reader.frames:
@@ -239,7 +246,7 @@ def _read_chunks(reader, chunk, hop):
     Yields each with the number of its samples that are there only to make the
     last one as long as the others, and whether it is the last.
     """
-    _check_whole(reader, reader.frames)
+    _check_end(reader)
     sig = _read(reader, chunk)
     position = sig.shape[-1]
     if position == 0:
