@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "data": {"truncation"},
     "nnet": set(),
     "objectives": set(),
-    "web": set(),
+    "web": {"truncation"},
     "training": {"data", "nnet", "objectives"},
     "inference": {"nnet", "truncation"},
     "asteroid": {"inference", "nnet"},

@@ -233,6 +233,11 @@ def write_bad(folder, what):
         soundfile.write(path, np.full(9, np.inf), RATE, "FLOAT")
     elif what == "long":
         soundfile.write(path, np.zeros(61 * RATE), RATE)
+    elif what.startswith("cut"):
+        path = path.with_suffix("." + what.split()[1])
+        noise = np.random.default_rng(0).normal(0, 0.1, 2 * RATE)
+        soundfile.write(path, noise, RATE)
+        path.write_bytes(path.read_bytes()[:-3000])
     return path
 
 
@@ -249,6 +254,8 @@ def write_bad(folder, what):
         ("nan", "a b.wav holds NaN or infinite samples before 1.0 s"),
         ("infinite", "a b.wav holds NaN or infinite samples before 0.0 s"),
         ("long", "a b.wav is too long: expected at most 1 minutes"),
+        ("cut wav", "a b.wav was cut: its end is missing"),
+        ("cut ogg", "a b.ogg was cut: its end is missing"),
     ],
 )
 def test_bad_uploads(what, message, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from trackformer_sb.truncation import cut_sizes, find_cut
 from trackformer_sb.web.spectrogram import save_picture, spectrogram
 
 BLOCK = 1 << 18  # frames read at once
@@ -43,7 +44,7 @@ def decode(path, wav_path, max_minutes):
     Raises
     ------
     ValueError
-        If the file is no audio, is empty or too long, or holds NaN or
+        If the file is no audio, is empty, cut or too long, or holds NaN or
         infinite samples; the message names the file without its folder.
 
     Example
@@ -67,6 +68,10 @@ def decode(path, wav_path, max_minutes):
         raise ValueError(
             f"{path.name} is no audio file that can be read ({READABLE})"
         ) from error
+    cut = find_cut(path)
+    if cut_sizes(reader.extra_info) or (cut is not None and cut.certain):
+        reader.close()
+        raise ValueError(f"{path.name} was cut: its end is missing")
     frames, energy = 0, 0.0
     rate, channels = reader.samplerate, reader.channels
     with (
