@@ -13,6 +13,7 @@ from hyperpyyaml import load_hyperpyyaml
 
 import trackformer_sb
 from trackformer_sb.cli import main
+from trackformer_sb.inference import loading
 from trackformer_sb.inference.export import export_separator
 from trackformer_sb.inference.pretrained import PerformerSeparator
 
@@ -165,6 +166,23 @@ def test_damaged_model(model, tmp_path, capsys, name):
     assert f"{name}: no readable file" in capsys.readouterr().err
 
 
+def test_out_that_is_a_file(model, tmp_path, capsys):
+    song = write_noise(tmp_path / "song.wav")
+    assert separate("nosuch", [song], song) == 2
+    message = f"trackformer separate: --out {song}: expected a folder, got a"
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_ctrl_c_while_the_model_loads(model, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "load_separator", interrupted)
+    song = write_noise(tmp_path / "song.wav")
+    assert separate(model, [song], tmp_path / "out") == 130
+    assert capsys.readouterr().err == "trackformer separate: interrupted\n"
+
+
 def test_a_yaml_beside_a_config_is_not_run(model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "separator")
     trace = tmp_path / "trace"
@@ -224,7 +242,9 @@ def test_folder_without_audio(model, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     empty = str(tmp_path / "empty")
     assert separate(model, [empty], tmp_path / "out") == 1
-    assert f"separate: {empty}: no such audio" in capsys.readouterr().err
+    assert (
+        f"separate: {empty}: a folder without audio" in capsys.readouterr().err
+    )
 
 
 def test_results_never_replace_an_input(model, tmp_path, capsys):
@@ -268,6 +288,14 @@ def test_skip_existing(model, tmp_path, capsys, spelling):
     args[0] = str(tmp_path / "other")
     sizes = {"d_model": 16, "nhead": 2, "num_layers": 1, "n_features": 16}
     PerformerSeparator(8000, 3, 256, 64, **sizes).save_pretrained(args[0])
+    assert not again()
+    assert again()
+    # the picture is of the first model
+    assert not again("--figure")
+    # another song of the same name, not newer
+    (tmp_path / "b").mkdir()
+    song = args[1][0] = write_noise(tmp_path / "b" / "song.wav", frames=4001)
+    os.utime(song, (1e9, 1e9))
     assert not again()
     assert again()
     os.utime(song, (2.1e9, 2.1e9))
@@ -384,7 +412,7 @@ def test_missing_gpu(model, tmp_path, monkeypatch, capsys):
         (["separate", "--overlap", "0.6"], "must be in [0, 0.5], got 0.6"),
         (["separate", "--overlap", "nan"], "must be in [0, 0.5], got nan"),
         (["separate", "--chunk_seconds", "0"], "must be above 0, got 0"),
-        (["separate", "--chunk_seconds", "ten"], "value: 'ten'"),
+        (["separate", "--chunk_seconds", "ten"], "must be a number, got 'ten'"),
         (["separate", "--batch", "0"], "must be 1 or more, got 0"),
         (["separate", "--format", "mp3"], "invalid choice: 'mp3'"),
         (["separate", "--stems", "loud"], "invalid choice: 'loud'"),

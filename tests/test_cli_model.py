@@ -356,6 +356,41 @@ def test_load_separator(exported, tmp_path, keep_config):
     assert describe_model(folder, seconds=0.1)["card"] == {}
 
 
+def test_a_yaml_of_the_hub_has_to_be_trusted(
+    exported, tmp_path, monkeypatch, capsys
+):
+    """It can run code; that of a folder is loaded with a warning."""
+    trace = tmp_path / "trace"
+    text = (exported / "hyperparams.yaml").read_text()
+    text += f'more: !apply:os.mkdir ["{trace}"]\n'
+    options = ("--device", "cpu", "--seconds", "0.1")
+    with serving() as hub:
+        use_hub(monkeypatch, hub, tmp_path / "cache")
+        hub.repos["me/mine"] = {
+            "main": {
+                "hyperparams.yaml": text.encode(),
+                "masknet.ckpt": (exported / "masknet.ckpt").read_bytes(),
+            }
+        }
+        assert command("info", "me/mine", *options) == 2
+        assert "which can run any code" in capsys.readouterr().err
+        assert not trace.exists()
+        assert command("info", "me/mine", *options, "--trust_yaml") == 0
+        assert trace.exists()
+
+
+def test_a_yaml_of_a_folder_is_warned_of(exported, tmp_path, capsys, caplog):
+    folder = shutil.copytree(exported, tmp_path / "separator")
+    (folder / "config.json").unlink()
+    options = ("--device", "cpu", "--seconds", "0.1")
+    assert command("info", folder, *options) == 0
+    assert "which can run any code" in caplog.text
+    caplog.clear()
+    assert command("info", folder, *options, "--trust_yaml") == 0
+    assert command("info", tmp_path / "nosuch", *options) == 2
+    assert "any code" not in caplog.text + capsys.readouterr().err
+
+
 def test_a_config_of_another_library_is_left_to_the_yaml(exported, tmp_path):
     folder = shutil.copytree(exported, tmp_path / "separator")
     text = '{"speechbrain_interface": "SepformerSeparation"}'

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from trackformer_sb.inference.pretrained import PerformerSeparator
 from trackformer_sb.inference.provenance import (
+    file_digest,
     model_digest,
     provenance,
     up_to_date,
@@ -15,6 +19,11 @@ from trackformer_sb.inference.provenance import (
 
 
 def write(path, comment="made so", **options):
+    if path.suffix == ".png":
+        text = PngInfo()
+        text.add_text("Comment", comment)
+        Image.new("1", (2, 2)).save(path, pnginfo=text)
+        return
     with soundfile.SoundFile(path, "w", 8000, 1, **options) as file:
         file.comment = comment
         file.write(np.zeros(9, "float32"))
@@ -29,11 +38,9 @@ def files(tmp_path):
     song = tmp_path / "song.wav"
     results = [tmp_path / name for name in ("a.wav", "b.flac", "c.png")]
     write(song, "another")
-    write(results[0])
-    write(results[1])
-    results[2].touch()
     at(song, 1000)
     for path in results:
+        write(path)
         at(path, 1000)
     return song, results
 
@@ -50,27 +57,67 @@ def test_up_to_date(files):
     assert not up_to_date(song, results, "made so")
 
 
-@pytest.mark.parametrize("damage", ["empty", "foreign", "no comment"])
-def test_damaged_results_are_not_up_to_date(files, damage):
+@pytest.mark.parametrize("damage", ["empty", "foreign", "other", "no comment"])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_damaged_results_are_not_up_to_date(files, damage, number):
     song, results = files
-    if damage == "no comment":
-        soundfile.write(results[1], np.zeros(9), 8000)
+    path = results[number]
+    if damage == "other":
+        write(path, "made otherwise")
+    elif damage == "no comment" and path.suffix == ".png":
+        Image.new("1", (2, 2)).save(path)
+    elif damage == "no comment":
+        soundfile.write(path, np.zeros(9), 8000)
     else:
-        results[1].write_bytes(b"" if damage == "empty" else b"x" * 999)
-    at(results[1], 2000)
+        path.write_bytes(b"" if damage == "empty" else b"x" * 999)
+    at(path, 2000)
     assert not up_to_date(song, results, "made so")
 
 
-def test_the_comment_depends_on_layers_weights_and_options():
+def test_the_comment_depends_on_file_model_and_options(files):
+    song, results = files
     layer = torch.nn.Linear(2, 2)
-    first = provenance({"masknet": layer}, overlap=0.25)
-    assert first == provenance({"masknet": layer}, overlap=0.25)
-    assert first != provenance({"masknet": layer}, overlap=0.5)
-    assert first != provenance({"other": layer}, overlap=0.25)
+    first = provenance(song, {"masknet": layer}, overlap=0.25)
+    assert first == provenance(song, {"masknet": layer}, overlap=0.25)
+    assert first != provenance(song, {"masknet": layer}, overlap=0.5)
+    assert first != provenance(song, {"other": layer}, overlap=0.25)
+    assert first != provenance(results[0], {"masknet": layer}, overlap=0.25)
     with torch.no_grad():
         layer.bias[1] += 1e-3
-    assert first != provenance({"masknet": layer}, overlap=0.25)
-    digest = model_digest({"a": torch.nn.ReLU()})
-    assert digest != model_digest({"a": torch.nn.Sigmoid()})
+    assert first != provenance(song, {"masknet": layer}, overlap=0.25)
     half = {"masknet": torch.nn.Linear(2, 2).bfloat16()}
     assert model_digest(half) == model_digest(half)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"spec_norm": "minmax"},
+        {"mask_activation": "sigmoid"},
+        {"attention": "softmax"},
+        {"nhead": 4},
+        {"n_fft": 512, "hop_length": 256},
+        {"hop_length": 128},
+    ],
+)
+def test_the_digest_depends_on_settings_that_are_no_weights(setting):
+    sizes = {"d_model": 16, "nhead": 2, "num_layers": 1, "n_features": 16}
+    digests = set()
+    for more in ({}, setting):
+        torch.manual_seed(0)
+        separator = PerformerSeparator(8000, 3, **{**sizes, **more})
+        digests.add(model_digest(dict(separator.named_children())))
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("place", [0, 2**20, 3 * 2**20 - 1])
+def test_the_digest_of_a_file_is_of_its_size_and_ends(tmp_path, place):
+    path = tmp_path / "song"
+    content = bytearray(3 * 2**20)
+    path.write_bytes(content)
+    first = file_digest(path)
+    content[place] = 1
+    path.write_bytes(content)
+    assert (file_digest(path) == first) == (place == 2**20)
+    path.write_bytes(content[:-1])
+    assert file_digest(path) != first

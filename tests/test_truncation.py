@@ -166,6 +166,20 @@ def test_ogg_of_several_streams(cut_of):
     assert cut_of(music + music[:2]).certain
 
 
+def test_ogg_chain_is_longer_than_what_is_read(contents, cut_of):
+    """One stream after the other, as a radio station's recording."""
+    first = contents["ogg"]
+    second = b"".join(
+        # another number of the stream; nobody checks the checksum here
+        first[a : a + 14] + b"abcd" + first[a + 18 : b]
+        for a, b in zip([0, *page_ends(first)], page_ends(first))
+    )
+    assert cut_of(second) is None
+    cut = cut_of(first + second)
+    assert cut.certain
+    assert cut.reason.startswith("several Ogg streams in a row")
+
+
 @pytest.mark.parametrize(
     "packet",
     [b"OggS is where a page starts", page([b"x" * 250], 4), page([b"x"], 4)],

@@ -6,7 +6,7 @@ Each command imports what it needs when it runs: ``--help`` answers at once.
 import argparse
 import sys
 
-from trackformer_sb.cli_data import add_data, add_shards
+from trackformer_sb.cli_data import add_data, add_shards, complain
 from trackformer_sb.cli_demo import add_demo
 from trackformer_sb.cli_model import add_export, add_info
 from trackformer_sb.cli_separate import add_separate
@@ -60,13 +60,17 @@ def main(argv=None):
     -------
     int
         Exit code: 0 if all went well, 1 if a file failed, 2 for a wrong
-        usage, which includes a model that does not load.
+        usage, which includes a model that does not load, 130 after Ctrl+C.
     """
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:  # --help is 0, a usage error is 2
         return stop.code
-    return args.run(args)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        complain(args, "interrupted")
+        return 130
 
 
 if __name__ == "__main__":

@@ -21,9 +21,20 @@ DATA_OPTIONS = (
 )
 
 
+def number(text, kind=float):
+    """A number, for argparse, whose own message would name the function."""
+    try:
+        return kind(text)
+    except ValueError as error:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(
+            f"must be {what}, got {text!r}"
+        ) from error
+
+
 def positive(text):
     """A finite number above 0, for argparse."""
-    value = float(text)
+    value = number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return value

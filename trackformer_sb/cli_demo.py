@@ -5,12 +5,13 @@ import signal
 import sys
 import threading
 
-from trackformer_sb.cli_data import complain, positive
+from trackformer_sb.cli_data import complain, number, positive
+from trackformer_sb.cli_model import add_loading
 
 
 def _port(text):
     """A number of a TCP port, for argparse."""
-    value = int(text)
+    value = number(text, int)
     if not 1 <= value <= 65535:
         raise argparse.ArgumentTypeError(f"must be in [1, 65535], got {text}")
     return value
@@ -58,9 +59,7 @@ def add_demo(commands):
         help="address to listen at; the default is reached from this machine "
         "only, 0.0.0.0 from all over the network (default: %(default)s)",
     )
-    parser.add_argument(
-        "--device", help="cpu or cuda; by default a GPU if there is one"
-    )
+    add_loading(parser)
     parser.add_argument(
         "--max_megabytes",
         type=positive,
@@ -98,7 +97,7 @@ def _demo(args):
 
     try:
         import_gradio()  # before the model, which may take long
-        separator, _ = load_separator(args.model, args.device)
+        separator, _ = load_separator(args.model, args.device, args.trust_yaml)
         title = (
             f"{args.model}: {separator.hparams.num_spks} sources at "
             f"{separator.hparams.sample_rate} Hz"

@@ -5,6 +5,26 @@ import json
 from trackformer_sb.cli_data import complain, positive
 
 
+def add_loading(parser):
+    """Adds how a model is loaded: ``--device`` and ``--trust_yaml``.
+
+    Arguments
+    ---------
+    parser : argparse.ArgumentParser
+        Of a command, or a group of its arguments.
+    """
+    parser.add_argument(
+        "--device", help="cpu or cuda; by default a GPU if there is one"
+    )
+    parser.add_argument(
+        "--trust_yaml",
+        action="store_true",
+        help="load a model of the hub that has no config.json of this library "
+        "by its hyperparams.yaml, which can run any code; that of a folder is "
+        "loaded anyway",
+    )
+
+
 def _complain(args, error):
     """An error in one line; torch's have several."""
     complain(args, " ".join(str(error).split()))
@@ -98,9 +118,7 @@ def add_info(commands):
         metavar="MODEL",
         help="separator folder as training leaves it, or a model on the hub",
     )
-    parser.add_argument(
-        "--device", help="cpu or cuda; by default a GPU if there is one"
-    )
+    add_loading(parser)
     parser.add_argument(
         "--seconds",
         type=positive,
@@ -121,7 +139,9 @@ def _info(args):
     )
 
     try:
-        description = describe_model(args.model, args.device, args.seconds)
+        description = describe_model(
+            args.model, args.device, args.seconds, args.trust_yaml
+        )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         _complain(args, error)
         return 2

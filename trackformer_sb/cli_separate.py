@@ -7,7 +7,8 @@ import sys
 import threading
 from contextlib import contextmanager
 
-from trackformer_sb.cli_data import complain, positive
+from trackformer_sb.cli_data import complain, number, positive
+from trackformer_sb.cli_model import add_loading
 
 DESCRIPTION = """\
 Writes one file per output of the model, at the rate and with the channels of
@@ -23,14 +24,15 @@ examples:
       --outputs none --remix 0:-inf,3:+3
 
 exit codes: 0 if all went well, 1 if a file failed (the others are done), 2 for
-a wrong usage or a model that does not load. Paths of written files go to the
+a wrong usage or a model that does not load, 130 after Ctrl+C, 143 if asked to
+end; an unfinished file leaves no results. Paths of written files go to the
 standard output, one a line, errors to the standard error.
 """
 
 
 def _overlap(text):
     """A fraction of a chunk."""
-    value = float(text)
+    value = number(text)
     if not 0 <= value <= 0.5:
         raise argparse.ArgumentTypeError(f"must be in [0, 0.5], got {text}")
     return value
@@ -38,7 +40,7 @@ def _overlap(text):
 
 def _from_one_up(text):
     """A number of things."""
-    value = int(text)
+    value = number(text, int)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
     return value
@@ -104,8 +106,8 @@ def add_separate(commands):
         choices=("wav", "flac", "ogg"),
         default="wav",
         help="wav (32-bit float), flac (24 bit) or ogg (Vorbis); where outputs "
-        "exceed full scale, flac and ogg have all of the file turned down "
-        "alike (default: %(default)s)",
+        "exceed full scale, flac and ogg have all outputs of the file turned "
+        "down alike, and a remix by itself (default: %(default)s)",
     )
     written.add_argument(
         "--outputs",
@@ -139,12 +141,10 @@ def add_separate(commands):
         dest="skip_existing",
         action="store_true",
         help="leave out files whose results are all there, not older, and made "
-        "by this model with these options",
+        "of this file by this model with these options",
     )
     model = parser.add_argument_group("how the model runs")
-    model.add_argument(
-        "--device", help="cpu or cuda; by default a GPU if there is one"
-    )
+    add_loading(model)
     model.add_argument(
         "--chunk_seconds",
         type=positive,
@@ -182,6 +182,8 @@ def _prepare(args):
     from trackformer_sb.inference.writing import output_paths
 
     out = os.path.realpath(args.out)
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise ValueError(f"--out {args.out}: expected a folder, got a file")
     for path in args.files:
         if os.path.isdir(path) and os.path.realpath(path) == out:
             raise ValueError(
@@ -189,7 +191,7 @@ def _prepare(args):
                 "music, whose results would be separated next time"
             )
     files = find_files(args.files, args.out, AUDIO_EXTENSIONS)
-    separator, _ = load_separator(args.model, args.device)
+    separator, _ = load_separator(args.model, args.device, args.trust_yaml)
     wanted = {
         "file_format": args.format,
         "outputs": args.outputs,
@@ -209,20 +211,28 @@ def _prepare(args):
 
 @contextmanager
 def _clean_stop():
-    """Has a SIGTERM unwind the stack, so that unfinished files are removed."""
+    """Has signals unwind the stack, so that unfinished files are removed."""
 
     def stop(number, _):
         raise SystemExit(128 + number)
 
+    before = {}
     # only the main thread may set handlers
-    handled = threading.current_thread() is threading.main_thread()
-    if handled:
-        before = signal.signal(signal.SIGTERM, stop)
+    if threading.current_thread() is threading.main_thread():
+        # a closed terminal, which not all systems tell of
+        names = [n for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
+        numbers = [getattr(signal, name) for name in names]
+        before = {
+            number: signal.signal(number, stop)
+            for number in numbers
+            # nohup has asked for it
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
     try:
         yield
     finally:
-        if handled:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Bars:
@@ -258,11 +268,11 @@ class _Bars:
             return 0.0  # separate_file says what is wrong
         return 0.0 if info.frames == UNKNOWN_FRAMES else info.duration
 
-    def start(self, path, number):
+    def start(self, path, place):
         """Begins a file; returns what reports the seconds done of it."""
         self.one.reset(total=self.seconds[path] or 1.0)
         self.one.set_description_str(
-            f"{number}/{len(self.seconds)} {os.path.basename(path)}"
+            f"{place}/{len(self.seconds)} {os.path.basename(path)}"
         )
 
         def progress(done, total):
@@ -335,14 +345,19 @@ def _separate_all(args, separator, jobs, planned, bars):
         "overlap": args.overlap,
         "ranked": args.stems == "ranked",
     }
-    comment = separator.comment(outputs=args.outputs, remix=args.remix, **how)
-    for number, (path, options) in enumerate(jobs.items(), 1):
-        progress = bars.start(path, number)
+    for place, (path, options) in enumerate(jobs.items(), 1):
+        progress = bars.start(path, place)
         try:
             if (
                 args.skip_existing
                 and os.path.isfile(path)
-                and up_to_date(path, planned[path], comment)
+                and up_to_date(
+                    path,
+                    planned[path],
+                    separator.comment(
+                        path, outputs=args.outputs, remix=args.remix, **how
+                    ),
+                )
             ):
                 bars.complain(args, f"{path}: skipped, its results are there")
                 continue

@@ -22,7 +22,8 @@ CUT_HEADER = re.compile(
 # An Ogg page is a header, of which the last byte is the number of segments, the
 # sizes of up to 255 segments, a byte each, and the segments.
 PAGE, PAGE_HEADER, FIRST_SEGMENT = b"OggS", 27, 26
-END_OF_STREAM = 0x04
+BEGIN_OF_STREAM, END_OF_STREAM = 0x02, 0x04
+SERIAL = 14  # where the number of the stream begins
 
 # The largest page has 65,307 bytes; the rest is for an ID3v1 tag after it.
 OGG_TAIL = 2**16
@@ -115,7 +116,8 @@ def find_cut(path):
             if head.startswith(PAGE):
                 first = max(0, size - OGG_TAIL)
                 file.seek(first)
-                return _ogg_cut(file.read(OGG_TAIL), first)
+                tail = file.read(OGG_TAIL)
+                return _ogg_cut(tail, first) or _ogg_chain(head, tail)
     except OSError:
         return None  # what reads the samples says why
     promised = _mp3_bytes(head)
@@ -173,6 +175,34 @@ def _ogg_cut(tail, first):
             return None
     words = "no end-of-stream page, a live recording or cut between two pages"
     return Cut(words, certain=False)
+
+
+def _pages(data):
+    """Places of the pages in a part of an Ogg file that has no false ones."""
+    place = data.find(PAGE)
+    while 0 <= place <= len(data) - PAGE_HEADER:
+        # version 0 and three flags, else these are letters of a packet
+        if data[place + 4] == 0 and data[place + 5] <= 7:
+            yield place
+        place = data.find(PAGE, place + 1)
+
+
+def _ogg_chain(head, tail):
+    """Whether the last stream is none of those that begin the file.
+
+    Of streams one after the other, as the recordings of a radio station,
+    libsndfile reads the first.
+    """
+    starts = {
+        head[p + SERIAL : p + SERIAL + 4]
+        for p in _pages(head)
+        if head[p + 5] & BEGIN_OF_STREAM
+    }
+    ends = [tail[p + SERIAL : p + SERIAL + 4] for p in _pages(tail)]
+    if not ends or not starts or ends[-1] in starts:
+        return None
+    words = "several Ogg streams in a row, of which only the first is read"
+    return Cut(words, certain=True)
 
 
 def _mp3_bytes(head):

@@ -146,7 +146,7 @@ def pooled_spectrogram(blocks, frames, sample_rate, columns=COLUMNS):
     return power.T, square / samples
 
 
-def save_figure(path, mixture, outputs, frames, sample_rate, title):
+def save_figure(path, mixture, outputs, frames, sample_rate, title, comment=""):
     """Draws the mixture and its outputs.
 
     Arguments
@@ -163,6 +163,8 @@ def save_figure(path, mixture, outputs, frames, sample_rate, title):
         In Hz.
     title : str
         Above the picture.
+    comment : str
+        Text that the file carries.
     """
     spectrograms, levels = {}, {}
     for name, blocks in {"mixture": mixture, **outputs}.items():
@@ -172,7 +174,8 @@ def save_figure(path, mixture, outputs, frames, sample_rate, title):
     figure = separation_figure(
         spectrograms, levels, frames / sample_rate, sample_rate, title
     )
-    figure.savefig(path, format="png", dpi=100)
+    metadata = {"Comment": comment} if comment else None
+    figure.savefig(path, format="png", dpi=100, metadata=metadata)
 
 
 def separation_figure(spectrograms, levels, seconds, sample_rate, title):

@@ -189,7 +189,8 @@ class PerformerSeparation(StrictPretrained):
             and of the outputs, and their levels over time.
         skip_existing : bool
             Whether to do nothing if all that would be written is there, not
-            older than the file, and made by this model and these options.
+            older than the file, and made of it by this model and these
+            options.
         stem : str, optional
             What the names of the files begin with; that of ``path`` without
             its ending if not given.
@@ -217,7 +218,12 @@ class PerformerSeparation(StrictPretrained):
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such audio file")
+            what = (
+                "a folder without audio files"
+                if path.is_dir()
+                else "no such audio file"
+            )
+            raise FileNotFoundError(f"{path}: {what}")
         if out_folder is None and (
             remix is not None or figure or skip_existing or file_format != "wav"
         ):
@@ -241,7 +247,7 @@ class PerformerSeparation(StrictPretrained):
                 figure,
             )
             comment = self.comment(
-                chunk_seconds, overlap, outputs, ranked, remix
+                path, chunk_seconds, overlap, outputs, ranked, remix
             )
             if skip_existing and up_to_date(path, paths, comment):
                 return paths
@@ -288,6 +294,7 @@ class PerformerSeparation(StrictPretrained):
 
     def comment(
         self,
+        path,
         chunk_seconds=10.0,
         overlap=0.25,
         outputs=None,
@@ -298,7 +305,7 @@ class PerformerSeparation(StrictPretrained):
 
         Arguments
         ---------
-        chunk_seconds, overlap, outputs, ranked, remix
+        path, chunk_seconds, overlap, outputs, ranked, remix
             As of ``separate_file``.
 
         Returns
@@ -315,7 +322,9 @@ class PerformerSeparation(StrictPretrained):
         outputs = check_outputs(outputs, num_spks)
         gains = None if remix is None else remix_gains(remix, outputs, num_spks)
         return provenance(
+            path,
             dict(self.mods.items()),
+            sample_rate=self.hparams.sample_rate,
             mixture_consistency=getattr(
                 self.hparams, "mixture_consistency", False
             ),

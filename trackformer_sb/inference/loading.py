@@ -13,7 +13,10 @@ from trackformer_sb.inference.pretrained import PerformerSeparator
 logger = get_logger(__name__)
 
 
-def load_separator(source, device=None):
+YAML_FILE = "hyperparams.yaml"
+
+
+def load_separator(source, device=None, trust_yaml=False):
     """Loads a separator, without running its code where that is possible.
 
     Arguments
@@ -22,13 +25,15 @@ def load_separator(source, device=None):
         Folder as training leaves it, or an id on the hub.
     device : str, optional
         Where to put it; by default a GPU if there is one.
+    trust_yaml : bool
+        Whether a model on the hub may be loaded by its ``hyperparams.yaml``,
+        which can run any code.
 
     Returns
     -------
     PerformerSeparation
-        From ``config.json`` if this library wrote one. Else from
-        ``hyperparams.yaml``, which can run any code; that of a model on the
-        hub with a warning.
+        From ``config.json`` if this library wrote one. Else from the yaml;
+        that of a folder with a warning.
     str
         The name of that file.
 
@@ -39,7 +44,8 @@ def load_separator(source, device=None):
     OSError
         If the hub cannot be reached or refuses, or a download is broken.
     ValueError
-        If it does not load, or there is no such device.
+        If it does not load, there is no such device, or it has a yaml only
+        and is not trusted.
     """
     cuda = torch.cuda.is_available()
     if device is None:
@@ -53,13 +59,17 @@ def load_separator(source, device=None):
     except FileNotFoundError:
         plain = False
     if not plain:
-        if not is_local(source):
-            logger.warning(
-                f"{source} has no {CONFIG_FILE} of this library: its "
-                "hyperparams.yaml is loaded, which can run any code"
-            )
+        model_file(source, YAML_FILE)  # first of all it has to be there
+        danger = (
+            f"{source} has no {CONFIG_FILE} of this library, only a "
+            f"{YAML_FILE}, which can run any code"
+        )
+        if not trust_yaml and not is_local(source):
+            raise ValueError(f"{danger}: loaded with trust_yaml only")
+        if not trust_yaml:
+            logger.warning(danger)
         separator = PerformerSeparation.from_hparams(source, run_opts=run_opts)
-        return separator, "hyperparams.yaml"
+        return separator, YAML_FILE
     model = PerformerSeparator.from_pretrained(source)
     separator = PerformerSeparation(
         modules=dict(model.named_children()),

@@ -52,7 +52,7 @@ def measure_speed(separator, seconds=10.0):
     }
 
 
-def describe_model(source, device=None, seconds=10.0):
+def describe_model(source, device=None, seconds=10.0, trust_yaml=False):
     """What a separator is, from its files and by running it.
 
     Arguments
@@ -63,6 +63,8 @@ def describe_model(source, device=None, seconds=10.0):
         Where to run it; by default a GPU if there is one.
     seconds : float
         Length of the noise that it separates.
+    trust_yaml : bool
+        Of ``load_separator``.
 
     Returns
     -------
@@ -77,7 +79,7 @@ def describe_model(source, device=None, seconds=10.0):
     ValueError
         If it does not load.
     """
-    separator, loaded_from = load_separator(source, device)
+    separator, loaded_from = load_separator(source, device, trust_yaml)
     modules = dict(separator.mods.items())
     parameters = [p for module in modules.values() for p in module.parameters()]
     state = [

@@ -183,10 +183,12 @@ def _read(reader, frames):
     block = torch.from_numpy(
         reader.read(frames, dtype="float32", always_2d=True)
     )
-    if not block.isfinite().all():
+    bad = ~block.isfinite().all(1)
+    if bad.any():
+        first = start + int(bad.nonzero()[0])
         raise ValueError(
             f"{reader.name}: NaN or infinite samples after "
-            f"{start / reader.samplerate:.3f} s"
+            f"{first / reader.samplerate:.3f} s"
         )
     return block.T
 

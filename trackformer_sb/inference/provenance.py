@@ -6,15 +6,19 @@ import os
 
 import soundfile
 import torch
+from PIL import Image, UnidentifiedImageError
 
 import trackformer_sb
 
 LIBRARY = "trackformer_sb"
 PICTURE = ".png"
 
+# Of a file these bytes at either end are looked at, and its size.
+ENDS = 2**20
+
 
 def model_digest(modules):
-    """A name for what modules compute: layers and weights.
+    """A name for what modules compute: layers, their settings and weights.
 
     Arguments
     ---------
@@ -42,11 +46,36 @@ def model_digest(modules):
     return digest.hexdigest()[:12]
 
 
-def provenance(modules, **options):
+def file_digest(path):
+    """A name for what is in a file, from its size and its two ends.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file.
+
+    Returns
+    -------
+    str
+        12 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest.update(str(size).encode())
+        for start in (0, max(0, size - ENDS)):
+            file.seek(start)
+            digest.update(file.read(ENDS))
+    return digest.hexdigest()[:12]
+
+
+def provenance(path, modules, **options):
     """The comment that separated files carry.
 
     Arguments
     ---------
+    path : str or Path
+        The audio file.
     modules : dict
         Of the separator, by name.
     **options : dict
@@ -58,7 +87,11 @@ def provenance(modules, **options):
         Name and version of the library, and JSON: the same for the same
         samples.
     """
-    options = {"model": model_digest(modules), **options}
+    options = {
+        "file": file_digest(path),
+        "model": model_digest(modules),
+        **options,
+    }
     return f"{LIBRARY} {trackformer_sb.__version__} {json.dumps(options)}"
 
 
@@ -77,22 +110,25 @@ def up_to_date(path, written, comment):
     Returns
     -------
     bool
-        Whether all of them are there, none is older than the file, and those
-        with sound have this comment.
+        Whether all of them are there, none is older than the file, and each
+        has this comment.
     """
     changed = os.stat(path).st_mtime
     return all(
         one.is_file()
         and one.stat().st_mtime >= changed
-        and (one.suffix == PICTURE or _comment(one) == comment)
+        and _comment(one) == comment
         for one in written
     )
 
 
 def _comment(path):
-    """The comment of an audio file; none if it is damaged."""
+    """The comment of an audio file or a picture; none if it is damaged."""
     try:
+        if path.suffix == PICTURE:
+            with Image.open(path) as picture:
+                return picture.info.get("Comment")
         with soundfile.SoundFile(path) as file:
             return file.comment
-    except soundfile.SoundFileError:
+    except (soundfile.SoundFileError, UnidentifiedImageError, OSError):
         return None

@@ -137,7 +137,7 @@ def write_sources(
     figure : bool
         Whether to draw ``<stem>_figure.png``.
     comment : str
-        Text that the audio files carry, see ``provenance``.
+        Text that sounds and picture carry, see ``provenance``.
 
     Returns
     -------
@@ -186,6 +186,7 @@ def write_sources(
                 soundfile.info(sources[0]).frames,
                 reader.samplerate,
                 stem,
+                comment,
             )
         _write_mixes(
             dict(zip(finished, mixes.values())), file_format, reader, comment

@@ -166,6 +166,10 @@ class SpectrogramEncoder(nn.Module):
             checkpointing,
         )
 
+    def extra_repr(self):
+        """What is no weight, for ``print``."""
+        return f"spec_norm={self.spec_norm}"
+
     def redraw_projections(self, generator=None):
         """Draws new random features, see ``PerformerEncoder``."""
         self.encoder.redraw_projections(generator)

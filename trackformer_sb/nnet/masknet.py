@@ -89,6 +89,10 @@ class PerformerMaskNet(SpectrogramEncoder):
         self.mask_activation = mask_activation
         self.head = nn.Linear(d_model, num_spks * in_channels)
 
+    def extra_repr(self):
+        """What is no weight, for ``print``."""
+        return f"{super().extra_repr()}, mask_activation={self.mask_activation}"
+
     def forward(self, mix_w, key_padding_mask=None):
         """Predicts masks.
 

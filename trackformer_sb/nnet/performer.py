@@ -149,6 +149,13 @@ class SelfAttention(nn.Module):
             favor.draw_projection(n_features, d_model // nhead),
         )
 
+    def extra_repr(self):
+        """What is no weight, for ``print``."""
+        return (
+            f"nhead={self.nhead}, attention={self.attention}, "
+            f"causal={self.causal}"
+        )
+
     def redraw_projection(self, generator=None):
         """Draws new random features in place.
 

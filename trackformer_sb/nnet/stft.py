@@ -66,6 +66,10 @@ class STFTEncoder(nn.Module):
             "window", torch.hann_window(n_fft), persistent=False
         )
 
+    def extra_repr(self):
+        """Sizes, for ``print``."""
+        return f"n_fft={self.n_fft}, hop_length={self.hop_length}"
+
     def forward(self, sig):
         """Transforms waveforms.
 
@@ -149,6 +153,10 @@ class STFTDecoder(nn.Module):
         before, _ = _edges(self.n_fft, self.hop_length)
         length = frames * self.hop_length
         return total.flatten(-2).narrow(-1, before, length)
+
+    def extra_repr(self):
+        """Sizes, for ``print``."""
+        return f"n_fft={self.n_fft}, hop_length={self.hop_length}"
 
     def forward(self, spectrum, length=None):
         """Transforms spectra back.
