@@ -33,8 +33,8 @@ on the first --excerpt_seconds instead. Runs of over 60 s are not repeated.
 Memory against length. `separate_file` with a model of 2 layers, d_model 64 and
 2 outputs, so that an hour takes minutes: the largest resident set (VmHWM)
 during the call, in a fresh process for each length, in all and beyond what the
-process held before it, the model included. The target is for the latter,
-which is the stricter.
+process held before it, the model included. The target is for all of it; the
+latter, smaller by what Python and torch take, tells more of what grows.
 
 Sum. The outputs of the Performer, read back from disk, against the file.
 """
@@ -343,8 +343,8 @@ def memory_blocks(folder, args):
         before, last = (x / 60 for x in args.memory_seconds[-2:])
         what = f"memory for {last:g} min over that for {before:g} min"
         lines = [
-            verdict(f"extra {what}", extras[-1] / extras[-2], MAX_RATIO, False),
-            f"- whole {what}: {totals[-1] / totals[-2]:.3g}",
+            verdict(f"whole {what}", totals[-1] / totals[-2], MAX_RATIO, False),
+            f"- extra {what}: {extras[-1] / extras[-2]:.3g}",
         ]
         blocks.append("\n".join(lines))
     return blocks

@@ -4,9 +4,8 @@
 
 Finished songs (DATA/mixes) and MIDI pieces (DATA/midi but simutrans, which is
 kept for tests), the latter rendered by FluidSynth without reverb and chorus and
-cut after --max_seconds, all resampled to --sample_rate. OUT/split.yaml names 10
-songs and 20 pieces, drawn at random, for validation, the rest for training;
-OUT/split_mixes.yaml has the same validation and trains on the songs alone.
+cut after --max_seconds, all resampled to --sample_rate. OUT/split.yaml names 6
+songs and 6 pieces, drawn at random, for validation, the rest for training.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from torchaudio.functional import resample
 
 RENDER_RATE = 16000
 SYNTHESIS = ["fluidsynth", "-ni", "-R", "0", "-C", "0", "-g", "0.6"]
-VALIDATION_SONGS, VALIDATION_PIECES = 10, 20
+VALIDATION_SONGS, VALIDATION_PIECES = 6, 6
 
 
 def write_mono(path, out, sample_rate, max_seconds=None):
@@ -72,14 +71,10 @@ def main():
         draw.sample([f"midi_{path.stem}" for path in pieces], len(pieces)),
     ]
     valid = names[0][:VALIDATION_SONGS] + names[1][:VALIDATION_PIECES]
-    train = names[0][VALIDATION_SONGS:], names[1][VALIDATION_PIECES:]
-    for name, chosen in (
-        ("split.yaml", sorted(train[0] + train[1])),
-        ("split_mixes.yaml", sorted(train[0])),
-    ):
-        split = {"train": chosen, "valid": sorted(valid), "test": []}
-        text = yaml.safe_dump(split, sort_keys=False)
-        (args.out / name).write_text(text, encoding="utf-8")
+    train = names[0][VALIDATION_SONGS:] + names[1][VALIDATION_PIECES:]
+    split = {"train": sorted(train), "valid": sorted(valid), "test": []}
+    text = yaml.safe_dump(split, sort_keys=False)
+    (args.out / "split.yaml").write_text(text, encoding="utf-8")
     print(f"{len(songs)} songs, {len(pieces)} pieces, {seconds / 3600:.2f} h")
 
 

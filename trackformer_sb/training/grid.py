@@ -19,7 +19,7 @@ YAMLS = {
     "performer": ("performer_mixit.yaml", "performer"),
     "convtasnet": ("convtasnet_mixit.yaml", "convtasnet"),
 }
-PRETRAIN_YAML = "audio_mae_mix.yaml"
+PRETRAIN_YAML = "audio_mae_blocks.yaml"
 # whom overrides are for; "": all cells
 GROUPS = ("", "performer", "convtasnet", "mae")
 LENGTHS = (3.0, 5.0, 10.0, 30.0)  # seconds
