@@ -6,8 +6,9 @@ The folders are output folders of recipes/train.py; the first is the reference.
 "Reached after" is the share of the reference's optimizer steps after which a
 run's validation loss is for the first time at or below the reference's last
 one, read off the validations, between which nothing is assumed: train with
---epoch_segments for more of them. Losses of other data, seeds, splits or
-segment lengths cannot be compared and are refused.
+--epoch_segments for more of them. A run may have fewer epochs, and with them a
+schedule of its own. Losses of other data, seeds, splits or segment lengths
+cannot be compared and are refused.
 """
 
 import argparse
@@ -36,7 +37,6 @@ SAME = (
     "segment_seconds",
     "mixit_objective",
     "snr_max",
-    "number_of_epochs",
     "epoch_segments",
 )
 
