@@ -34,6 +34,7 @@ setup(
         "scipy",
         "tqdm",
         "matplotlib",
+        "pillow",
         "tensorboard",
         "torchmetrics>=0.11",
         "huggingface_hub>=0.25",
