@@ -358,6 +358,19 @@ def test_batch_neighbours_do_not_matter(causal):
     assert causal or together[1].any()
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_causal_favor_can_be_traced():
+    projection = draw_projection(16, 8)
+    query, key, value = torch.randn(3, 1, 2, 300, 8)
+
+    def attend(query):
+        return causal_favor_attention(query, key, value, projection)[0]
+
+    traced = torch.jit.trace(attend, query)
+    other = torch.randn_like(query)
+    assert torch.allclose(traced(other), attend(other), atol=1e-6)
+
+
 def test_causal_training_keeps_no_features():
     """What the backward pass keeps is less than the features of the frames."""
     projection = draw_projection(64, 8)

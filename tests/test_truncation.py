@@ -178,6 +178,9 @@ def test_ogg_chain_is_longer_than_what_is_read(contents, cut_of):
     cut = cut_of(first + second)
     assert cut.certain
     assert cut.reason.startswith("several Ogg streams in a row")
+    # a recording that was stopped
+    chain = first + second
+    assert cut_of(chain[: page_ends(chain)[-2]]) == cut
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,11 @@ def find_cut(path):
                 first = max(0, size - OGG_TAIL)
                 file.seek(first)
                 tail = file.read(OGG_TAIL)
-                return _ogg_cut(tail, first) or _ogg_chain(head, tail)
+                cut = _ogg_cut(tail, first)
+                # a recording of several streams may lack its last page
+                if cut is None or not cut.certain:
+                    cut = _ogg_chain(head, tail) or cut
+                return cut
     except OSError:
         return None  # what reads the samples says why
     promised = _mp3_bytes(head)

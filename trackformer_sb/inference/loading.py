@@ -1,6 +1,7 @@
 """A separator from any folder or hub id, by its safest files."""
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from speechbrain.utils.logger import get_logger
 
 from trackformer_sb.inference.config import is_ours
@@ -44,7 +45,7 @@ def load_separator(source, device=None, trust_yaml=False):
     OSError
         If the hub cannot be reached or refuses, or a download is broken.
     ValueError
-        If it does not load, there is no such device, or it has a yaml only
+        If it does not load, there is no CUDA device, or it has a yaml only
         and is not trusted.
     """
     cuda = torch.cuda.is_available()
@@ -56,7 +57,10 @@ def load_separator(source, device=None, trust_yaml=False):
     run_opts = {"device": "cuda:0" if device == "cuda" else str(device)}
     try:
         plain = is_ours(model_file(source, CONFIG_FILE))
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        unknown = isinstance(error.__cause__, LocalEntryNotFoundError)
+        if unknown and not trust_yaml:
+            raise  # without the hub nobody knows whether it has one
         plain = False
     if not plain:
         model_file(source, YAML_FILE)  # first of all it has to be there

@@ -6,9 +6,10 @@ import os
 
 import soundfile
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 import trackformer_sb
+from trackformer_sb.truncation import cut_sizes, find_cut
 
 LIBRARY = "trackformer_sb"
 PICTURE = ".png"
@@ -33,7 +34,7 @@ def model_digest(modules):
     Example
     -------
     >>> model_digest({"masknet": torch.nn.ReLU()})
-    '245fe0e518ce'
+    '261f11e4fb83'
     """
     digest = hashlib.sha256()
     for name, module in modules.items():
@@ -43,6 +44,14 @@ def model_digest(modules):
             # numpy has no bfloat16
             content = value.detach().cpu().flatten().view(torch.uint8)
             digest.update(content.numpy().tobytes())
+        for key, part in module.named_modules():
+            # what their makers left out of the representation
+            plain = {
+                k: v
+                for k, v in vars(part).items()
+                if k != "training" and isinstance(v, (str, int, float))
+            }
+            digest.update(f"{key}: {sorted(plain.items())}".encode())
     return digest.hexdigest()[:12]
 
 
@@ -123,12 +132,17 @@ def up_to_date(path, written, comment):
 
 
 def _comment(path):
-    """The comment of an audio file or a picture; none if it is damaged."""
+    """The comment of a sound or a picture; none if it is damaged or cut."""
     try:
         if path.suffix == PICTURE:
             with Image.open(path) as picture:
+                picture.load()
                 return picture.info.get("Comment")
         with soundfile.SoundFile(path) as file:
-            return file.comment
-    except (soundfile.SoundFileError, UnidentifiedImageError, OSError):
-        return None
+            if cut_sizes(file.extra_info) or find_cut(path):
+                return None
+            # the last frame of a cut flac cannot be read
+            file.seek(max(0, file.frames - 1))
+            return file.comment if len(file.read(1)) else None
+    except (soundfile.SoundFileError, OSError, ValueError, SyntaxError):
+        return None  # the last two are Pillow's of damaged pictures

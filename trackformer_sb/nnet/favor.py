@@ -263,7 +263,10 @@ def causal_favor_attention(
             context, weight = state
         # the features of all chunks would be those of the whole: the backward
         # pass makes them again; while compiling, the compiler decides
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        again = torch.is_grad_enabled() and any(
+            x.requires_grad for x in (query, key, value, context, weight)
+        )
+        again &= not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         outputs = []
         for start in range(0, max(1, query.shape[-2]), chunk_size):
             part = slice(start, start + chunk_size)

@@ -69,9 +69,11 @@ def decode(path, wav_path, max_minutes):
             f"{path.name} is no audio file that can be read ({READABLE})"
         ) from error
     cut = find_cut(path)
-    if cut_sizes(reader.extra_info) or (cut is not None and cut.certain):
+    certain = cut is not None and cut.certain
+    if cut_sizes(reader.extra_info) or certain:
         reader.close()
-        raise ValueError(f"{path.name} was cut: its end is missing")
+        reason = cut.reason if certain else "its end is missing"
+        raise ValueError(f"{path.name} is not whole: {reason}")
     frames, energy = 0, 0.0
     rate, channels = reader.samplerate, reader.channels
     with (
