@@ -100,11 +100,12 @@ def test_options_reach_the_separator(model, tmp_path, monkeypatch):
         "ranked": False,
         "remix": None,
         "figure": False,
+        "skip_existing": False,
         "progressbar": False,
     }
     assert asked.pop() == ("x.wav", "cpu", options)
     more = ["--batch=4", "--format=flac", "--outputs=0,rest=1+2", "--figure"]
-    more += ["--stems=ranked", "--remix=0:-inf,rest:+3"]
+    more += ["--stems=ranked", "--remix=0:-inf,rest:+3", "--skip-existing"]
     separate(model, ["x.wav"], "o", *more)
     options |= {
         "chunk_seconds": 10.0,
@@ -115,6 +116,7 @@ def test_options_reach_the_separator(model, tmp_path, monkeypatch):
         "ranked": True,
         "remix": {0: -np.inf, "rest": 3.0},
         "figure": True,
+        "skip_existing": True,
     }
     assert asked.pop() == ("x.wav", "cpu", options)
 

@@ -254,7 +254,7 @@ def write_bad(folder, what):
         ("nan", "a b.wav holds NaN or infinite samples before 1.0 s"),
         ("infinite", "a b.wav holds NaN or infinite samples before 0.0 s"),
         ("long", "a b.wav is too long: expected at most 1 minutes"),
-        ("cut wav", "a b.wav is not whole: its end is missing"),
+        ("cut wav", "a b.wav is not whole: truncated, "),
         ("cut ogg", "a b.ogg is not whole: truncated, "),
     ],
 )

@@ -206,33 +206,32 @@ def _prepare(args):
             num_spks=separator.hparams.num_spks, **jobs[path]
         )
     check_overwriting(planned)
-    return separator, jobs, planned
+    return separator, jobs
 
 
 @contextmanager
 def _clean_stop():
     """Has signals unwind the stack, so that unfinished files are removed."""
 
-    def stop(number, _):
-        raise SystemExit(128 + number)
+    def stop(signum, _):
+        raise SystemExit(128 + signum)
 
     before = {}
     # only the main thread may set handlers
     if threading.current_thread() is threading.main_thread():
         # a closed terminal, which not all systems tell of
         names = [n for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
-        numbers = [getattr(signal, name) for name in names]
         before = {
-            number: signal.signal(number, stop)
-            for number in numbers
+            signum: signal.signal(signum, stop)
+            for signum in (getattr(signal, name) for name in names)
             # nohup has asked for it
-            if signal.getsignal(number) != signal.SIG_IGN
+            if signal.getsignal(signum) != signal.SIG_IGN
         }
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 class _Bars:
@@ -270,12 +269,14 @@ class _Bars:
 
     def start(self, path, place):
         """Begins a file; returns what reports the seconds done of it."""
+        self.begun = False
         self.one.reset(total=self.seconds[path] or 1.0)
         self.one.set_description_str(
             f"{place}/{len(self.seconds)} {os.path.basename(path)}"
         )
 
         def progress(done, total):
+            self.begun = True
             self.one.update(done - self.one.n)
             self.all.update(self.before + done - self.all.n)
 
@@ -315,7 +316,7 @@ class _Bars:
 def _separate(args):
     """Runs ``trackformer separate``."""
     try:
-        separator, jobs, planned = _prepare(args)
+        separator, jobs = _prepare(args)
     except ImportError as error:
         hint = "a separator of Asteroid's parts needs the extra [asteroid]"
         complain(args, f"{error} ({hint})")
@@ -326,47 +327,27 @@ def _separate(args):
     bars = _Bars(jobs)
     try:
         with _clean_stop():
-            failed = _separate_all(args, separator, jobs, planned, bars)
-    except KeyboardInterrupt:
-        bars.complain(args, "interrupted")
-        return 130
+            failed = _separate_all(args, separator, jobs, bars)
     finally:
         bars.close()
     return 1 if failed else 0
 
 
-def _separate_all(args, separator, jobs, planned, bars):
+def _separate_all(args, separator, jobs, bars):
     """Separates file after file; returns how many failed."""
-    from trackformer_sb.inference.provenance import up_to_date
-
     failed = 0
-    how = {
-        "chunk_seconds": args.chunk_seconds,
-        "overlap": args.overlap,
-        "ranked": args.stems == "ranked",
-    }
     for place, (path, options) in enumerate(jobs.items(), 1):
         progress = bars.start(path, place)
         try:
-            if (
-                args.skip_existing
-                and os.path.isfile(path)
-                and up_to_date(
-                    path,
-                    planned[path],
-                    separator.comment(
-                        path, outputs=args.outputs, remix=args.remix, **how
-                    ),
-                )
-            ):
-                bars.complain(args, f"{path}: skipped, its results are there")
-                continue
             written = separator.separate_file(
                 path,
+                chunk_seconds=args.chunk_seconds,
+                overlap=args.overlap,
                 batch_size=args.batch,
+                ranked=args.stems == "ranked",
+                skip_existing=args.skip_existing,
                 progressbar=False,
                 progress=progress,
-                **how,
                 **options,
             )
         except (OSError, ValueError, RuntimeError) as error:
@@ -377,7 +358,10 @@ def _separate_all(args, separator, jobs, planned, bars):
             bars.complain(args, reason)
             failed += 1
         else:
-            bars.print(written)
+            if bars.begun:
+                bars.print(written)
+            else:
+                bars.complain(args, f"{path}: skipped, its results are there")
         finally:
             bars.stop(path)
     return failed

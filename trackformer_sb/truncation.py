@@ -78,13 +78,17 @@ def cut_sizes(log):
     return (present, promised) if present < promised < STREAMED_BYTES else None
 
 
-def find_cut(path):
-    """Tells whether an Ogg or mp3 file ends too early, from its two ends.
+def find_cut(path, log=""):
+    """Tells whether a file ends too early.
+
+    Of Ogg and mp3 files by their two ends, of wav and aiff files by the log.
 
     Arguments
     ---------
     path : str, bytes or Path
         The file. Whatever is no regular file is not looked at.
+    log : str
+        Of ``cut_sizes``, if the file is open.
 
     Returns
     -------
@@ -105,6 +109,8 @@ def find_cut(path):
     ...     print(cut.reason, find_cut(file.name), sep="; now ")
     truncated, 100 of at least 300 bytes; now None
     """
+    if sizes := cut_sizes(log):
+        return Cut("truncated, {} of {} bytes".format(*sizes), certain=True)
     # a number would be an open file, and a pipe gives its bytes only once
     is_path = isinstance(path, (str, bytes, os.PathLike))
     if not is_path or not os.path.isfile(path):

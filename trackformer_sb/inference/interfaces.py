@@ -196,8 +196,9 @@ class PerformerSeparation(StrictPretrained):
             its ending if not given.
         progress : callable, optional
             Called as ``progress(seconds_done, seconds_total)`` at the start
-            and after each part of the file. The total is None for a stream of
-            unknown length. What it raises ends the separation.
+            and after each part of the file, and never if ``skip_existing``
+            leaves nothing to do. The total is None for a stream of unknown
+            length. What it raises ends the separation.
 
         Returns
         -------
@@ -246,7 +247,7 @@ class PerformerSeparation(StrictPretrained):
                 remix,
                 figure,
             )
-            comment = self.comment(
+            comment = self._comment(
                 path, chunk_seconds, overlap, outputs, ranked, remix
             )
             if skip_existing and up_to_date(path, paths, comment):
@@ -292,32 +293,8 @@ class PerformerSeparation(StrictPretrained):
                 comment,
             )
 
-    def comment(
-        self,
-        path,
-        chunk_seconds=10.0,
-        overlap=0.25,
-        outputs=None,
-        ranked=False,
-        remix=None,
-    ):
-        """What ``separate_file`` writes into its files, see ``provenance``.
-
-        Arguments
-        ---------
-        path, chunk_seconds, overlap, outputs, ranked, remix
-            As of ``separate_file``.
-
-        Returns
-        -------
-        str
-            The same for the same samples.
-
-        Raises
-        ------
-        ValueError
-            If the model has no such output.
-        """
+    def _comment(self, path, chunk_seconds, overlap, outputs, ranked, remix):
+        """What `separate_file` writes into its files, see ``provenance``."""
         num_spks = self.hparams.num_spks
         outputs = check_outputs(outputs, num_spks)
         gains = None if remix is None else remix_gains(remix, outputs, num_spks)

@@ -13,7 +13,6 @@ from trackformer_sb.inference.pretrained import PerformerSeparator
 
 logger = get_logger(__name__)
 
-
 YAML_FILE = "hyperparams.yaml"
 
 

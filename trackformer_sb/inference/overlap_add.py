@@ -17,7 +17,7 @@ from speechbrain.utils.logger import get_logger
 from torch.nn import functional as F
 from torchaudio.functional import resample
 
-from trackformer_sb.truncation import cut_sizes, find_cut
+from trackformer_sb.truncation import find_cut
 
 logger = get_logger(__name__)
 
@@ -195,11 +195,7 @@ def _read(reader, frames):
 
 def _check_end(reader):
     """Refuses a file that was cut; warns of one that may have been."""
-    if sizes := cut_sizes(reader.extra_info):
-        raise ValueError(
-            f"{reader.name}: truncated, {sizes[0]} of {sizes[1]} bytes"
-        )
-    cut = find_cut(reader.name)
+    cut = find_cut(reader.name, reader.extra_info)
     if cut is None:
         return
     message = f"{reader.name}: {cut.reason}"

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import trackformer_sb
-from trackformer_sb.truncation import cut_sizes, find_cut
+from trackformer_sb.truncation import find_cut
 
 LIBRARY = "trackformer_sb"
 PICTURE = ".png"
@@ -139,7 +139,7 @@ def _comment(path):
                 picture.load()
                 return picture.info.get("Comment")
         with soundfile.SoundFile(path) as file:
-            if cut_sizes(file.extra_info) or find_cut(path):
+            if find_cut(path, file.extra_info):
                 return None
             # the last frame of a cut flac cannot be read
             file.seek(max(0, file.frames - 1))

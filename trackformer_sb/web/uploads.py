@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from trackformer_sb.truncation import cut_sizes, find_cut
+from trackformer_sb.truncation import find_cut
 from trackformer_sb.web.spectrogram import save_picture, spectrogram
 
 BLOCK = 1 << 18  # frames read at once
@@ -68,12 +68,10 @@ def decode(path, wav_path, max_minutes):
         raise ValueError(
             f"{path.name} is no audio file that can be read ({READABLE})"
         ) from error
-    cut = find_cut(path)
-    certain = cut is not None and cut.certain
-    if cut_sizes(reader.extra_info) or certain:
+    cut = find_cut(path, reader.extra_info)
+    if cut is not None and cut.certain:
         reader.close()
-        reason = cut.reason if certain else "its end is missing"
-        raise ValueError(f"{path.name} is not whole: {reason}")
+        raise ValueError(f"{path.name} is not whole: {cut.reason}")
     frames, energy = 0, 0.0
     rate, channels = reader.samplerate, reader.channels
     with (
