@@ -125,6 +125,15 @@ def test_gradient_of_the_pair_is_that_of_the_identity():
     torch.testing.assert_close(sig.grad, slope, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("n_fft, hop_length", [(8, 2), (6, 3), (4, 1)])
+def test_gradients_of_the_decoder_are_right(n_fft, hop_length):
+    decoder = STFTDecoder(n_fft, hop_length).double()
+    spectrum = torch.randn(2, n_fft // 2 + 1, 5, dtype=torch.complex128)
+    spectrum.requires_grad_()
+    assert torch.autograd.gradcheck(decoder, (spectrum,))
+    assert torch.autograd.gradgradcheck(decoder, (spectrum,))
+
+
 def test_gradient_of_the_encoder_equals_a_difference_quotient():
     encoder = STFTEncoder(16, 4)
     sig = torch.randn(1, 30, requires_grad=True)

@@ -1,5 +1,6 @@
 """Encode, mask, decode: the one path from a mixture to its sources."""
 
+import torch
 from torch.nn import functional as F
 
 
@@ -8,6 +9,14 @@ def _fit_length(sig, length):
     if sig.shape[-1] < length:
         return F.pad(sig, (0, length - sig.shape[-1]))
     return sig[..., :length]
+
+
+def _apply_masks(mix_w, est_mask):
+    """Product of an encoded mixture, real or complex, and real masks."""
+    if not mix_w.is_complex():
+        return mix_w * est_mask
+    # their product would first make the masks complex, in the backward pass too
+    return torch.complex(mix_w.real * est_mask, mix_w.imag * est_mask)
 
 
 def separate(mix, encoder, masknet, decoder, mixture_consistency=False):
@@ -67,13 +76,14 @@ def separate(mix, encoder, masknet, decoder, mixture_consistency=False):
         mix_w = encoder(mix)
         est_mask = masknet(mix_w)
         # [num_spks, batch, channels, frames]
-        sep_w = mix_w.unsqueeze(0) * est_mask
+        sep_w = _apply_masks(mix_w.unsqueeze(0), est_mask)
     else:
         batch, num_channels, _ = mix.shape
         est_mask = masknet(encoder(mix.mean(1)))
         mix_w = encoder(mix.flatten(0, 1)).unflatten(0, (batch, num_channels))
         # [num_spks, batch * audio channels, channels, frames]
-        sep_w = (mix_w.unsqueeze(0) * est_mask.unsqueeze(2)).flatten(1, 2)
+        sep_w = _apply_masks(mix_w.unsqueeze(0), est_mask.unsqueeze(2))
+        sep_w = sep_w.flatten(1, 2)
     est_source = decoder(sep_w.flatten(0, 1))
     est_source = _fit_length(est_source.view(*sep_w.shape[:2], -1), length)
     est_source = est_source.transpose(0, 1)

@@ -181,7 +181,8 @@ def favor_attention(query, key, value, projection, key_padding_mask=None):
     """
     # unrolled over blocks, a compiled graph would be of any size; only the
     # plain form has a gradient of the directions
-    plain = torch.compiler.is_compiling() or projection.requires_grad
+    plain = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    plain |= projection.requires_grad
     if query.is_cuda and not plain:
         # lazily: importing triton takes time
         from trackformer_sb.nnet import favor_trial, favor_triton

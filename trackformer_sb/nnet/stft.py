@@ -26,6 +26,49 @@ def _edges(n_fft, hop_length):
     return before, n_fft - hop_length - before
 
 
+def _overlap_add(blocks, window, hop_length):
+    """Sum of windowed blocks, each ``hop_length`` after the one before.
+
+    Takes [..., frames, n_fft], returns [..., (frames - 1) * hop_length + n_fft].
+    """
+    frames, n_fft = blocks.shape[-2:]
+    overlap = n_fft // hop_length
+    blocks = blocks.unflatten(-1, (overlap, hop_length))
+    total = blocks.new_zeros(
+        *blocks.shape[:-3], frames + overlap - 1, hop_length
+    )
+    for k, part in enumerate(window.view(overlap, hop_length)):
+        total.narrow(-2, k, frames).addcmul_(blocks[..., k, :], part)
+    return total.flatten(-2)
+
+
+class _OverlapAdd(torch.autograd.Function):
+    """``_overlap_add`` whose gradient is taken in one pass.
+
+    Autograd by itself makes a gradient as large as all blocks for each of those
+    that overlap. The window gets none.
+
+    Example
+    -------
+    >>> _OverlapAdd.apply(torch.ones(3, 4), torch.ones(4), 2)
+    tensor([1., 1., 2., 2., 2., 2., 1., 1.])
+    """
+
+    @staticmethod
+    def forward(ctx, blocks, window, hop_length):
+        """See ``_overlap_add``."""
+        ctx.save_for_backward(window)
+        ctx.hop_length = hop_length
+        return _overlap_add(blocks, window, hop_length)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        """Frames of the gradient, windowed."""
+        (window,) = ctx.saved_tensors
+        frames = grad_output.unfold(-1, window.shape[0], ctx.hop_length)
+        return frames * window, None, None
+
+
 class STFTEncoder(nn.Module):
     """Short-time Fourier transform with a periodic Hann window.
 
@@ -140,20 +183,6 @@ class STFTDecoder(nn.Module):
             "window", torch.hann_window(n_fft), persistent=False
         )
 
-    def _overlap_add(self, blocks):
-        """[..., frames, n_fft] -> [..., frames * hop_length]."""
-        overlap = self.n_fft // self.hop_length
-        frames = blocks.shape[-2]
-        blocks = blocks.unflatten(-1, (overlap, self.hop_length))
-        total = blocks.new_zeros(
-            *blocks.shape[:-3], frames + overlap - 1, self.hop_length
-        )
-        for k in range(overlap):
-            total.narrow(-2, k, frames).add_(blocks[..., k, :])
-        before, _ = _edges(self.n_fft, self.hop_length)
-        length = frames * self.hop_length
-        return total.flatten(-2).narrow(-1, before, length)
-
     def extra_repr(self):
         """Sizes, for ``print``."""
         return f"n_fft={self.n_fft}, hop_length={self.hop_length}"
@@ -179,8 +208,14 @@ class STFTDecoder(nn.Module):
                 f"expected spectra of {self.n_fft // 2 + 1} bins, [..., "
                 f"{self.n_fft // 2 + 1}, frames], got {list(spectrum.shape)}"
             )
+        frames = spectrum.shape[-1]
         blocks = torch.fft.irfft(spectrum.transpose(-1, -2), n=self.n_fft)
-        sig = self._overlap_add(blocks * self.window)
-        squares = self.window.square().expand(spectrum.shape[-1], -1)
-        sig = sig / self._overlap_add(squares)
+        tracing = torch.jit.is_tracing()
+        overlap_add = _overlap_add if tracing else _OverlapAdd.apply
+        sig = overlap_add(blocks, self.window, self.hop_length)
+        squares = self.window.expand(frames, -1)
+        squares = _overlap_add(squares, self.window, self.hop_length)
+        before, _ = _edges(self.n_fft, self.hop_length)
+        inside = slice(before, before + frames * self.hop_length)
+        sig = sig[..., inside] / squares[inside]
         return sig if length is None else sig[..., :length]
