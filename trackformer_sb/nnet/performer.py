@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from trackformer_sb.nnet import favor
@@ -80,6 +79,15 @@ def auto_max_exact_frames(n_features, causal=False):
     if causal:
         return 350 + 19 * n_features // 2
     return 120 + 8 * n_features // 5
+
+
+def _to_norm(x, norm):
+    """Scales the last dimension to a norm; zeros stay zeros."""
+    length = torch.linalg.vector_norm(
+        x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, norm.dtype)
+    )
+    # one factor a vector: a division and a product would be two passes
+    return x * (norm / length.clamp(min=1e-12)).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -198,9 +206,9 @@ class SelfAttention(nn.Module):
             .unbind()
         )
         scale = (MAX_TEMPERATURE * self.temperature.sigmoid()).sqrt()
-        scale = scale[:, None, None]
-        query = (F.normalize(query, dim=-1) * scale).to(value.dtype)
-        key = (F.normalize(key, dim=-1) * scale).to(value.dtype)
+        query, key = (
+            _to_norm(vectors, scale[:, None, None]) for vectors in (query, key)
+        )
         if self._is_exact(x.shape[1]):
             mixed = favor.softmax_attention(
                 query, key, value, key_padding_mask, self.causal

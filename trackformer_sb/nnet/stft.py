@@ -29,7 +29,7 @@ def _edges(n_fft, hop_length):
 def _overlap_add(blocks, window, hop_length):
     """Sum of windowed blocks, each ``hop_length`` after the one before.
 
-    Takes [..., frames, n_fft], returns [..., (frames - 1) * hop_length + n_fft].
+    [..., frames, n_fft] -> [..., (frames - 1) * hop_length + n_fft].
     """
     frames, n_fft = blocks.shape[-2:]
     overlap = n_fft // hop_length
