@@ -8,7 +8,9 @@ Candidates, built from hparams/*.yaml: the Performer of performer_mixit.yaml
 with FAVOR+, with exact attention and with `attention: auto`, SpeechBrain's
 ConvTasNet and Asteroid's TDConvNet at kernel 88 and stride 44, and the latter
 at Asteroid's defaults, kernel 16 and stride 8. Float32, without mixture
-consistency.
+consistency, but for two: the Performer with `--precision=bf16
+--matmul_precision=medium`, and Asteroid's at kernel 88 with the first of the
+two, as the second makes it slower.
 
 Memory first: each candidate in a fresh process makes 2 steps (the second with
 the optimizer's state); recorded is the largest extra memory beyond the built
@@ -57,16 +59,23 @@ SAMPLE_RATE = 44100
 SLOW_SECONDS = 10.0
 NODES = ("Encoder", "MaskNet", "Decoder")
 
+PERFORMER = "performer_mixit.yaml"
+TDCONVNET = "asteroid_convtasnet_mixit.yaml"
 FAVOR, EXACT = "Performer, favor", "Performer, softmax"
 ASTEROID, DEFAULTS = "Asteroid, kernel 88", "Asteroid, kernel 16"
+FAVOR_BF16, ASTEROID_BF16 = f"{FAVOR}, bf16", f"{ASTEROID}, bf16"
 CANDIDATES = {
-    FAVOR: ("performer_mixit.yaml", {"attention": "favor"}),
-    EXACT: ("performer_mixit.yaml", {"attention": "softmax"}),
-    "Performer, auto": ("performer_mixit.yaml", {"attention": "auto"}),
+    FAVOR: (PERFORMER, {"attention": "favor"}),
+    EXACT: (PERFORMER, {"attention": "softmax"}),
+    "Performer, auto": (PERFORMER, {"attention": "auto"}),
+    FAVOR_BF16: (PERFORMER, {"attention": "favor"}),
     "SpeechBrain, kernel 88": ("convtasnet_mixit.yaml", {}),
-    ASTEROID: ("asteroid_convtasnet_mixit.yaml", {}),
-    DEFAULTS: ("asteroid_convtasnet_mixit.yaml", {"kernel_size": 16}),
+    ASTEROID: (TDCONVNET, {}),
+    ASTEROID_BF16: (TDCONVNET, {}),
+    DEFAULTS: (TDCONVNET, {"kernel_size": 16}),
 }
+# Candidates under autocast, and their precision of float32 products.
+BF16 = {FAVOR_BF16: "medium", ASTEROID_BF16: "high"}
 
 # Seconds -> candidate -> how many times slower than the Performer with FAVOR+
 # it is to be at least, and how many times its memory it is to need. At 3 s
@@ -114,12 +123,17 @@ def make_mixtures(batch_size, seconds, device):
     return 0.1 * noise.to(device)
 
 
-def train_step(modules, optimizer, mixtures):
+def train_step(name, modules, optimizer, mixtures):
     """One step of MixIT training."""
     encoder, masknet, decoder = modules
+    torch.set_float32_matmul_precision(BF16.get(name, "high"))
     optimizer.zero_grad(set_to_none=True)
-    est_source, _ = separate(mixtures.sum(1), encoder, masknet, decoder)
-    mixit_loss(est_source, mixtures)[0].mean().backward()
+    with torch.autocast(
+        mixtures.device.type, torch.bfloat16, enabled=name in BF16
+    ):
+        est_source, _ = separate(mixtures.sum(1), encoder, masknet, decoder)
+        loss = mixit_loss(est_source, mixtures)[0].mean()
+    loss.backward()
     optimizer.step()
 
 
@@ -141,7 +155,7 @@ def make_step(name, num_spks, device):
     """A function of mixtures that makes a step, and its modules."""
     modules = build(name, num_spks, device)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-4, fused=True)
-    return functools.partial(train_step, modules, optimizer), modules
+    return functools.partial(train_step, name, modules, optimizer), modules
 
 
 def cost_of(name, args, seconds):
@@ -245,6 +259,11 @@ def report(seconds, costs, reasons, times):
         "times its memory",
         "",
     ]
+    peers = [medians[x] for x in (ASTEROID, ASTEROID_BF16) if x in costs]
+    if ASTEROID in targets and peers and FAVOR_BF16 in costs:
+        what = f"{ASTEROID}, the faster of its two: times slower than bf16"
+        measured = min(peers) / medians[FAVOR_BF16]
+        lines.append(verdict(what, measured, targets[ASTEROID][0]))
     if FAVOR in costs:
         share = 100 * medians[LOSS] / medians[FAVOR]
         what = "share of the MixIT loss in a step of favor, %"

@@ -47,3 +47,12 @@ def device(request):
 def seed():
     """The same random numbers whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def matmul_precision():
+    """The precision of matrix products, which recipes set, whatever ran."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    if torch.get_float32_matmul_precision() != before:
+        torch.set_float32_matmul_precision(before)

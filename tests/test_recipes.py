@@ -207,6 +207,7 @@ def test_redraw_is_the_same_for_equal_seed_and_step(songs, tmp_path):
     "more",
     (
         {"precision": "bf16"},
+        {"precision": "bf16", "matmul_precision": "medium"},
         {"checkpointing": True},
         {"grad_accumulation_factor": 2, "max_grad_norm": -1},
         {"mixit_objective": "mse", "assign_by": "si_snr"},
@@ -341,6 +342,7 @@ def test_all_files_failing_stops(tmp_path):
         ({"learning_rate": 1}, "learning_rate.*hparams"),
         ({"batch_size": 1000}, "batch_size"),
         ({"selection_metric": "sisnri"}, "selection_metric.*si_snri.*sisnri"),
+        ({"matmul_precision": "bf16"}, "matmul_precision.*medium.*'bf16'"),
         ({"mask_activation": "tanh"}, "mask_activation.*softmax.*tanh"),
         ({"mixit_objective": "sdr"}, "objective.*snr.*sdr"),
     ),

@@ -105,6 +105,7 @@ dataset: demo
 test_folder: null
 test_dataset: stems
 sample_rate: 8000  # Hz
+matmul_precision: high
 segment_seconds: 3.0
 number_of_epochs: 100
 early_stop_epochs: 10
@@ -287,7 +288,7 @@ def test_overrides_reach_the_right_trainings(repository):
         *("--lengths", "3", "--losses", "mixit"),
         *("--lr=0.5", "--performer.d_model=32", "--performer.num_spks=4"),
         *("--convtasnet.num_channels=4", "--mae.mask_ratio=0.5"),
-        *("--precision=bf16", "--compile=True"),
+        *("--precision=bf16", "--compile=True", "--matmul_precision=medium"),
         "--convtasnet.eval_precision=fp16",
     )
     keys = {call["name"]: keys_of(call) for call in calls(repository)}
@@ -299,6 +300,8 @@ def test_overrides_reach_the_right_trainings(repository):
     assert pretrain["precision"] == "bf16" and pretrain["compile"] == "True"
     assert [k["lr"] for k in keys.values()] == ["0.5"] * 3
     assert [k["precision"] for k in keys.values()] == ["bf16"] * 3
+    products = [pretrain, *keys.values()]
+    assert all(k["matmul_precision"] == "medium" for k in products)
     assert [k.get("d_model") for k in keys.values()] == ["32", "32", None]
     assert [k.get("num_spks") for k in keys.values()] == ["4", "4", None]
     assert [k.get("num_channels") for k in keys.values()] == [None, None, "4"]

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from trackformer_sb.nnet import favor
+from trackformer_sb.nnet.dropout import Dropout
 
 ATTENTION_KINDS = ("favor", "softmax", "auto")
 
@@ -151,7 +152,7 @@ class SelfAttention(nn.Module):
         self.causal = causal
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         # sigmoid(0) * 2: a temperature of 1 to begin with
         self.temperature = nn.Parameter(torch.zeros(nhead))
         self.register_buffer(
@@ -261,7 +262,7 @@ class PerformerLayer(nn.Module):
             nn.Linear(d_model, d_ffn),
             nn.GELU(),
             nn.Linear(d_ffn, d_model),
-            nn.Dropout(dropout),
+            Dropout(dropout),
         )
 
     def forward(self, x, key_padding_mask=None):

@@ -23,6 +23,8 @@ logger = get_logger(__name__)
 # What torch says in a RuntimeError when memory on the CPU is used up.
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
 
+MATMUL_PRECISIONS = ("highest", "high", "medium")
+
 # Keys that a training may go on with other values of.
 MAY_CHANGE = (
     "number_of_epochs",
@@ -34,6 +36,7 @@ MAY_CHANGE = (
     "eval_loader_options",
     "ckpt_interval_minutes",
     "precision",
+    "matmul_precision",
     "compile_module_keys",
     "checkpointing",
 )
@@ -51,6 +54,9 @@ class Experiment(NamedTuple):
 
 def load_experiment(argv, selection_metrics):
     """Reads the command line and the yaml; writes nothing.
+
+    Sets the precision of float32 matrix products of this process, the yaml's
+    ``matmul_precision`` (``torch.set_float32_matmul_precision``).
 
     Arguments
     ---------
@@ -77,6 +83,14 @@ def load_experiment(argv, selection_metrics):
             f"selection_metric must be one of {', '.join(selection_metrics)}, "
             f"got {hparams['selection_metric']!r}"
         )
+    # what torch does not know it would leave out with a warning
+    precision = hparams.get("matmul_precision", "high")
+    if precision not in MATMUL_PRECISIONS:
+        raise ValueError(
+            f"matmul_precision must be one of {', '.join(MATMUL_PRECISIONS)}, "
+            f"got {precision!r}"
+        )
+    torch.set_float32_matmul_precision(precision)
     hparams["checkpointer"].check_fits()
     if hparams["checkpointer"].find_checkpoint() is not None:
         check_same(hparams_file, overrides, hparams["output_folder"])

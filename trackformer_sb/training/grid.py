@@ -53,6 +53,7 @@ RUN_OPTIONS = (
 SHARED_KEYS = (
     "split_ratio",
     "num_workers",
+    "matmul_precision",
     "sample_rate",
     "n_fft",
     "hop_length",
