@@ -17,7 +17,9 @@ With features ``phi``, state ``S = sum_j phi(k_j) [v_j, 1]'`` and
 
 Stabilisers, subtracted from exponents, are the largest one of a frame for
 queries, of the sequence for keys. They cancel in ``o_i``; ``psi`` is ``phi``
-with ``log d_i`` added to them.
+with ``log d_i`` added to them. Where inputs are too small to need any, features
+are bare exponentials: ``exp(-|k_j|^2 / 2)`` goes with ``[v_j, 1]``, and ``1 /
+d_i`` with ``h_i``, which have fewer channels.
 """
 
 import itertools
@@ -32,6 +34,9 @@ from torch.nn import functional as F
 # faster. GPUs want large products, and have the memory; theirs is a guess.
 BLOCK_FEATURES = {"cpu": 2**20, "cuda": 2**26}
 MIN_BLOCK = 64
+# Exponents and norms up to which no stabiliser is needed: sums of products of
+# two features and exp(-|k_j|^2 / 2) stay far from both limits of float32.
+MAX_BARE_EXPONENT, MAX_BARE_NORM = 30.0, 6.0
 
 
 def _is_mirrored(projection):
@@ -43,9 +48,25 @@ def _is_mirrored(projection):
     return torch.equal(projection[half:], -projection[:half])
 
 
+def _are_small(rows, *inputs):
+    """Whether no exponent of the inputs can be large."""
+    # elsewhere the comparison would wait for the device
+    if rows.device.type != "cpu" or not all(x.numel() for x in inputs):
+        return False
+    longest = max(torch.linalg.vector_norm(x, dim=-1).max() for x in inputs)
+    exponent = longest * torch.linalg.vector_norm(rows, dim=-1).max()
+    return bool(longest <= MAX_BARE_NORM and exponent <= MAX_BARE_EXPONENT)
+
+
 def _take(x, block):
     """Frames of [batch, heads, frames, dim] as [sequences, block, dim]."""
-    return x[:, :, block].flatten(0, 1)
+    return None if x is None else x[:, :, block].flatten(0, 1)
+
+
+def _pad(value, scale):
+    """Values with a one, which sums up the weights, in a last channel."""
+    padded = F.pad(value, (0, 1), value=1)
+    return padded if scale is None else padded.mul_(scale)
 
 
 def _put(x, block, part):
@@ -97,26 +118,33 @@ class _Features:
             largest = largest.maximum(-exponent.amin(-1, keepdim=True))
         return largest
 
-    def features(self, exponent, offset):
+    def features(self, exponent, offset=None):
         """exp(exponent - offset), [sequences, block, n_features]."""
         features = self.room(1, exponent, self.n_features)
         half = exponent.shape[-1]
-        torch.sub(exponent, offset, out=features[..., :half])
+        first, second = features[..., :half], features[..., half:]
+        if offset is None:
+            torch.exp(exponent, out=first)
+            if self.mirrored:
+                torch.reciprocal(first, out=second)
+            return features
+        torch.sub(exponent, offset, out=first)
         if self.mirrored:
-            torch.sub(-offset, exponent, out=features[..., half:])
+            torch.sub(-offset, exponent, out=second)
         return features.exp_()
 
-    def to_exponents(self, features, grad, state):
-        """Gradient of the exponents, from that of the result."""
-        room = self.room(0, features, self.n_features)
-        return torch.bmm(grad, state, out=room).mul_(features)
-
-    def to_inputs(self, gradient):
-        """Gradient of the inputs, from that of the exponents."""
-        if self.mirrored:
-            half = self.rows.shape[0]
-            gradient = gradient[..., :half].sub_(gradient[..., half:])
-        return gradient @ self.rows
+    def to_inputs(self, features, grad, state):
+        """Gradient of the inputs, from that of the result."""
+        gradient = self.room(0, features, self.n_features)
+        torch.bmm(grad, state, out=gradient)
+        if not self.mirrored:
+            return gradient.mul_(features) @ self.rows
+        half = self.rows.shape[0]
+        first = gradient[..., :half].mul_(features[..., :half])
+        return (
+            first.addcmul_(gradient[..., half:], features[..., half:], value=-1)
+            @ self.rows
+        )
 
 
 class BlockedFavor(torch.autograd.Function):
@@ -148,12 +176,16 @@ class BlockedFavor(torch.autograd.Function):
         mirrored = _is_mirrored(projection)
         rows = projection[: n_features // 2] if mirrored else projection
         kernel = _Features(query, key, rows, mirrored)
+        small = _are_small(rows, query, key)
         limits = torch.finfo(query.dtype)
 
-        key_offset = key.square().sum(-1, keepdim=True).div_(2)
+        # what to subtract from exponents, or else what to multiply values with
+        key_offset, key_scale = key.square().sum(-1, keepdim=True).div_(2), None
         if key_padding_mask is not None:
             mask = key_padding_mask[:, None, :, None]
             key_offset.masked_fill_(mask, torch.inf)
+        if small:
+            key_offset, key_scale = None, key_offset.neg_().exp_()
         channels = value.shape[-1] + 1
         state = query.new_zeros(sequences, channels, n_features)
         # not -inf, whose difference from itself is not a number
@@ -161,33 +193,38 @@ class BlockedFavor(torch.autograd.Function):
         for block in kernel.blocks(key):
             exponent = kernel.exponents(_take(key, block))
             offset = _take(key_offset, block)
-            before = largest
-            largest = kernel.largest(exponent) - offset
-            largest = largest.amax(-2, keepdim=True).maximum(before)
-            phi = kernel.features(exponent, offset + largest)
-            state.mul_((before - largest).exp())
-            # a value of one in the last channel sums up the weights
-            padded = F.pad(_take(value, block), (0, 1), value=1)
+            if not small:
+                before = largest
+                largest = kernel.largest(exponent) - offset
+                largest = largest.amax(-2, keepdim=True).maximum(before)
+                offset = offset + largest
+                state.mul_((before - largest).exp())
+            phi = kernel.features(exponent, offset)
+            padded = _pad(_take(value, block), _take(key_scale, block))
             state.baddbmm_(padded.mT, phi)
-        key_offset += largest.view(batch, heads, 1, 1)
+        if not small:
+            key_offset += largest.view(batch, heads, 1, 1)
 
         # frames before heads: a caller who joins the heads need not copy
         output = query.new_empty(batch, frames, heads, value.shape[-1])
         output = output.transpose(1, 2)
-        query_offset = query.new_empty(batch, heads, frames, 1)
+        # the like of queries, for the gradient of their output
+        query_factor = query.new_empty(batch, heads, frames, 1)
         for block in kernel.blocks(query):
             exponent = kernel.exponents(_take(query, block))
-            offset = kernel.largest(exponent)
+            offset = None if small else kernel.largest(exponent)
             mixed = kernel.features(exponent, offset) @ state.mT
             weight = mixed[..., -1:]
             seen = weight >= limits.tiny
-            # with no weight: zero, and an offset that makes psi zero
+            # with no weight: zero, and a factor that makes psi zero
             weight = weight.where(seen, torch.inf)
             _put(output, block, mixed[..., :-1] / weight)
-            _put(query_offset, block, offset + weight.log())
+            part = weight.reciprocal() if small else offset + weight.log()
+            _put(query_factor, block, part)
         ctx.save_for_backward(
             *(query, key, value, rows, output, state),
-            *(query_offset, key_offset),
+            *((None, query_factor) if small else (query_factor, None)),
+            *(key_offset, key_scale),
         )
         ctx.mirrored = mirrored
         return output
@@ -196,8 +233,8 @@ class BlockedFavor(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         """The equations of the module, block by block."""
-        query, key, value, rows, output, state, *offsets = ctx.saved_tensors
-        query_offset, key_offset = offsets
+        query, key, value, rows, output, state, *more = ctx.saved_tensors
+        query_offset, query_scale, key_offset, key_scale = more
         grad_query, grad_key, grad_value = (
             torch.empty_like(x) for x in (query, key, value)
         )
@@ -211,19 +248,22 @@ class BlockedFavor(torch.autograd.Function):
                 grad = _take(grad_output, block)
                 inner = (grad * _take(output, block)).sum(-1, keepdim=True)
                 grad = torch.cat([grad, -inner], -1)
+                if query_scale is not None:
+                    grad.mul_(_take(query_scale, block))
                 grad_state.baddbmm_(grad.mT, psi)
-                grad = kernel.to_exponents(psi, grad, state)
-                _put(grad_query, block, kernel.to_inputs(grad))
+                _put(grad_query, block, kernel.to_inputs(psi, grad, state))
             for block in kernel.blocks(key):
                 part = _take(key, block)
                 exponent = kernel.exponents(part)
                 phi = kernel.features(exponent, _take(key_offset, block))
-                padded = F.pad(_take(value, block), (0, 1), value=1)
+                scale = _take(key_scale, block)
+                padded = _pad(_take(value, block), scale)
                 grad = phi @ grad_state.mT
-                _put(grad_value, block, grad[..., :-1])
+                wanted = grad[..., :-1]
+                wanted = wanted if scale is None else wanted * scale
+                _put(grad_value, block, wanted)
                 # the exponents of a key sum up to that of its norm
                 inner = (grad * padded).sum(-1, keepdim=True)
-                grad = kernel.to_exponents(phi, padded, grad_state)
-                grad = kernel.to_inputs(grad).addcmul_(part, inner, value=-1)
-                _put(grad_key, block, grad)
+                grad = kernel.to_inputs(phi, padded, grad_state)
+                _put(grad_key, block, grad.addcmul_(part, inner, value=-1))
         return grad_query, grad_key, grad_value, None, None
