@@ -119,6 +119,19 @@ def test_separate_group_follows_the_others_after_its_freeze(
     )
 
 
+@pytest.mark.parametrize(
+    ("share", "frozen"), [(0.3, 3), (0.25, 3), (0.01, 1), (0.99, 10)]
+)
+def test_a_freeze_below_one_is_a_share_of_all_steps(share, frozen):
+    optimizer = adamw()
+    chosen = optimizer.param_groups[0]["params"][:2]
+    separate_group(optimizer, chosen, freeze_steps=share)
+    schedule = cosine_schedule(optimizer, 10, 1e-5)
+    others, apart = rates(optimizer, schedule, 12)
+    assert all(others)
+    assert apart == [0.0] * frozen + others[frozen:]
+
+
 @given(chosen=st.sets(st.integers(0, 5)))
 def test_every_parameter_stays_in_one_group_and_in_order(chosen):
     optimizer = adamw(count=6)

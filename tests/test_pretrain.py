@@ -400,9 +400,9 @@ def test_separator_starts_from_what_its_header_makes():
     assert encoder["experiment"] == yaml_name.removesuffix(".yaml")
     place = f"results/{encoder['experiment']}/<seed>/encoder"
     assert f"\npretrained_encoder: !ref {place}  #" in text
-    # trained at the rate of all else, and at once
+    # trained at the rate of all else, once the masknet's head fits to it
     assert separator["pretrained_lr_scale"] == "1.0"
-    assert separator["pretrained_freeze_steps"] == "0"
+    assert separator["pretrained_freeze_steps"] == "0.06"
 
 
 @pytest.mark.parametrize("yaml_name", PRETRAINING_YAMLS)
@@ -660,6 +660,7 @@ def test_gradients_are_clipped_as_with_one_group(
                     out,
                     pretrained / "encoder",
                     pretrained_lr_scale=lr_scale,
+                    pretrained_freeze_steps=0,
                     max_grad_norm=0.01,
                 )
             )

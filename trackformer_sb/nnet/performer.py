@@ -54,9 +54,9 @@ def sinusoidal_positions(frames, d_model, device=None, start=0):
 def auto_max_exact_frames(n_features, causal=False):
     """Up to how many frames ``attention: auto`` is exact.
 
-    Forward and backward of SelfAttention cost the same at 460 to 540 frames with
-    256 features and at 300 with 128, for 4 and for 8 heads of 64 (2 CPU cores,
-    float32). Where a frame sees the past only, exact attention does half
+    Forward and backward of SelfAttention cost the same at 460 to 540 frames
+    with 256 features and at 300 with 128, for 4 and for 8 heads of 64 (2 CPU
+    cores, float32). Where a frame sees the past only, exact attention does half
     the work and FAVOR+ more: at about 2800 frames with 256 features, 1500 with
     128 and 970 with 64, for 8 heads.
 

@@ -59,6 +59,8 @@ def cosine_schedule(optimizer, num_steps, lr_final, warmup_steps=0):
     def of_group(group):
         scale = group.get("lr_scale", 1.0)
         frozen = group.get("freeze_steps", 0)
+        if frozen < 1:
+            frozen *= num_steps
         return lambda step: scale * factor(step) if step >= frozen else 0.0
 
     return torch.optim.lr_scheduler.LambdaLR(
@@ -90,8 +92,8 @@ def separate_group(optimizer, parameters, lr_scale=1.0, freeze_steps=0):
         What to separate.
     lr_scale : float
         Their learning rate as a share of that of the others.
-    freeze_steps : int
-        Steps for which they do not change.
+    freeze_steps : int or float
+        Steps for which they do not change; below 1 a share of all steps.
 
     Raises
     ------
