@@ -1,8 +1,10 @@
 """Trainings side by side: what they reach, and how soon.
 
     python benchmarks/compare_runs.py RUN_FOLDER [RUN_FOLDER ...] --title TEXT
+    python benchmarks/compare_runs.py --pairs REFERENCE RUN [REFERENCE RUN ...]
 
-The folders are output folders of recipes/train.py; the first is the reference.
+The folders are output folders of recipes/train.py; the first is the reference,
+with --pairs every other one is that of the next: for several seeds and lengths.
 "Reached after" is the share of the reference's optimizer steps after which a
 run's validation loss is for the first time at or below the reference's last
 one, read off the validations, between which nothing is assumed: train with
@@ -15,6 +17,7 @@ import argparse
 import json
 import pathlib
 import sys
+from statistics import mean
 
 from common import Record, add_arguments, say, table
 from real_music import plain_values, shown, training_command
@@ -60,33 +63,27 @@ def reached_after(history, reference):
     return steps[0] / reference[-1]["step"] if steps else None
 
 
-def main():
-    """Compares runs and writes the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, "compare_runs")
-    parser.add_argument("run_folders", type=pathlib.Path, nargs="+")
-    parser.add_argument("--title", default="Trainings side by side")
-    parser.add_argument("--note", default="", help="a paragraph of its own")
-    args = parser.parse_args()
-    record = Record(args.title, __doc__, args.output, args.device)
-    folders = [folder.resolve() for folder in args.run_folders]
-    # as short as they can be told apart
-    depth = 1
-    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
-        depth += 1
-        if depth > max(len(folder.parts) for folder in folders):
-            parser.error("a run folder is given twice")
-    runs = {"/".join(folder.parts[-depth:]): load(folder) for folder in folders}
+def check_same(first, values, name, other):
+    """Exits where two runs cannot be compared."""
+    for key in SAME:
+        if other.get(key) != values.get(key):
+            sys.exit(
+                f"{key}: expected {values.get(key)} as in {first}, got "
+                f"{other.get(key)} in {name}"
+            )
+
+
+def percent(share):
+    """A share of steps, or that there is none."""
+    return "never" if share is None else f"{100 * share:.0f} %"
+
+
+def side_by_side(runs):
+    """Blocks of markdown: runs against the first of them."""
     (first, (reference, values)), *_ = runs.items()
-    for name, (_, other) in runs.items():
-        for key in SAME:
-            if other.get(key) != values.get(key):
-                sys.exit(
-                    f"{key}: expected {values.get(key)} as in {first}, got "
-                    f"{other.get(key)} in {name}"
-                )
     rows, curves = [], {}
-    for name, (metrics, _) in runs.items():
+    for name, (metrics, other) in runs.items():
+        check_same(first, values, name, other)
         history = metrics["history"]
         share = reached_after(history, reference["history"])
         rows.append(
@@ -95,7 +92,7 @@ def main():
                 int(history[-1]["step"]),
                 f"{metrics['total_seconds'] / 60:.1f}",
                 f"{loss_of(history[-1]):.3f}",
-                "never" if share is None else f"{100 * share:.0f} %",
+                percent(share),
                 *(shown(metrics[key]) for key in MEASURES),
             ]
         )
@@ -107,11 +104,92 @@ def main():
         [step, *(f"{found[n]:.3f}" if n in found else "-" for n in runs)]
         for step, found in sorted(curves.items())
     ]
-    blocks = [
-        *([args.note] if args.note else []),
+    return [
         table(header, rows),
         "## Validation loss (MixIT) by step",
         table(["step", *runs], points),
+    ]
+
+
+def pair_by_pair(runs):
+    """Blocks of markdown: every other run against the one before, and means."""
+    rows, lengths, curves = [], {}, []
+    names = list(runs)
+    for first, name in zip(names[::2], names[1::2], strict=True):
+        (reference, values), (metrics, other) = runs[first], runs[name]
+        check_same(first, values, name, other)
+        history, before = metrics["history"], reference["history"]
+        share = reached_after(history, before)
+        found = [loss_of(history[-1]) - loss_of(before[-1])]
+        found += [metrics[key] - reference[key] for key in MEASURES]
+        lengths.setdefault(values["segment_seconds"], []).append((share, found))
+        rows.append(
+            [
+                f"{first}, {name}",
+                int(before[-1]["step"]),
+                f"{loss_of(before[-1]):.3f} {loss_of(history[-1]):.3f}",
+                percent(share),
+                *(
+                    f"{shown(reference[key])} {shown(metrics[key])}"
+                    for key in MEASURES
+                ),
+            ]
+        )
+        curves += [
+            f"- {x}: " + " ".join(f"{loss_of(row):.3f}" for row in y)
+            for x, y in ((first, before), (name, history))
+        ]
+    means = []
+    for seconds, pairs in sorted(lengths.items()):
+        shares = [share for share, _ in pairs if share is not None]
+        reached = f"{100 * mean(shares):.0f} %" if shares else "-"
+        if len(shares) < len(pairs):
+            reached += f", {len(pairs) - len(shares)} of {len(pairs)} never"
+        columns = zip(*(found for _, found in pairs), strict=True)
+        loss, *differences = (mean(column) for column in columns)
+        means.append(
+            [
+                f"{seconds:g} s",
+                len(pairs),
+                f"{loss:+.3f}",
+                reached,
+                *(f"{difference:+.2f}" for difference in differences),
+            ]
+        )
+    header = ["pair", "steps", "last validation losses", "reached after"]
+    mean_header = ["segments", "pairs", "validation loss", "reached after"]
+    return [
+        table([*header, *MEASURES], rows),
+        "## Mean differences to the references",
+        table([*mean_header, *MEASURES], means),
+        "## Validation losses (MixIT), epoch by epoch",
+        "\n".join(curves),
+    ]
+
+
+def main():
+    """Compares runs and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser, "compare_runs")
+    parser.add_argument("run_folders", type=pathlib.Path, nargs="+")
+    parser.add_argument("--pairs", action="store_true")
+    parser.add_argument("--title", default="Trainings side by side")
+    parser.add_argument("--note", default="", help="a paragraph of its own")
+    args = parser.parse_args()
+    if args.pairs and len(args.run_folders) % 2:
+        parser.error("expected an even number of run folders with --pairs")
+    record = Record(args.title, __doc__, args.output, args.device)
+    folders = [folder.resolve() for folder in args.run_folders]
+    # as short as they can be told apart
+    depth = 1
+    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
+        depth += 1
+        if depth > max(len(folder.parts) for folder in folders):
+            parser.error("a run folder is given twice")
+    runs = {"/".join(folder.parts[-depth:]): load(folder) for folder in folders}
+    blocks = [
+        *([args.note] if args.note else []),
+        *(pair_by_pair if args.pairs else side_by_side)(runs),
         "## Commands, rebuilt from what the runs left behind",
         "\n".join(
             f"    {training_command(folder)}" for folder in args.run_folders
