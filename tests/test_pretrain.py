@@ -402,7 +402,7 @@ def test_separator_starts_from_what_its_header_makes():
     assert f"\npretrained_encoder: !ref {place}  #" in text
     # trained at the rate of all else, once the masknet's head fits to it
     assert separator["pretrained_lr_scale"] == "1.0"
-    assert separator["pretrained_freeze_steps"] == "0.06"
+    assert separator["pretrained_freeze_steps"] == "0.1"
 
 
 @pytest.mark.parametrize("yaml_name", PRETRAINING_YAMLS)
