@@ -36,6 +36,7 @@ from trackformer_sb.nnet.transfer import (
 from trackformer_sb.objectives import metrics
 from trackformer_sb.objectives.regularizers import (
     diversity_loss,
+    mask_count_loss,
     sparsity_loss,
 )
 from trackformer_sb.training import figures
@@ -102,16 +103,18 @@ class Separation(MusicBrain):
         )
 
     def compute_objectives(self, predictions, batch, stage):
-        """MixIT, diversity and sparsity loss; in evaluation measures too."""
+        """MixIT and the losses beside it; in evaluation measures too."""
         mixtures = batch.mixtures.data
         est_source, est_mask = (
             predictions[0][: len(mixtures)],
             predictions[1][:, : len(mixtures)],
         )
         parts = {"mixit": self.hparams.loss(est_source, mixtures)[0]}
+        masks = est_mask.transpose(0, 1)
         if self.hparams.lambda_diversity:
-            masks = est_mask.transpose(0, 1)
             parts["diversity"] = diversity_loss(masks)
+        if getattr(self.hparams, "lambda_mask_count", 0):
+            parts["mask_count"] = mask_count_loss(masks)
         if self.hparams.lambda_sparsity:
             mix = mixtures.sum(1)
             parts["sparsity"] = sparsity_loss(est_source, mix)

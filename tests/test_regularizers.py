@@ -6,9 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trackformer_sb.objectives.metrics import effective_mask_count
 from trackformer_sb.objectives.regularizers import (
     diversity_loss,
     mask_cosines,
+    mask_count_loss,
     mask_gram,
     sparsity_loss,
 )
@@ -170,6 +172,61 @@ def test_half_precision_levels_are_summed_in_single(dtype):
     torch.testing.assert_close(
         value, sparsity_loss(est_source.float(), mix.float())
     )
+
+
+# -- number of masks
+
+
+@given(num=st.integers(1, 6), seed=SEEDS)
+def test_mask_count_is_the_measure_of_that_name(num, seed):
+    torch.manual_seed(seed)
+    masks = torch.rand(2, num, 7, 6) * torch.logspace(0, -3, num)[:, None, None]
+    count = mask_count_loss(masks)
+    torch.testing.assert_close(
+        count, effective_mask_count(masks), atol=1e-4, rtol=1e-4
+    )
+    assert (count >= 1).all() and (count <= num + 1e-5).all()
+
+
+def test_mask_count_sees_masks_that_sparsity_does_not():
+    equal, single = torch.full((1, 4, 9), 0.25), torch.zeros(1, 4, 9)
+    single[:, 0] = 1.0
+    mix = torch.randn(1, 9)
+    sparsity = [sparsity_loss(m * mix[:, None], mix) for m in (equal, single)]
+    torch.testing.assert_close(*sparsity, atol=1e-4, rtol=0)
+    assert mask_count_loss(equal).item() == pytest.approx(4)
+    assert mask_count_loss(single).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_descending_on_the_mask_count_leaves_fewer_masks():
+    logits = torch.randn(1, 6, 40, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    counts = []
+    for _ in range(100):
+        count = mask_count_loss(logits.softmax(1)).sum()
+        counts.append(count.item())
+        optimizer.zero_grad()
+        count.backward()
+        optimizer.step()
+    assert counts[0] > 5 and counts[-1] < 1.5
+
+
+@pytest.mark.parametrize("zeros", ["one mask", "all masks"])
+def test_masks_of_zeros_have_a_count_and_finite_gradients(zeros):
+    masks = torch.rand(2, 3, 5, 4)
+    masks[:, : 1 if zeros == "one mask" else 3] = 0.0
+    masks.requires_grad_()
+    count = mask_count_loss(masks)
+    count.sum().backward()
+    assert count.isfinite().all() and masks.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_masks_are_counted_in_single(dtype):
+    masks = torch.rand(2, 3, 200, 100).to(dtype)
+    count = mask_count_loss(masks)
+    assert count.dtype == torch.float32
+    torch.testing.assert_close(count, mask_count_loss(masks.float()))
 
 
 def test_inputs_are_left_alone():

@@ -586,6 +586,18 @@ def test_diversity_and_sparsity_reach_the_weights(stock_yaml):
         assert (gradient - gradients[0]).norm() > 1e-3
 
 
+def test_the_mask_count_is_added_where_it_has_a_weight():
+    masknet = torch.nn.Identity()
+    mix, sources = torch.randn(1, 50, 1), torch.randn(1, 50, 2)
+    loss = RegularizedLoss(
+        *(lambda targets, predictions: torch.zeros(1), masknet),
+        *(0.0, 0.0, 0.5),
+    )
+    # two masks of which both let all pass
+    masknet(torch.ones(2, 1, 65, 50))
+    assert loss(mix, sources).item() == pytest.approx(1.0)
+
+
 def test_mixit_alone_needs_no_adaptor(stock_yaml):
     text = stock_yaml("wsj0mix_stft").replace(
         "!name:speechbrain.nnet.losses.get_si_snr_with_pitwrapper",

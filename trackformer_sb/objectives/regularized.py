@@ -6,6 +6,7 @@ which the diversity loss needs, do not leave the forward pass there.
 
 from trackformer_sb.objectives.regularizers import (
     diversity_loss,
+    mask_count_loss,
     sparsity_loss,
 )
 
@@ -13,10 +14,11 @@ from trackformer_sb.objectives.regularizers import (
 class RegularizedLoss:
     """A loss of a SpeechBrain recipe plus diversity and sparsity losses.
 
-    ``loss + lambda_diversity * diversity + lambda_sparsity * sparsity``, in
-    the signature of the recipe. Whenever the masknet is called in training
-    mode its masks are kept for the loss of that step. In evaluation mode the
-    loss is the recipe's own, so that it can be compared between experiments.
+    ``loss + lambda_diversity * diversity + lambda_sparsity * sparsity
+    + lambda_mask_count * mask_count``, in the signature of the recipe. Whenever
+    the masknet is called in training mode its masks are kept for the loss of
+    that step. In evaluation mode the loss is the recipe's own, so that it can
+    be compared between experiments.
 
     Arguments
     ---------
@@ -31,6 +33,8 @@ class RegularizedLoss:
     lambda_sparsity : float
         Weight of ``sparsity_loss`` of the predictions, relative to the sum of
         the targets.
+    lambda_mask_count : float
+        Weight of ``mask_count_loss`` of the masks.
 
     Raises
     ------
@@ -53,12 +57,18 @@ class RegularizedLoss:
     """
 
     def __init__(
-        self, loss, masknet, lambda_diversity=0.1, lambda_sparsity=0.1
+        self,
+        loss,
+        masknet,
+        lambda_diversity=0.1,
+        lambda_sparsity=0.1,
+        lambda_mask_count=0.0,
     ):
         self.loss = loss
         self.masknet = masknet
         self.lambda_diversity = lambda_diversity
         self.lambda_sparsity = lambda_sparsity
+        self.lambda_mask_count = lambda_mask_count
         self._masks = None
         masknet.register_forward_hook(self._keep)
 
@@ -90,10 +100,10 @@ class RegularizedLoss:
             )
         # not kept: the graph of a step ends with the step
         masks, self._masks = self._masks, None
-        diversity = diversity_loss(masks.transpose(0, 1))
+        masks = masks.transpose(0, 1)
         sparsity = sparsity_loss(predictions.transpose(1, 2), targets.sum(-1))
-        return (
-            loss
-            + self.lambda_diversity * diversity
-            + self.lambda_sparsity * sparsity
-        )
+        loss = loss + self.lambda_diversity * diversity_loss(masks)
+        loss = loss + self.lambda_sparsity * sparsity
+        if self.lambda_mask_count:
+            loss = loss + self.lambda_mask_count * mask_count_loss(masks)
+        return loss

@@ -118,6 +118,40 @@ def sparsity_loss(est_source, mix=None):
     return level / _level(mix)
 
 
+def mask_count_loss(masks):
+    """How many masks are in use, ``exp(H(p))`` with p the shares of energy.
+
+    H is the entropy. ``sparsity_loss`` is least for one source that is the
+    mixture, and for N that are each an Nth of it: it does not tell how many
+    there are. Not of the Trackformer paper.
+
+    Arguments
+    ---------
+    masks : torch.Tensor
+        [batch, N, ...].
+
+    Returns
+    -------
+    torch.Tensor
+        [batch], from 1 (one mask has all the energy) to N.
+
+    Example
+    -------
+    >>> masks = torch.tensor([[[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]])
+    >>> mask_count_loss(masks)
+    tensor([2.0000])
+    """
+    norm = torch.linalg.vector_norm(
+        masks, dim=tuple(range(2, masks.dim())), dtype=_accumulate(masks)
+    )
+    energy = norm.square()
+    # the slope of the entropy has no end where a mask is zero
+    floor = 1e-8 * energy.sum(1, keepdim=True) + torch.finfo(energy.dtype).tiny
+    energy = energy + floor
+    share = energy / energy.sum(1, keepdim=True)
+    return torch.special.entr(share).sum(1).exp()
+
+
 def _level(sig):
     """Root mean square over time, [..., time] -> [...]."""
     norm = torch.linalg.vector_norm(sig, dim=-1, dtype=_accumulate(sig))
@@ -125,4 +159,5 @@ def _level(sig):
 
 
 def _accumulate(sig):
+    """The type to sum up in."""
     return torch.float32 if sig.dtype.itemsize < 4 else sig.dtype
