@@ -78,6 +78,11 @@ def percent(share):
     return "never" if share is None else f"{100 * share:.0f} %"
 
 
+def difference(value, reference):
+    """Of two measures; None where there are no stems to measure on."""
+    return None if None in (value, reference) else value - reference
+
+
 def side_by_side(runs):
     """Blocks of markdown: runs against the first of them."""
     (first, (reference, values)), *_ = runs.items()
@@ -121,7 +126,7 @@ def pair_by_pair(runs):
         history, before = metrics["history"], reference["history"]
         share = reached_after(history, before)
         found = [loss_of(history[-1]) - loss_of(before[-1])]
-        found += [metrics[key] - reference[key] for key in MEASURES]
+        found += [difference(metrics[x], reference[x]) for x in MEASURES]
         lengths.setdefault(values["segment_seconds"], []).append((share, found))
         rows.append(
             [
@@ -146,14 +151,16 @@ def pair_by_pair(runs):
         if len(shares) < len(pairs):
             reached += f", {len(pairs) - len(shares)} of {len(pairs)} never"
         columns = zip(*(found for _, found in pairs), strict=True)
-        loss, *differences = (mean(column) for column in columns)
+        loss, *measures = (
+            None if None in column else mean(column) for column in columns
+        )
         means.append(
             [
                 f"{seconds:g} s",
                 len(pairs),
                 f"{loss:+.3f}",
                 reached,
-                *(f"{difference:+.2f}" for difference in differences),
+                *("-" if x is None else f"{x:+.2f}" for x in measures),
             ]
         )
     header = ["pair", "steps", "last validation losses", "reached after"]

@@ -1,7 +1,7 @@
 """Pictures of the training step benchmark.
 
 Colours follow the candidate, so that both pictures agree; they are those of
-Okabe and Ito, which colour-blind readers can tell apart.
+Okabe and Ito, which colour-blind readers can tell apart, and grey.
 """
 
 import numpy as np
@@ -9,8 +9,11 @@ from common import exponent
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKERS = "osD^vP"
+COLOURS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+    *("#000000", "#f0e442", "#999999"),
+)
+MARKERS = "osD^vPX*<"
 # lines that lie on one another are told apart
 LINES = ("-", "--", ":")
 QUANTITIES = ("time of a step", "extra memory")

@@ -8,9 +8,10 @@ Candidates, built from hparams/*.yaml: the Performer of performer_mixit.yaml
 with FAVOR+, with exact attention and with `attention: auto`, SpeechBrain's
 ConvTasNet and Asteroid's TDConvNet at kernel 88 and stride 44, and the latter
 at Asteroid's defaults, kernel 16 and stride 8. Float32, without mixture
-consistency, but for two: the Performer with `--precision=bf16
---matmul_precision=medium`, and Asteroid's at kernel 88 with the first of the
-two, as the second makes it slower.
+consistency (TF32 on GPUs), but for three: the Performer with
+`--matmul_precision=medium`, and with `--precision=bf16` too, and Asteroid's at
+kernel 88 with the latter alone, as the former makes it slower. "medium" allows
+products of rounded inputs; how far they are from float64 is recorded.
 
 Memory first: each candidate in a fresh process makes 2 steps (the second with
 the optimizer's state); recorded is the largest extra memory beyond the built
@@ -63,19 +64,21 @@ PERFORMER = "performer_mixit.yaml"
 TDCONVNET = "asteroid_convtasnet_mixit.yaml"
 FAVOR, EXACT = "Performer, favor", "Performer, softmax"
 ASTEROID, DEFAULTS = "Asteroid, kernel 88", "Asteroid, kernel 16"
+FAVOR_MEDIUM = f"{FAVOR}, medium"
 FAVOR_BF16, ASTEROID_BF16 = f"{FAVOR}, bf16", f"{ASTEROID}, bf16"
 CANDIDATES = {
     FAVOR: (PERFORMER, {"attention": "favor"}),
     EXACT: (PERFORMER, {"attention": "softmax"}),
     "Performer, auto": (PERFORMER, {"attention": "auto"}),
+    FAVOR_MEDIUM: (PERFORMER, {"attention": "favor"}),
     FAVOR_BF16: (PERFORMER, {"attention": "favor"}),
     "SpeechBrain, kernel 88": ("convtasnet_mixit.yaml", {}),
     ASTEROID: (TDCONVNET, {}),
     ASTEROID_BF16: (TDCONVNET, {}),
     DEFAULTS: (TDCONVNET, {"kernel_size": 16}),
 }
-# Candidates under autocast, and their precision of float32 products.
-BF16 = {FAVOR_BF16: "medium", ASTEROID_BF16: "high"}
+AUTOCAST = (FAVOR_BF16, ASTEROID_BF16)
+MEDIUM = (FAVOR_MEDIUM, FAVOR_BF16)
 
 # Seconds -> candidate -> how many times slower than the Performer with FAVOR+
 # it is to be at least, and how many times its memory it is to need. At 3 s
@@ -126,10 +129,11 @@ def make_mixtures(batch_size, seconds, device):
 def train_step(name, modules, optimizer, mixtures):
     """One step of MixIT training."""
     encoder, masknet, decoder = modules
-    torch.set_float32_matmul_precision(BF16.get(name, "high"))
+    precision = "medium" if name in MEDIUM else "high"
+    torch.set_float32_matmul_precision(precision)
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(
-        mixtures.device.type, torch.bfloat16, enabled=name in BF16
+        mixtures.device.type, torch.bfloat16, enabled=name in AUTOCAST
     ):
         est_source, _ = separate(mixtures.sum(1), encoder, masknet, decoder)
         loss = mixit_loss(est_source, mixtures)[0].mean()
@@ -145,6 +149,7 @@ def loss_alone(num_spks, mixtures):
     est_source = noise.to(mixtures.device).requires_grad_()
 
     def call():
+        torch.set_float32_matmul_precision("high")
         est_source.grad = None
         mixit_loss(est_source, mixtures)[0].mean().backward()
 
@@ -211,6 +216,20 @@ def times_at(args, seconds, costs):
     calls[LOSS]()
     repetitions[LOSS] = max(repetitions.values(), default=0)
     return interleave(calls, repetitions, args.device)
+
+
+def product_errors(device):
+    """A line: how exact matrix products are in either precision."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2048, 256, generator=generator, dtype=torch.float64)
+    b = torch.randn(256, 256, generator=generator, dtype=torch.float64)
+    exact, errors = a @ b, []
+    for precision in ("high", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        product = a.float().to(device) @ b.float().to(device)
+        error = (product.cpu().double() - exact).norm() / exact.norm()
+        errors.append(f"{precision} {error:.1e}")
+    return f"Errors of a product of 2048 x 256 x 256: {', '.join(errors)}."
 
 
 def report(seconds, costs, reasons, times):
@@ -340,7 +359,8 @@ def main():
     if unknown:
         parser.error(f"expected candidates of {list(CANDIDATES)}")
     record = Record("Training step", __doc__, args.output, args.device)
-    setting = f"Batch {args.batch_size}, {args.num_spks} outputs, 44.1 kHz."
+    setting = f"Batch {args.batch_size}, {args.num_spks} outputs, 44.1 kHz. "
+    setting += product_errors(args.device)
     blocks, results = [setting], {}
     for seconds in args.seconds:
         costs, reasons = costs_at(args, seconds)

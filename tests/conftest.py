@@ -54,5 +54,4 @@ def matmul_precision():
     """The precision of matrix products, which recipes set, whatever ran."""
     before = torch.get_float32_matmul_precision()
     yield
-    if torch.get_float32_matmul_precision() != before:
-        torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision(before)

@@ -74,6 +74,18 @@ def test_any_shape_will_do(shape):
     assert Dropout(0.5)(torch.ones(shape)).shape == shape
 
 
+def test_in_place_is_in_place():
+    x = torch.ones(100)
+    assert Dropout(0.5, inplace=True)(x) is x
+    assert (x == 0).any()
+
+
+def test_another_default_device_does_not_matter():
+    x = torch.ones(100)
+    with torch.device("meta"):
+        assert Dropout(0.5)(x).device.type == "cpu"
+
+
 def test_a_share_out_of_range_is_refused():
     with pytest.raises(ValueError, match="between 0 and 1"):
         Dropout(1.5)

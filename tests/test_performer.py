@@ -370,3 +370,16 @@ def test_heads_that_do_not_divide_are_refused():
 def test_odd_d_model_is_refused():
     with pytest.raises(ValueError, match="d_model must be even, got 33"):
         sinusoidal_positions(4, 33)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16]
+)
+def test_vectors_of_zeros_stay_zeros_in_any_precision(dtype):
+    vectors = torch.zeros(2, 3, 8, dtype=dtype)
+    vectors[0] = 0.5
+    scaled = performer._to_norm(vectors, torch.tensor(1.25))
+    assert scaled.dtype == dtype
+    assert not scaled[1].any()
+    norms = scaled[0].float().norm(dim=-1)
+    torch.testing.assert_close(norms, torch.full((3,), 1.25), rtol=1e-2, atol=0)

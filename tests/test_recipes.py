@@ -211,12 +211,15 @@ def test_redraw_is_the_same_for_equal_seed_and_step(songs, tmp_path):
         {"checkpointing": True},
         {"grad_accumulation_factor": 2, "max_grad_norm": -1},
         {"mixit_objective": "mse", "assign_by": "si_snr"},
+        {"lambda_mask_count": 0.1},
         {"single_stem_share": 0.5, "silent_share": 0.5, "gain_db": 6},
     ),
 )
 def test_options_train_to_finite_figures(more, songs, tmp_path):
     out = tmp_path / "run"
     recipe.main(tiny("performer_mixit.yaml", songs, out, **more))
+    precision = more.get("matmul_precision", "high")
+    assert torch.get_float32_matmul_precision() == precision
     _, _, metrics = read_results(out)
     assert np.isfinite(metrics["history"][0]["train_loss"])
     assert all(torch.isfinite(w).all() for w in weights(out).values())

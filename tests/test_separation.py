@@ -1,5 +1,7 @@
 """Encode, mask, decode: sums, shapes, stereo, SpeechBrain's own loop."""
 
+import io
+
 import pytest
 import torch
 from speechbrain.lobes.models.dual_path import Decoder, Encoder
@@ -252,6 +254,39 @@ def test_silence_separates_into_silence():
     est_source, est_mask = separate(torch.zeros(1, 300), *stft_modules())
     assert not est_source.any()
     assert est_mask.isfinite().all()
+
+
+def test_masks_may_be_complex():
+    encoder, _, decoder = stft_modules()
+    mix = torch.randn(2, 500)
+
+    def masknet(mix_w):
+        # half of the mixture, turned by a quarter and back
+        return torch.stack([0.5j * mix_w.new_ones(mix_w.shape)] * 2)
+
+    est_source, _ = separate(mix, encoder, masknet, decoder)
+    spectrum = encoder(mix) * 0.5j
+    torch.testing.assert_close(est_source[:, 0], decoder(spectrum, 500))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_separator_can_be_traced():
+    class Separator(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = torch.nn.ModuleList(stft_modules())
+
+        def forward(self, mix):
+            return separate(mix, *self.parts)[0]
+
+    model, mix = Separator().eval(), torch.randn(1, 800)
+    with torch.no_grad():
+        traced, file = torch.jit.trace(model, mix), io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        traced = torch.jit.load(file)
+        torch.testing.assert_close(traced(mix), model(mix))
 
 
 @pytest.mark.parametrize("shape", [(300,), (1, 2, 3, 300)])

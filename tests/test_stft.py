@@ -134,6 +134,15 @@ def test_gradients_of_the_decoder_are_right(n_fft, hop_length):
     assert torch.autograd.gradgradcheck(decoder, (spectrum,))
 
 
+def test_the_decoder_has_gradients_item_by_item():
+    decoder = STFTDecoder(8, 2)
+    spectrum = torch.randn(3, 5, 6, dtype=torch.complex64)
+    each = torch.func.vmap(torch.func.grad(lambda x: decoder(x).square().sum()))
+    leaf = spectrum.clone().requires_grad_()
+    decoder(leaf).square().sum().backward()
+    torch.testing.assert_close(each(spectrum), leaf.grad)
+
+
 def test_gradient_of_the_encoder_equals_a_difference_quotient():
     encoder = STFTEncoder(16, 4)
     sig = torch.randn(1, 30, requires_grad=True)

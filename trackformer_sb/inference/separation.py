@@ -12,10 +12,10 @@ def _fit_length(sig, length):
 
 
 def _apply_masks(mix_w, est_mask):
-    """Product of an encoded mixture, real or complex, and real masks."""
-    if not mix_w.is_complex():
+    """Product of an encoded mixture and masks, each real or complex."""
+    if not mix_w.is_complex() or est_mask.is_complex():
         return mix_w * est_mask
-    # their product would first make the masks complex, in the backward pass too
+    # it would first make the masks complex, and so in the backward pass
     return torch.complex(mix_w.real * est_mask, mix_w.imag * est_mask)
 
 

@@ -123,7 +123,8 @@ def plain_favor_attention(query, key, value, projection, key_padding_mask=None):
     """Equation 4 of arXiv 2009.14794 as it is written, for autograd.
 
     Keeps features of all frames. ``favor_attention`` takes it where the blocked
-    form cannot be: for a gradient of the directions, and while compiling.
+    form cannot be: for a gradient of the directions, and while compiling or
+    tracing.
 
     Arguments
     ---------

@@ -17,9 +17,9 @@ With features ``phi``, state ``S = sum_j phi(k_j) [v_j, 1]'`` and
 
 Stabilisers, subtracted from exponents, are the largest one of a frame for
 queries, of the sequence for keys. They cancel in ``o_i``; ``psi`` is ``phi``
-with ``log d_i`` added to them. Where inputs are too small to need any, features
-are bare exponentials: ``exp(-|k_j|^2 / 2)`` goes with ``[v_j, 1]``, and ``1 /
-d_i`` with ``h_i``, which have fewer channels.
+with ``log d_i`` added to them. On a CPU, inputs too small to need any are found
+out, and features are bare exponentials: ``exp(-|k_j|^2 / 2)`` goes with ``[v_j,
+1]``, and ``1 / d_i`` with ``h_i``, which have fewer channels.
 """
 
 import itertools
@@ -124,7 +124,7 @@ class _Features:
         half = exponent.shape[-1]
         first, second = features[..., :half], features[..., half:]
         if offset is None:
-            # in place: into every other row it would take eight times as long
+            # in place: into half of each row it would take eight times as long
             first.copy_(exponent.exp_())
             if self.mirrored:
                 torch.reciprocal(exponent, out=second)

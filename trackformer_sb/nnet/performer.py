@@ -88,7 +88,9 @@ def _to_norm(x, norm):
         x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, norm.dtype)
     )
     # one factor a vector: a division and a product would be two passes
-    return x * (norm / length.clamp(min=1e-12)).to(x.dtype)
+    factor = norm / length.clamp(min=1e-12)
+    # finite in half precision too, or zeros would become NaN
+    return x * factor.clamp(max=torch.finfo(x.dtype).max).to(x.dtype)
 
 
 class SelfAttention(nn.Module):

@@ -54,12 +54,18 @@ class _OverlapAdd(torch.autograd.Function):
     tensor([1., 1., 2., 2., 2., 2., 1., 1.])
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, blocks, window, hop_length):
+    def forward(blocks, window, hop_length):
         """See ``_overlap_add``."""
-        ctx.save_for_backward(window)
-        ctx.hop_length = hop_length
         return _overlap_add(blocks, window, hop_length)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps the window."""
+        _, window, ctx.hop_length = inputs
+        ctx.save_for_backward(window)
 
     @staticmethod
     def backward(ctx, grad_output):

@@ -83,14 +83,8 @@ def load_experiment(argv, selection_metrics):
             f"selection_metric must be one of {', '.join(selection_metrics)}, "
             f"got {hparams['selection_metric']!r}"
         )
-    # what torch does not know it would leave out with a warning
-    precision = hparams.get("matmul_precision", "high")
-    if precision not in MATMUL_PRECISIONS:
-        raise ValueError(
-            f"matmul_precision must be one of {', '.join(MATMUL_PRECISIONS)}, "
-            f"got {precision!r}"
-        )
-    torch.set_float32_matmul_precision(precision)
+    if "matmul_precision" in hparams:
+        set_matmul_precision(hparams["matmul_precision"])
     hparams["checkpointer"].check_fits()
     if hparams["checkpointer"].find_checkpoint() is not None:
         check_same(hparams_file, overrides, hparams["output_folder"])
@@ -101,6 +95,24 @@ def load_experiment(argv, selection_metrics):
         "overrides": overrides,
     }
     return Experiment(hparams, run_opts, directory)
+
+
+def set_matmul_precision(precision):
+    """``torch.set_float32_matmul_precision``, refusing what it does not know.
+
+    torch itself goes on with a warning.
+
+    Raises
+    ------
+    ValueError
+        Naming the key, with its valid values.
+    """
+    if precision not in MATMUL_PRECISIONS:
+        raise ValueError(
+            f"matmul_precision must be one of {', '.join(MATMUL_PRECISIONS)}, "
+            f"got {precision!r}"
+        )
+    torch.set_float32_matmul_precision(precision)
 
 
 def check_same(hparams_file, overrides, output_folder):

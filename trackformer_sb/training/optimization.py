@@ -93,7 +93,8 @@ def separate_group(optimizer, parameters, lr_scale=1.0, freeze_steps=0):
     lr_scale : float
         Their learning rate as a share of that of the others.
     freeze_steps : int or float
-        Steps for which they do not change; below 1 a share of all steps.
+        Steps for which they do not change; below 1 a share of the steps of the
+        schedule.
 
     Raises
     ------
