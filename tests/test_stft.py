@@ -134,6 +134,7 @@ def test_gradients_of_the_decoder_are_right(n_fft, hop_length):
     assert torch.autograd.gradgradcheck(decoder, (spectrum,))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_the_decoder_has_gradients_item_by_item():
     decoder = STFTDecoder(8, 2)
     spectrum = torch.randn(3, 5, 6, dtype=torch.complex64)
