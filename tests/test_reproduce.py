@@ -112,7 +112,12 @@ early_stop_epochs: 10
 grad_accumulation_factor: 1
 lr: 0.1
 """
-SEPARATION_KEYS = "lambda_diversity: 0.1\nlambda_sparsity: 0.1\nnum_spks: 8\n"
+SEPARATION_KEYS = """
+lambda_diversity: 0.1
+lambda_sparsity: 0.1
+lambda_mask_count: 0.0
+num_spks: 8
+"""
 PERFORMER_KEYS = "d_model: 16\npretrained_encoder: null\n"
 
 
@@ -262,7 +267,10 @@ def test_cells_run_in_order_with_their_own_keys(repository):
         assert keys["segment_seconds"] == length[:-1]
         lambdas = {k: v for k, v in keys.items() if k.startswith("lambda")}
         if loss == "mixit":
-            assert lambdas == {"lambda_diversity": "0", "lambda_sparsity": "0"}
+            assert lambdas == dict.fromkeys(
+                ("lambda_diversity", "lambda_sparsity", "lambda_mask_count"),
+                "0",
+            )
         else:
             # the yaml decides
             assert lambdas == {}

@@ -25,7 +25,11 @@ GROUPS = ("", "performer", "convtasnet", "mae")
 LENGTHS = (3.0, 5.0, 10.0, 30.0)  # seconds
 # with the auxiliary losses the weights are those of the yaml
 LOSS_KEYS = {
-    "mixit": {"lambda_diversity": 0, "lambda_sparsity": 0},
+    "mixit": {
+        "lambda_diversity": 0,
+        "lambda_sparsity": 0,
+        "lambda_mask_count": 0,
+    },
     "mixit_div_sp": {},
 }
 DATASETS = (
