@@ -8,9 +8,10 @@ with --pairs every other one is that of the next: for several seeds and lengths.
 "Reached after" is the share of the reference's optimizer steps after which a
 run's validation loss is for the first time at or below the reference's last
 one, read off the validations, between which nothing is assumed: train with
---epoch_segments for more of them. A run may have fewer epochs, and with them a
-schedule of its own. Losses of other data, seeds, splits or segment lengths
-cannot be compared and are refused.
+--epoch_segments for more of them. The reference itself may be there before its
+end; of pairs both shares are shown, and means over those that got there. A run
+may have fewer epochs, and with them a schedule of its own. Losses of other
+data, seeds, splits or segment lengths cannot be compared and are refused.
 """
 
 import argparse
@@ -35,6 +36,8 @@ SAME = (
     "test_folder",
     "test_dataset",
     "split_ratio",
+    "split",
+    "split_file",
     "seed",
     "sample_rate",
     "segment_seconds",
@@ -125,15 +128,18 @@ def pair_by_pair(runs):
         check_same(first, values, name, other)
         history, before = metrics["history"], reference["history"]
         share = reached_after(history, before)
+        own = reached_after(before, before)
         found = [loss_of(history[-1]) - loss_of(before[-1])]
         found += [difference(metrics[x], reference[x]) for x in MEASURES]
-        lengths.setdefault(values["segment_seconds"], []).append((share, found))
+        lengths.setdefault(values["segment_seconds"], []).append(
+            (own, share, found)
+        )
         rows.append(
             [
                 f"{first}, {name}",
                 int(before[-1]["step"]),
                 f"{loss_of(before[-1]):.3f} {loss_of(history[-1]):.3f}",
-                percent(share),
+                f"{percent(own)} {percent(share)}",
                 *(
                     f"{shown(reference[key])} {shown(metrics[key])}"
                     for key in MEASURES
@@ -146,11 +152,13 @@ def pair_by_pair(runs):
         ]
     means = []
     for seconds, pairs in sorted(lengths.items()):
-        shares = [share for share, _ in pairs if share is not None]
-        reached = f"{100 * mean(shares):.0f} %" if shares else "-"
-        if len(shares) < len(pairs):
-            reached += f", {len(pairs) - len(shares)} of {len(pairs)} never"
-        columns = zip(*(found for _, found in pairs), strict=True)
+        owns, shares, founds = zip(*pairs, strict=True)
+        reached = [share for share in shares if share is not None]
+        text = percent(mean(owns))
+        text += f", {percent(mean(reached) if reached else None)}"
+        if reached and len(reached) < len(pairs):
+            text += f" ({len(pairs) - len(reached)} of {len(pairs)} never)"
+        columns = zip(*founds, strict=True)
         loss, *measures = (
             None if None in column else mean(column) for column in columns
         )
@@ -159,7 +167,7 @@ def pair_by_pair(runs):
                 f"{seconds:g} s",
                 len(pairs),
                 f"{loss:+.3f}",
-                reached,
+                text,
                 *("-" if x is None else f"{x:+.2f}" for x in measures),
             ]
         )

@@ -187,7 +187,8 @@ def main(argv):
         failed = runner.run()
         print(f"tables: {args.output_folder / 'tables.md'}")
     for job in failed:
-        print(f"failed: {job.name}, see {job.log}", file=sys.stderr)
+        where = f", see {job.log}" if job.log.is_file() else ""
+        print(f"failed: {job.name}{where}", file=sys.stderr)
     return 1 if failed else 0
 
 

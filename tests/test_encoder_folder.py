@@ -264,6 +264,13 @@ def test_it_computes_where_its_weights_are(exported):
     assert torch.equal(features.encode_batch(wavs, wav_lens), expected)
 
 
+@pytest.mark.parametrize("length", [0.0, -0.5, 1.5, float("nan")])
+def test_lengths_out_of_range_are_refused(exported, length):
+    features = loaded(exported[0])
+    with pytest.raises(ValueError, match=r"wav_lens as shares in \(0, 1\]"):
+        features.encode_batch(torch.randn(2, 900), torch.tensor([1.0, length]))
+
+
 def test_shapes_are_checked(exported):
     features = loaded(exported[0])
     for shape in ((1000,), (1, 2, 1000)):

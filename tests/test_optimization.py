@@ -132,6 +132,24 @@ def test_a_freeze_below_one_is_a_share_of_all_steps(share, frozen):
     assert apart == [0.0] * frozen + others[frozen:]
 
 
+def test_a_longer_training_does_not_freeze_again():
+    def begin(num_steps):
+        optimizer = adamw()
+        chosen = optimizer.param_groups[0]["params"][:2]
+        separate_group(optimizer, chosen, freeze_steps=0.3)
+        return optimizer, cosine_schedule(optimizer, num_steps, 1e-5)
+
+    optimizer, schedule = begin(10)
+    assert rates(optimizer, schedule, 4)[1][-1] > 0
+    saved = optimizer.state_dict(), schedule.state_dict()
+    optimizer, schedule = begin(1000)
+    optimizer.load_state_dict(saved[0])
+    schedule.load_state_dict(saved[1])
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[1]["lr"] > 0
+
+
 @given(chosen=st.sets(st.integers(0, 5)))
 def test_every_parameter_stays_in_one_group_and_in_order(chosen):
     optimizer = adamw(count=6)
@@ -177,7 +195,8 @@ def test_frozen_parameters_keep_their_value(options, fused):
 
 
 @pytest.mark.parametrize(
-    ("lr_scale", "freeze_steps"), [(-0.1, 0), (1.0, -1), (float("nan"), 0)]
+    ("lr_scale", "freeze_steps"),
+    [(-0.1, 0), (1.0, -1), (float("nan"), 0), (1.0, "many"), (None, 0)],
 )
 def test_negative_numbers_are_refused(lr_scale, freeze_steps):
     optimizer = adamw()

@@ -940,6 +940,32 @@ def test_other_configuration_is_refused(more, message, repository):
     assert snapshot(repository / "out") == before
 
 
+def test_overrides_of_what_failed_may_be_mended(repository):
+    behave(repository, pretrain="fail")
+    models = "--models", "performer_mae", "convtasnet", "--lengths", "3"
+    assert run(repository, *models, "--mae.mask_ratio=1.2") == 1
+    behave(repository)
+    assert run(repository, *models, "--mae.mask_ratio=0.5") == 0
+    # of convtasnet all was done
+    assert names(repository) == [
+        "pretrain",
+        "performer_mae/3s/mixit",
+        "performer_mae/3s/mixit_div_sp",
+    ]
+    with pytest.raises(ValueError, match="overrides of mae: expected"):
+        run(repository, *models, "--mae.mask_ratio=0.7")
+
+
+def test_an_encoder_of_other_sizes_is_refused_before_it_is_made(repository):
+    message = "does not fit: d_model is 32, of the separators 16"
+    models = "--models", "performer_mae", "performer"
+    for more in ((), ("--dry-run",)):
+        with pytest.raises(ValueError, match=message):
+            run(repository, *models, "--mae.d_model=32", *more)
+    assert names(repository) == []
+    assert not (repository / "out").exists()
+
+
 def test_changed_yaml_is_refused(repository):
     run(repository, "--lengths", "3")
     path = repository / "hparams" / "convtasnet_mixit.yaml"

@@ -134,7 +134,7 @@ class PerformerFeatures(StrictPretrained):
         Raises
         ------
         ValueError
-            For an input of another shape.
+            For an input of another shape, or lengths out of range.
         """
         if wavs.dim() != 2:
             raise ValueError(
@@ -144,6 +144,11 @@ class PerformerFeatures(StrictPretrained):
         device = next(self.mods.encoder.parameters()).device
         wavs, padding = wavs.to(device), None
         if wav_lens is not None:
+            if not ((wav_lens > 0) & (wav_lens <= 1)).all():
+                raise ValueError(
+                    "expected wav_lens as shares in (0, 1], got "
+                    f"{wav_lens.tolist()}"
+                )
             samples = (wav_lens.to(device) * wavs.shape[1]).round()
             place = torch.arange(wavs.shape[1], device=device)
             # windows of the last frames reach beyond the end

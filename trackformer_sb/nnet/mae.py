@@ -4,6 +4,7 @@ Masked autoencoders (arXiv 2111.06377) on spectrograms (Audio-MAE, arXiv
 2207.06405), with frames of an STFT as tokens in place of patches.
 """
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -152,14 +153,21 @@ class AudioMAE(nn.Module):
                 f"mask_mode must be one of {', '.join(MASK_MODES)}, got "
                 f"{mask_mode!r}"
             )
-        if not 0 < mask_ratio < 1:
-            raise ValueError(f"expected mask_ratio in (0, 1), got {mask_ratio}")
-        if mask_span < 1:
-            raise ValueError(f"expected mask_span from 1, got {mask_span}")
-        if not 1 <= mask_bands <= features.in_channels:
+        if not (isinstance(mask_ratio, Real) and 0 < mask_ratio < 1):
+            raise ValueError(
+                f"expected mask_ratio in (0, 1), got {mask_ratio!r}"
+            )
+        if not (isinstance(mask_span, int) and mask_span >= 1):
+            raise ValueError(
+                f"expected a whole mask_span from 1, got {mask_span!r}"
+            )
+        if not (
+            isinstance(mask_bands, int)
+            and 1 <= mask_bands <= features.in_channels
+        ):
             raise ValueError(
                 f"expected mask_bands from 1 to {features.in_channels}, the "
-                f"number of channels, got {mask_bands}"
+                f"number of channels, got {mask_bands!r}"
             )
         if mask_mode == "drop" and mask_bands > 1:
             raise ValueError(

@@ -190,7 +190,7 @@ def reconstruction_figure(target, prediction, hidden, sample_rate, hop_length):
     rebuilt = torch.where(hidden, prediction, target)
     images = (
         ("target", target),
-        ("what the encoder sees", target.masked_fill(hidden, torch.nan)),
+        ("what is visible", target.masked_fill(hidden, torch.nan)),
         ("what is visible, and what was hidden rebuilt", rebuilt),
     )
     style = {

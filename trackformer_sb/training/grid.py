@@ -25,20 +25,14 @@ GROUPS = ("", "performer", "convtasnet", "mae")
 LENGTHS = (3.0, 5.0, 10.0, 30.0)  # seconds
 # with the auxiliary losses the weights are those of the yaml
 LOSS_KEYS = {
-    "mixit": {
-        "lambda_diversity": 0,
-        "lambda_sparsity": 0,
-        "lambda_mask_count": 0,
-    },
+    "mixit": dict.fromkeys(
+        ("lambda_diversity", "lambda_sparsity", "lambda_mask_count"), 0
+    ),
     "mixit_div_sp": {},
 }
 DATASETS = (
-    "demo",
-    "stems",
-    "mixtures",
-    "moisesdb",
-    "musdb18hq",
-    "slakh2100",
+    *("demo", "stems", "mixtures"),
+    *("moisesdb", "musdb18hq", "slakh2100"),
 )
 DEMO_SECONDS = 30.0  # a song of the band holds the paper's longest segment
 

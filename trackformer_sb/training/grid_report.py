@@ -142,10 +142,7 @@ def description(folder, cells):
         lines.append(f"Pre-training: {text}; {SHOWN.get(status, status)}")
     elif config.get("pretrained_encoder"):
         encoder = short(config["pretrained_encoder"])
-        lines.append(
-            f"Pre-trained encoder: {encoder}; whether it heard test songs is "
-            "not known here"
-        )
+        lines.append(f"Pre-trained encoder: {encoder}")
     data = f"Data: {config['dataset']}"
     if config["data_folder"]:
         data += f" in {short(config['data_folder'])}"

@@ -16,7 +16,11 @@ import time
 from pathlib import Path
 
 from trackformer_sb.training import grid_report
-from trackformer_sb.training.grid import DEMO_SECONDS, YAMLS
+from trackformer_sb.training.grid import DEMO_SECONDS
+from trackformer_sb.training.grid_checks import (
+    check_configuration,
+    check_encoder,
+)
 from trackformer_sb.training.grid_processes import Probes, Processes, locked
 from trackformer_sb.training.grid_tables import read_json
 
@@ -32,56 +36,6 @@ make_band(folder, int(songs), float(seconds), sample_rate=int(rate))
 def write_json(path, content):
     """Replaces a file as a whole."""
     grid_report.write_text(path, json.dumps(content, indent=2))
-
-
-def check_configuration(grid, retry_oom=False):
-    """Compares a grid with what its folder was begun with.
-
-    Arguments
-    ---------
-    grid : Grid
-        The grid to run.
-    retry_oom : bool
-        Whether the memory limit may be another one.
-
-    Returns
-    -------
-    dict
-        The configuration of all models so far.
-
-    Raises
-    ------
-    ValueError
-        If they differ, or the folder holds something else.
-    """
-    path, config = grid.folder / "grid.json", grid.configuration()
-    if not path.is_file():
-        names = sorted(grid.folder.glob("[!.]*"))
-        if names:
-            raise ValueError(
-                f"--output_folder: expected a new folder or one with a "
-                f"grid.json, got {grid.folder} with {names[0].name!r}"
-            )
-        return config
-    begun = read_json(path)
-    yamls = {f"hparams/{yaml}" for yaml, _ in YAMLS.values()}
-    for name in begun.keys() - yamls:
-        if name.startswith("hparams/"):
-            # of a grid that was begun before this had a name of its own
-            begun.setdefault("pretrain_yaml", name.removeprefix("hparams/"))
-    config = json.loads(json.dumps(config))
-    differ = [
-        f"{name}: expected {begun[name]}, got {config[name]}"
-        for name in config
-        if begun.get(name, config[name]) != config[name]
-        and not (retry_oom and name == "memory_gb")
-    ]
-    if differ:
-        raise ValueError(
-            f"{grid.folder} was begun with other settings; choose another "
-            f"--output_folder, or those. {'; '.join(differ)}"
-        )
-    return begun | config
 
 
 class Runner:
@@ -261,6 +215,7 @@ class Runner:
             After Ctrl-C or SIGTERM, when all processes have ended.
         """
         folder, jobs = self.grid.folder, self.grid.jobs
+        check_encoder(self.grid)
         check_configuration(self.grid, self.retry_oom)
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
@@ -340,6 +295,7 @@ class Runner:
         list of Job
             Those whose probe failed.
         """
+        check_encoder(self.grid)
         check_configuration(self.grid, self.retry_oom)
         rows = []
         more = {"pretrained_encoder": "null"} if self.grid.pretrain else {}

@@ -1,6 +1,7 @@
 """Learning rates: a cosine over all steps, slower for what was pre-trained."""
 
 import math
+from numbers import Real
 
 import torch
 
@@ -56,21 +57,29 @@ def cosine_schedule(optimizer, num_steps, lr_final, warmup_steps=0):
         rise = min(1.0, (step + 1) / (warmup_steps + 1))
         return rise * (lowest + (1.0 - lowest) * cosine)
 
-    def of_group(group):
-        scale = group.get("lr_scale", 1.0)
-        frozen = group.get("freeze_steps", 0)
-        if frozen < 1:
-            frozen *= num_steps
-        return lambda step: scale * factor(step) if step >= frozen else 0.0
+    for group in optimizer.param_groups:
+        if group.get("freeze_steps", 0) < 1:
+            group["freeze_steps"] = group.get("freeze_steps", 0) * num_steps
+
+    def of_group(number):
+        def scaled(step):
+            # read each time: a training that goes on has that of its checkpoint
+            group = optimizer.param_groups[number]
+            if step < group["freeze_steps"]:
+                return 0.0
+            return group.get("lr_scale", 1.0) * factor(step)
+
+        return scaled
 
     return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, [of_group(group) for group in optimizer.param_groups]
+        optimizer, [of_group(i) for i in range(len(optimizer.param_groups))]
     )
 
 
 def check_group(lr_scale, freeze_steps):
     """Raises ValueError for settings that ``separate_group`` cannot take."""
-    if not (lr_scale >= 0 and freeze_steps >= 0):
+    numbers = lr_scale, freeze_steps
+    if not all(isinstance(x, Real) and x >= 0 for x in numbers):
         raise ValueError(
             "expected pretrained_lr_scale and pretrained_freeze_steps from 0, "
             f"got {lr_scale} and {freeze_steps}"

@@ -1,0 +1,109 @@
+"""What a grid refuses before it runs anything."""
+
+import json
+
+from trackformer_sb.training.grid import YAMLS, yaml_values
+from trackformer_sb.training.grid_tables import read_json
+
+# What an encoder and the separators that start from it have alike.
+ENCODER_KEYS = (
+    *("sample_rate", "n_fft", "hop_length", "num_layers", "d_model", "nhead"),
+    *("d_ffn", "n_features", "spec_norm"),
+)
+
+
+def check_encoder(grid):
+    """Refuses a pre-training whose encoder the separators could not take.
+
+    Raises
+    ------
+    ValueError
+        Naming the keys that differ, with both values.
+    """
+    takers = [job for job in grid.cells if job.name.startswith("performer_mae")]
+    if not grid.pretrain or not takers:
+        return
+    encoder, separator = (
+        {**yaml_values(job.yaml), **job.overrides}
+        for job in (grid.pretrain, takers[0])
+    )
+    differ = [
+        f"{key} is {encoder[key]}, of the separators {separator[key]}"
+        for key in ENCODER_KEYS
+        if key in encoder
+        and key in separator
+        and str(encoder[key]) != str(separator[key])
+    ]
+    if differ:
+        raise ValueError(
+            "the pre-training would make an encoder that does not fit: "
+            f"{'; '.join(differ)}"
+        )
+
+
+def _groups_done(folder):
+    """Groups of overrides with which something has come to its end."""
+    cells = [folder / "pretrain" / "cell.json", *folder.glob("*/*/*/cell.json")]
+    models = [
+        path.relative_to(folder).parts[0]
+        for path in cells
+        if read_json(path).get("status") in ("done", "oom")
+    ]
+    return {YAMLS.get(model, (None, "mae"))[1] for model in models}
+
+
+def check_configuration(grid, retry_oom=False):
+    """Compares a grid with what its folder was begun with.
+
+    Overrides of models of which no cell is done may be others.
+
+    Arguments
+    ---------
+    grid : Grid
+        The grid to run.
+    retry_oom : bool
+        Whether the memory limit may be another one.
+
+    Returns
+    -------
+    dict
+        The configuration of all models so far.
+
+    Raises
+    ------
+    ValueError
+        If they differ, or the folder holds something else.
+    """
+    path, config = grid.folder / "grid.json", grid.configuration()
+    if not path.is_file():
+        names = sorted(grid.folder.glob("[!.]*"))
+        if names:
+            raise ValueError(
+                f"--output_folder: expected a new folder or one with a "
+                f"grid.json, got {grid.folder} with {names[0].name!r}"
+            )
+        return config
+    begun = read_json(path)
+    yamls = {f"hparams/{yaml}" for yaml, _ in YAMLS.values()}
+    for name in begun.keys() - yamls:
+        if name.startswith("hparams/"):
+            # of a grid that was begun before this had a name of its own
+            begun.setdefault("pretrain_yaml", name.removeprefix("hparams/"))
+    config = json.loads(json.dumps(config))
+    # what failed with a wrong value may be run with another
+    done = {f"overrides of {group}" for group in _groups_done(grid.folder)}
+    for name in begun.keys() & config.keys() - done:
+        if name.startswith("overrides of "):
+            begun[name] = config[name]
+    differ = [
+        f"{name}: expected {begun[name]}, got {config[name]}"
+        for name in config
+        if begun.get(name, config[name]) != config[name]
+        and not (retry_oom and name == "memory_gb")
+    ]
+    if differ:
+        raise ValueError(
+            f"{grid.folder} was begun with other settings; choose another "
+            f"--output_folder, or those. {'; '.join(differ)}"
+        )
+    return begun | config
