@@ -4,7 +4,8 @@
     python benchmarks/compare_runs.py --pairs REFERENCE RUN [REFERENCE RUN ...]
 
 The folders are output folders of recipes/train.py; the first is the reference,
-with --pairs every other one is that of the next: for several seeds and lengths.
+with --pairs every other one is that of the next, for several seeds and
+settings: means are over runs whose names differ in the seed at their end.
 "Reached after" is the share of the reference's optimizer steps after which a
 run's validation loss is for the first time at or below the reference's last
 one, read off the validations, between which nothing is assumed: train with
@@ -120,9 +121,12 @@ def side_by_side(runs):
 
 
 def pair_by_pair(runs):
-    """Blocks of markdown: every other run against the one before, and means."""
-    rows, lengths, curves = [], {}, []
-    names = list(runs)
+    """Blocks of markdown: every other run against the one before, and means.
+
+    Takes name and results of each run, in pairs.
+    """
+    rows, groups, curves = [], {}, {}
+    names, runs = [name for name, _ in runs], dict(runs)
     for first, name in zip(names[::2], names[1::2], strict=True):
         (reference, values), (metrics, other) = runs[first], runs[name]
         check_same(first, values, name, other)
@@ -131,9 +135,8 @@ def pair_by_pair(runs):
         own = reached_after(before, before)
         found = [loss_of(history[-1]) - loss_of(before[-1])]
         found += [difference(metrics[x], reference[x]) for x in MEASURES]
-        lengths.setdefault(values["segment_seconds"], []).append(
-            (own, share, found)
-        )
+        group = name.removesuffix(f"_{values['seed']}")
+        groups.setdefault(group, []).append((own, share, found))
         rows.append(
             [
                 f"{first}, {name}",
@@ -146,12 +149,9 @@ def pair_by_pair(runs):
                 ),
             ]
         )
-        curves += [
-            f"- {x}: " + " ".join(f"{loss_of(row):.3f}" for row in y)
-            for x, y in ((first, before), (name, history))
-        ]
+        curves |= {first: before, name: history}
     means = []
-    for seconds, pairs in sorted(lengths.items()):
+    for group, pairs in groups.items():
         owns, shares, founds = zip(*pairs, strict=True)
         reached = [share for share in shares if share is not None]
         text = percent(mean(owns))
@@ -164,7 +164,7 @@ def pair_by_pair(runs):
         )
         means.append(
             [
-                f"{seconds:g} s",
+                group,
                 len(pairs),
                 f"{loss:+.3f}",
                 text,
@@ -172,13 +172,16 @@ def pair_by_pair(runs):
             ]
         )
     header = ["pair", "steps", "last validation losses", "reached after"]
-    mean_header = ["segments", "pairs", "validation loss", "reached after"]
+    mean_header = ["runs", "pairs", "validation loss", "reached after"]
     return [
         table([*header, *MEASURES], rows),
         "## Mean differences to the references",
         table([*mean_header, *MEASURES], means),
         "## Validation losses (MixIT), epoch by epoch",
-        "\n".join(curves),
+        "\n".join(
+            f"- {name}: " + " ".join(f"{loss_of(row):.3f}" for row in rows)
+            for name, rows in curves.items()
+        ),
     ]
 
 
@@ -195,19 +198,28 @@ def main():
         parser.error("expected an even number of run folders with --pairs")
     record = Record(args.title, __doc__, args.output, args.device)
     folders = [folder.resolve() for folder in args.run_folders]
+    if args.pairs:
+        # a reference may be that of several runs
+        folders = list(dict.fromkeys(folders))
     # as short as they can be told apart
     depth = 1
     while len({folder.parts[-depth:] for folder in folders}) < len(folders):
         depth += 1
         if depth > max(len(folder.parts) for folder in folders):
             parser.error("a run folder is given twice")
-    runs = {"/".join(folder.parts[-depth:]): load(folder) for folder in folders}
+    runs = {f: ("/".join(f.parts[-depth:]), load(f)) for f in folders}
+    if args.pairs:
+        pairs = [runs[folder.resolve()] for folder in args.run_folders]
+        compared = pair_by_pair(pairs)
+    else:
+        compared = side_by_side(dict(runs.values()))
     blocks = [
         *([args.note] if args.note else []),
-        *(pair_by_pair if args.pairs else side_by_side)(runs),
+        *compared,
         "## Commands, rebuilt from what the runs left behind",
         "\n".join(
-            f"    {training_command(folder)}" for folder in args.run_folders
+            f"    {training_command(folder)}"
+            for folder in dict.fromkeys(args.run_folders)
         ),
     ]
     record.write(*blocks)
