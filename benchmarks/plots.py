@@ -28,6 +28,11 @@ def _plain_log(axis):
     axis.set_major_formatter(PLAIN)
 
 
+def _short(value):
+    """A ratio with no more digits than tell something."""
+    return f"{value:.{2 if value < 1 else 1 if value < 10 else 0}f}"
+
+
 def growth_figure(results):
     """Time and memory against the length of the segments, both logarithmic.
 
@@ -127,7 +132,7 @@ def ratio_figure(results, reference):
                 color=colour,
                 label=name,
             )
-            labels = [f"{value:.2g}" for value in ratio]
+            labels = [_short(value) for value in ratio]
             axis.bar_label(bars, labels, fontsize=7, padding=2)
         axis.set_yscale("log")
         _plain_log(axis.yaxis)
@@ -142,7 +147,7 @@ def ratio_figure(results, reference):
     figure.legend(
         *axis.get_legend_handles_labels(),
         loc="outside upper center",
-        ncols=len(others),
+        ncols=min(4, len(others)),
         fontsize=8,
         frameon=False,
     )
