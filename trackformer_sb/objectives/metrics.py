@@ -8,7 +8,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from trackformer_sb.objectives.mixit import mixit_loss
-from trackformer_sb.objectives.regularizers import mask_cosines, mask_gram
+from trackformer_sb.objectives.regularizers import (
+    effective_number,
+    mask_cosines,
+    mask_gram,
+)
 
 # Signals below this energy per sample (-80 dB of full scale) count as silent,
 # and so do stems this far below the loudest (-40 dB): where a stem is alone,
@@ -393,8 +397,4 @@ def effective_mask_count(masks):
     >>> effective_mask_count(masks)
     tensor([2.])
     """
-    energy = mask_gram(masks).diagonal(dim1=1, dim2=2)
-    share = energy / energy.sum(1, keepdim=True).clamp(
-        min=torch.finfo(energy.dtype).tiny
-    )
-    return torch.special.entr(share).sum(1).exp()
+    return effective_number(mask_gram(masks).diagonal(dim1=1, dim2=2))

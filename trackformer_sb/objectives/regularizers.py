@@ -118,6 +118,29 @@ def sparsity_loss(est_source, mix=None):
     return level / _level(mix)
 
 
+def effective_number(energy):
+    """Exponential of the entropy of shares: of how many equal parts they are.
+
+    Arguments
+    ---------
+    energy : torch.Tensor
+        [batch, N], at least 0.
+
+    Returns
+    -------
+    torch.Tensor
+        [batch], from 1 (one has all) to N; 1 where all are zero.
+
+    Example
+    -------
+    >>> effective_number(torch.tensor([[3.0, 3.0, 0.0]]))
+    tensor([2.])
+    """
+    tiny = torch.finfo(energy.dtype).tiny
+    share = energy / energy.sum(1, keepdim=True).clamp(min=tiny)
+    return torch.special.entr(share).sum(1).exp()
+
+
 def mask_count_loss(masks):
     """How many masks are in use, ``exp(H(p))`` with p the shares of energy.
 
@@ -147,9 +170,7 @@ def mask_count_loss(masks):
     energy = norm.square()
     # the slope of the entropy has no end where a mask is zero
     floor = 1e-8 * energy.sum(1, keepdim=True) + torch.finfo(energy.dtype).tiny
-    energy = energy + floor
-    share = energy / energy.sum(1, keepdim=True)
-    return torch.special.entr(share).sum(1).exp()
+    return effective_number(energy + floor)
 
 
 def _level(sig):

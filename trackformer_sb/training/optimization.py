@@ -58,14 +58,14 @@ def cosine_schedule(optimizer, num_steps, lr_final, warmup_steps=0):
         return rise * (lowest + (1.0 - lowest) * cosine)
 
     for group in optimizer.param_groups:
-        if group.get("freeze_steps", 0) < 1:
-            group["freeze_steps"] = group.get("freeze_steps", 0) * num_steps
+        if 0 < group.get("freeze_steps", 0) < 1:
+            group["freeze_steps"] *= num_steps
 
     def of_group(number):
         def scaled(step):
             # read each time: a training that goes on has that of its checkpoint
             group = optimizer.param_groups[number]
-            if step < group["freeze_steps"]:
+            if step < group.get("freeze_steps", 0):
                 return 0.0
             return group.get("lr_scale", 1.0) * factor(step)
 
