@@ -150,6 +150,15 @@ def test_a_longer_training_does_not_freeze_again():
     assert optimizer.param_groups[1]["lr"] > 0
 
 
+def test_an_optimizer_saved_without_a_freeze_goes_on():
+    saved = adamw().state_dict()
+    assert "freeze_steps" not in saved["param_groups"][0]
+    optimizer = adamw()
+    schedule = cosine_schedule(optimizer, 10, 1e-5)
+    optimizer.load_state_dict(saved)
+    assert all(rates(optimizer, schedule, 3)[0])
+
+
 @given(chosen=st.sets(st.integers(0, 5)))
 def test_every_parameter_stays_in_one_group_and_in_order(chosen):
     optimizer = adamw(count=6)
