@@ -1,5 +1,6 @@
 """The training recipe with every yaml, as a user runs it."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from trackformer_sb.data.manifest import read_songs
 from trackformer_sb.inference.interfaces import PerformerSeparation
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
+from trackformer_sb.training import experiment as experiments
 from trackformer_sb.training.dataio import prepare_data
 from trackformer_sb.training.experiment import load_experiment, make_brain
 
@@ -439,6 +441,30 @@ def test_batches_are_pinned_for_a_gpu(device_type, songs, tmp_path):
     for options in ("train_loader_options", "eval_loader_options"):
         pinned = experiment.hparams[options]["pin_memory"]
         assert pinned == (device_type == "cuda")
+
+
+@pytest.mark.parametrize(
+    "precision, slowdown, warned",
+    [("bf16", 13.0, True), ("bf16", 0.6, False), ("fp32", 13.0, False)],
+)
+def test_warns_of_a_cpu_without_bf16(
+    precision, slowdown, warned, songs, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(experiments, "bf16_slowdown", lambda: slowdown)
+    argv = tiny(
+        "performer_mixit.yaml", songs, tmp_path / "run", precision=precision
+    )
+    experiment = load_experiment(argv, recipe.SELECTION_METRICS)
+    prepare_data(experiment.hparams)
+    make_brain(recipe.Separation, experiment)
+    assert ("precision bf16: this CPU takes 13.0" in caplog.text) == warned
+
+
+def test_cost_of_bf16_is_that_of_the_fastest_products(monkeypatch):
+    seconds = itertools.chain((5.0, 1.0, 2.0, 1.0), (9.0, 4.0, 3.0, 8.0))
+    clock = itertools.chain.from_iterable((0.0, last) for last in seconds)
+    monkeypatch.setattr(experiments.time, "perf_counter", clock.__next__)
+    assert experiments.bf16_slowdown(size=2) == 3.0
 
 
 @pytest.mark.slow

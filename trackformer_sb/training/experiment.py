@@ -3,6 +3,7 @@
 import gc
 import pathlib
 import sys
+import time
 from typing import NamedTuple
 
 import speechbrain as sb
@@ -24,6 +25,10 @@ logger = get_logger(__name__)
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
 
 MATMUL_PRECISIONS = ("highest", "high", "medium")
+
+# Mixed precision whose matrix products take this many times those of float32
+# is worth a warning.
+SLOW_BF16 = 1.5
 
 # Keys that a training may go on with other values of.
 MAY_CHANGE = (
@@ -115,6 +120,29 @@ def set_matmul_precision(precision):
     torch.set_float32_matmul_precision(precision)
 
 
+def bf16_slowdown(size=256):
+    """What a bfloat16 matrix product costs on this CPU, in float32 products.
+
+    Where the instructions for it lack, torch goes on without a word, many times
+    slower.
+
+    Returns
+    -------
+    float
+        Ratio of times, from a few milliseconds of measuring.
+    """
+    fastest = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(size, size, dtype=dtype)
+        times = []
+        for _ in range(4):  # the first warms up
+            begin = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - begin)
+        fastest[dtype] = min(times)
+    return fastest[torch.bfloat16] / fastest[torch.float32]
+
+
 def check_same(hparams_file, overrides, output_folder):
     """Compares an experiment with the one that its folder was begun with.
 
@@ -178,6 +206,13 @@ def make_brain(brain_class, experiment):
         # SpeechBrain documents a negative norm as "off" but turns the
         # gradient around with it
         brain.max_grad_norm = float("inf")
+    if brain.device_type == "cpu" and brain.precision == "bf16":
+        slowdown = bf16_slowdown()
+        if slowdown > SLOW_BF16:
+            logger.warning(
+                f"precision bf16: this CPU takes {slowdown:.1f} times as long "
+                "for a matrix product as in fp32; train with --precision=fp32"
+            )
     for options in ("train_loader_options", "eval_loader_options"):
         # workers load ahead, two batches each; pinned ones are copied to the
         # GPU while it computes
