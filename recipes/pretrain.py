@@ -25,6 +25,7 @@ import speechbrain as sb
 import torch
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
+from torch.nn import functional as F
 
 from trackformer_sb.inference.features import export_encoder
 from trackformer_sb.training import figures
@@ -80,7 +81,7 @@ class Pretraining(MusicBrain):
         return self.modules.mae(spectrum, generator, cover)
 
     def compute_objectives(self, predictions, batch, stage):
-        """Mean squared error over what was hidden."""
+        """Mean squared error, see ``AudioMAE``."""
         loss = predictions.loss.mean()
         if stage == sb.Stage.TRAIN:
             self.losses = {"reconstruction": loss.detach()}
@@ -93,14 +94,17 @@ class Pretraining(MusicBrain):
         if batch.skipped[0]:
             # another segment took the place of the unreadable one
             return {"id": batch.id[0]}
-        loss = predictions.loss[0].item()
+        hidden = predictions.hidden[0]
+        target = predictions.target[0][hidden]
+        loss = F.mse_loss(predictions.prediction[0][hidden].float(), target)
+        loss = loss.item()
         # what predicting the mean of the item would leave
-        variance = predictions.target[0][predictions.hidden[0]].var().item()
+        variance = target.var().item()
         if self.picture is None:
             self.picture = predictions
         return {
             "id": batch.id[0],
-            "reconstruction_loss": loss,
+            "reconstruction_loss": loss,  # of what was hidden
             # none for silence
             "explained_variance": 1 - loss / variance if variance else None,
         }

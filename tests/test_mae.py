@@ -194,6 +194,19 @@ def test_loss_of_bands_is_the_error_of_what_is_hidden():
 
 
 @pytest.mark.parametrize("mask_mode", HIDING_MODES)
+@pytest.mark.parametrize("visible_weight", [0.25, 1])
+def test_what_is_visible_weighs_less(mask_mode, visible_weight):
+    mae = small_mae(mask_mode=mask_mode, visible_weight=visible_weight)
+    loss, prediction, target, hidden = mae(music())
+    for i in range(3):
+        errors = (prediction[i] - target[i]).square()
+        visible = errors[~hidden[i]]
+        total = errors[hidden[i]].sum() + visible_weight * visible.sum()
+        weights = hidden[i].sum() + visible_weight * len(visible)
+        torch.testing.assert_close(loss[i], total / weights)
+
+
+@pytest.mark.parametrize("mask_mode", HIDING_MODES)
 def test_only_what_is_hidden_is_learned(mask_mode):
     mae = small_mae(mask_mode=mask_mode)
     result = mae(music())
@@ -512,6 +525,9 @@ def test_redraw_reaches_encoder_and_decoder():
         ({"mask_ratio": 1.0}, r"expected mask_ratio in \(0, 1\), got 1.0"),
         ({"mask_ratio": -0.3}, r"expected mask_ratio in \(0, 1\), got -0.3"),
         ({"mask_ratio": float("nan")}, r"mask_ratio in \(0, 1\), got nan"),
+        ({"visible_weight": -0.1}, r"visible_weight in \[0, 1\], got -0.1"),
+        ({"visible_weight": 2}, r"visible_weight in \[0, 1\], got 2"),
+        ({"visible_weight": None}, r"visible_weight in \[0, 1\], got None"),
         ({"mask_span": 0}, "expected a whole mask_span from 1, got 0"),
         ({"mask_bands": 0}, "mask_bands from 1 to 10, .* channels, got 0"),
         ({"mask_bands": 11}, "mask_bands from 1 to 10, .* channels, got 11"),

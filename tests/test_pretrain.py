@@ -417,7 +417,9 @@ def test_pretrainings_differ_in_masking_decoder_and_speed_alone(yaml_name):
     assert paper.keys() == other.keys()
     different = {key for key in paper if paper[key] != other[key]}
     assert all(
-        key.startswith(("experiment", "mask_", "decoder_", "speed_percent"))
+        key.startswith(
+            ("experiment", "mask_", "visible_", "decoder_", "speed_percent")
+        )
         for key in different
     )
 

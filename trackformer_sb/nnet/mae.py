@@ -22,7 +22,8 @@ SILENT_VARIANCE = 1e-6
 class Reconstruction(NamedTuple):
     """What an AudioMAE makes of a batch.
 
-    loss : [batch], mean squared error over what was hidden.
+    loss : [batch], mean squared error over what was hidden, or weighted with
+        what was not.
     prediction, target : [batch, frames, channels], normalised.
     hidden : Boolean, [batch, frames, channels].
     """
@@ -113,6 +114,10 @@ class AudioMAE(nn.Module):
     normalise_target : bool
         Whether each frame to predict has zero mean and unit variance, which
         asks for its shape, not its level.
+    visible_weight : float
+        Weight in the loss of what is not hidden, from 0 (the paper's: none) to
+        1 (as much as what is). A masknet hides nothing: without any weight its
+        encoder was never asked about what it sees.
     decoder_layers : int
         Performer layers of the decoder; 0 for one without
         attention, not with "drop".
@@ -143,6 +148,7 @@ class AudioMAE(nn.Module):
         mask_span=1,
         mask_bands=1,
         normalise_target=False,
+        visible_weight=0.0,
         decoder_layers=1,
         d_decoder=128,
         decoder_nhead=4,
@@ -169,6 +175,10 @@ class AudioMAE(nn.Module):
                 f"expected mask_bands from 1 to {features.in_channels}, the "
                 f"number of channels, got {mask_bands!r}"
             )
+        if not (isinstance(visible_weight, Real) and 0 <= visible_weight <= 1):
+            raise ValueError(
+                f"expected visible_weight in [0, 1], got {visible_weight!r}"
+            )
         if mask_mode == "drop" and mask_bands > 1:
             raise ValueError(
                 "mask_mode drop leaves out whole frames, expected mask_bands 1,"
@@ -192,6 +202,7 @@ class AudioMAE(nn.Module):
         self.mask_span = mask_span
         self.mask_bands = mask_bands
         self.normalise_target = normalise_target
+        self.visible_weight = visible_weight
         self.to_decoder = nn.Linear(features.encoder.d_model, d_decoder)
         if mask_mode == "drop":
             self.mask_token = nn.Parameter(0.02 * torch.randn(d_decoder))
@@ -330,6 +341,7 @@ class AudioMAE(nn.Module):
         prediction = self.head(self.decoder(tokens))
         target = self._target(spectrogram)
         error = F.mse_loss(prediction.float(), target, reduction="none")
+        weights = hidden.float().clamp(min=self.visible_weight)
         # as much is hidden in each item
-        loss = error.masked_fill(~hidden, 0.0).sum((1, 2)) / hidden[0].sum()
+        loss = (error * weights).sum((1, 2)) / weights[0].sum()
         return Reconstruction(loss, prediction, target, hidden)
