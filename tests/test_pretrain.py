@@ -156,6 +156,7 @@ def test_encoder_folder_is_the_trained_encoder(pretrained):
         assert torch.equal(value, mae[f"features.{key}"]), key
     card = (pretrained / "encoder" / "README.md").read_text("utf-8")
     assert "| hidden | 30 % in spans of 1 frames (noise) |" in card
+    assert "| weight of what is visible | 0.0 |" in card
     assert "| explained_variance | " in card
 
 
@@ -164,6 +165,7 @@ def test_encoder_folder_is_the_trained_encoder(pretrained):
     (
         ("noise", {"mask_bands": 3, "precision": "bf16"}),
         ("zero", {"dataset": "stems", "normalise_target": True}),
+        ("zero", {"mask_bands": 2, "visible_weight": 0.5}),
         ("drop", {"mask_ratio": 0.75, "mask_span": 4, "redraw_interval": 2}),
     ),
 )
@@ -269,19 +271,23 @@ def test_evaluation_hides_the_same_in_each_epoch(
     assert len(drawn) == 2 * 12
 
 
+@pytest.mark.parametrize("visible_weight", [0.0, 0.5])
 def test_explained_variance_is_that_of_what_is_hidden(
-    songs, tmp_path, monkeypatch, quick
+    visible_weight, songs, tmp_path, monkeypatch, quick
 ):
     recorder = Recorder(monkeypatch)
     out = tmp_path / "run"
-    recipe.main(pretraining(songs, out))
-    rows, _, _ = read_results(out)
+    recipe.main(pretraining(songs, out, visible_weight=visible_weight))
+    rows, _, metrics = read_results(out)
     for row, batch in zip(rows, recorder.of(sb.Stage.TEST), strict=True):
         _, prediction, target, hidden = batch["result"]
         error = (prediction - target)[hidden].square().mean().item()
         assert float(row["reconstruction_loss"]) == pytest.approx(error)
         explained = 1 - error / target[hidden].var().item()
         assert float(row["explained_variance"]) == pytest.approx(explained)
+    hidden_alone = metrics["reconstruction_loss"]
+    same = metrics["test_loss"] == pytest.approx(hidden_alone)
+    assert same == (visible_weight == 0)
 
 
 # --- epochs ------------------------------------------------------------------
