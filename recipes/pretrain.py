@@ -153,7 +153,7 @@ def model_card(hparams, brain):
             "segments": f"{hparams['segment_seconds']} s",
             "hidden": f"{100 * hparams['mask_ratio']:g} % in spans of "
             f"{hparams['mask_span']} frames ({hparams['mask_mode']})",
-            "weight of what is visible": hparams["visible_weight"],
+            "weight of what is visible": hparams["AudioMAE"].visible_weight,
             "epochs": len(hparams["history"].epochs),
             "seed": hparams["seed"],
         },

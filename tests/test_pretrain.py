@@ -27,6 +27,7 @@ from trackformer_sb.data.manifest import read_songs
 from trackformer_sb.inference.features import SETTINGS, PerformerFeatures
 from trackformer_sb.nnet.mae import MASK_MODES
 from trackformer_sb.training import figures
+from trackformer_sb.training.experiment import load_experiment
 
 PRETRAINING_YAMLS = sorted(
     path.name for path in (ROOT / "hparams").glob("audio_mae*.yaml")
@@ -418,7 +419,7 @@ def test_separator_starts_from_what_its_header_makes():
 
 
 @pytest.mark.parametrize("yaml_name", PRETRAINING_YAMLS)
-def test_pretrainings_differ_in_masking_decoder_and_speed_alone(yaml_name):
+def test_pretrainings_differ_in_masking_loss_decoder_and_speed_alone(yaml_name):
     paper, other = values_of("audio_mae.yaml"), values_of(yaml_name)
     assert paper.keys() == other.keys()
     different = {key for key in paper if paper[key] != other[key]}
@@ -500,6 +501,20 @@ def test_results_do_not_get_other_settings(more, message, songs, pretrained):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         recipe.main(pretraining(songs, pretrained, **more))
     assert contents(pretrained) == before
+
+
+def test_pretraining_of_before_the_weight_had_none(songs, pretrained, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(pretrained, out)
+    path = out / "hyperparams.yaml"
+    text = path.read_text("utf-8").replace(str(pretrained), str(out))
+    text, keys = re.subn(r"(?m)^ *visible_weight:.*\n", "", text)
+    assert keys == 2
+    path.write_text(text, "utf-8")
+    argv = pretraining(songs, out, visible_weight=0.5)
+    with pytest.raises(ValueError, match="visible_weight was 0"):
+        load_experiment(argv, recipe.SELECTION_METRICS)
+    load_experiment(pretraining(songs, out), recipe.SELECTION_METRICS)
 
 
 def test_longest_span_is_taken(songs, tmp_path, quick):

@@ -22,8 +22,8 @@ SILENT_VARIANCE = 1e-6
 class Reconstruction(NamedTuple):
     """What an AudioMAE makes of a batch.
 
-    loss : [batch], mean squared error over what was hidden, or weighted with
-        what was not.
+    loss : [batch], mean squared error over what was hidden or, with a
+        visible_weight, over all.
     prediction, target : [batch, frames, channels], normalised.
     hidden : Boolean, [batch, frames, channels].
     """
@@ -117,7 +117,7 @@ class AudioMAE(nn.Module):
     visible_weight : float
         Weight in the loss of what is not hidden, from 0 (the paper's: none) to
         1 (as much as what is). A masknet hides nothing: without any weight its
-        encoder was never asked about what it sees.
+        encoder was never asked to reproduce what it sees.
     decoder_layers : int
         Performer layers of the decoder; 0 for one without
         attention, not with "drop".

@@ -47,6 +47,10 @@ MAY_CHANGE = (
 )
 
 
+# What a training did before its yaml had the key.
+BEFORE = {"visible_weight": 0.0}
+
+
 class Experiment(NamedTuple):
     """What a command line asks for."""
 
@@ -123,13 +127,13 @@ def set_matmul_precision(precision):
 def bf16_slowdown(size=256):
     """What a bfloat16 matrix product costs on this CPU, in float32 products.
 
-    Where the instructions for it lack, torch goes on without a word, many times
+    Where its instructions are missing torch carries on silently, many times
     slower.
 
     Returns
     -------
     float
-        Ratio of times, from a few milliseconds of measuring.
+        Ratio of times, measured in a fraction of a second.
     """
     fastest = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -158,7 +162,7 @@ def check_same(hparams_file, overrides, output_folder):
         return
     with open(hparams_file, encoding="utf-8") as file:
         asked = resolve_references(file, overrides).getvalue()
-    begun = plain_values(path.read_text(encoding="utf-8"))
+    begun = BEFORE | plain_values(path.read_text(encoding="utf-8"))
     different = [
         f"{key} was {begun[key]!r}, now {value!r}"
         for key, value in plain_values(asked).items()
@@ -206,12 +210,13 @@ def make_brain(brain_class, experiment):
         # SpeechBrain documents a negative norm as "off" but turns the
         # gradient around with it
         brain.max_grad_norm = float("inf")
-    if brain.device_type == "cpu" and brain.precision == "bf16":
+    precisions = brain.precision, brain.eval_precision
+    if brain.device_type == "cpu" and "bf16" in precisions:
         slowdown = bf16_slowdown()
         if slowdown > SLOW_BF16:
             logger.warning(
-                f"precision bf16: this CPU takes {slowdown:.1f} times as long "
-                "for a matrix product as in fp32; train with --precision=fp32"
+                "precision and eval_precision: in bf16 this CPU takes "
+                f"{slowdown:.1f} times as long for a matrix product as in fp32"
             )
     for options in ("train_loader_options", "eval_loader_options"):
         # workers load ahead, two batches each; pinned ones are copied to the

@@ -25,7 +25,7 @@ CURVES = (
 
 PRETRAINING_CURVES = (
     (
-        "Reconstruction of what is hidden",
+        "Reconstruction",
         "mean squared error",
         ("train_loss", "valid_loss"),
     ),
