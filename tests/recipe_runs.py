@@ -12,7 +12,10 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+import speechbrain as sb
 from speechbrain.utils.run_opts import RunOptions
+
+from trackformer_sb.training import figures
 
 ROOT = pathlib.Path(__file__).parents[1]
 RATE = 8000
@@ -25,6 +28,20 @@ def load_recipe(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def without_pictures(monkeypatch, *brains):
+    """Leaves out pictures and the list of packages, most of a tiny run."""
+
+    def nothing(*args, **kwargs):
+        return None
+
+    names = ("training_curves", "reconstruction_figure", "separation_figure")
+    for name in (*names, "save_figure"):
+        monkeypatch.setattr(figures, name, nothing)
+    for brain in brains:
+        monkeypatch.setattr(brain, "log_picture", nothing)
+    monkeypatch.setattr(sb.utils.logger, "get_environment_description", str)
 
 
 def write_songs(folder, num_songs=7, seconds=1.2, stems=True):

@@ -20,13 +20,13 @@ from recipe_runs import (
     torchrun,
     unused_keys,
     values_of,
+    without_pictures,
     write_songs,
 )
 
 from trackformer_sb.data.manifest import read_songs
 from trackformer_sb.inference.features import SETTINGS, PerformerFeatures
 from trackformer_sb.nnet.mae import MASK_MODES
-from trackformer_sb.training import figures
 from trackformer_sb.training.experiment import load_experiment
 
 PRETRAINING_YAMLS = sorted(
@@ -70,17 +70,8 @@ def earlier(tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Runs without pictures and list of packages, which take most of them."""
-
-    def nothing(*args, **kwargs):
-        return None
-
-    names = ("training_curves", "reconstruction_figure", "separation_figure")
-    for name in (*names, "save_figure"):
-        monkeypatch.setattr(figures, name, nothing)
-    monkeypatch.setattr(recipe.Pretraining, "log_picture", nothing)
-    monkeypatch.setattr(train.Separation, "log_picture", nothing)
-    monkeypatch.setattr(sb.utils.logger, "get_environment_description", str)
+    """Runs without what takes most of them."""
+    without_pictures(monkeypatch, recipe.Pretraining, train.Separation)
 
 
 def pretraining(songs, out, **more):

@@ -22,6 +22,7 @@ from recipe_runs import (
     tiny,
     torchrun,
     unused_keys,
+    without_pictures,
     write_songs,
 )
 
@@ -47,6 +48,12 @@ recipe = load_recipe("train")
 @pytest.fixture(scope="module")
 def songs(tmp_path_factory):
     return write_songs(tmp_path_factory.mktemp("songs"))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs without what takes most of them."""
+    without_pictures(monkeypatch, recipe.Separation)
 
 
 @pytest.mark.parametrize("yaml_name", SEPARATION_YAMLS)
@@ -110,7 +117,7 @@ def test_every_key_is_used(yaml_name):
         assert f"hparams.{key}" in source
 
 
-def test_songs_without_stems_leave_stem_columns_empty(tmp_path):
+def test_songs_without_stems_leave_stem_columns_empty(tmp_path, quick):
     songs = write_songs(tmp_path / "music", stems=False)
     out = tmp_path / "run"
     recipe.main(tiny("performer_mixit.yaml", songs, out, dataset="mixtures"))
@@ -121,7 +128,7 @@ def test_songs_without_stems_leave_stem_columns_empty(tmp_path):
     assert metrics["si_snri"] is None
 
 
-def test_training_on_one_folder_and_testing_on_another(songs, tmp_path):
+def test_training_on_one_folder_and_testing_on_another(songs, tmp_path, quick):
     music = write_songs(tmp_path / "music", stems=False)
     out = tmp_path / "run"
     recipe.main(
@@ -139,7 +146,7 @@ def test_training_on_one_folder_and_testing_on_another(songs, tmp_path):
     assert str(songs) not in train
 
 
-def test_training_lowers_the_loss(songs, tmp_path):
+def test_training_lowers_the_loss(songs, tmp_path, quick):
     out = tmp_path / "run"
     recipe.main(
         tiny(
@@ -161,7 +168,9 @@ def weights(out):
     return torch.load(out / "separator" / "masknet.ckpt", weights_only=True)
 
 
-def test_resumed_run_equals_uninterrupted_one(songs, tmp_path, monkeypatch):
+def test_resumed_run_equals_uninterrupted_one(
+    songs, tmp_path, monkeypatch, quick
+):
     def command(out):
         return tiny(
             "performer_mixit.yaml",
@@ -190,7 +199,7 @@ def test_resumed_run_equals_uninterrupted_one(songs, tmp_path, monkeypatch):
     assert len(read_results(tmp_path / "cut")[2]["history"]) == 3
 
 
-def test_redraw_is_the_same_for_equal_seed_and_step(songs, tmp_path):
+def test_redraw_is_the_same_for_equal_seed_and_step(songs, tmp_path, quick):
     for name, interval in (("a", 5), ("b", 5), ("c", 0)):
         recipe.main(
             tiny(
@@ -218,7 +227,7 @@ def test_redraw_is_the_same_for_equal_seed_and_step(songs, tmp_path):
         {"single_stem_share": 0.5, "silent_share": 0.5, "gain_db": 6},
     ),
 )
-def test_options_train_to_finite_figures(more, songs, tmp_path):
+def test_options_train_to_finite_figures(more, songs, tmp_path, quick):
     out = tmp_path / "run"
     recipe.main(tiny("performer_mixit.yaml", songs, out, **more))
     precision = more.get("matmul_precision", "high")
@@ -228,7 +237,9 @@ def test_options_train_to_finite_figures(more, songs, tmp_path):
     assert all(torch.isfinite(w).all() for w in weights(out).values())
 
 
-def test_negative_gradient_norm_does_not_turn_the_gradient(songs, tmp_path):
+def test_negative_gradient_norm_does_not_turn_the_gradient(
+    songs, tmp_path, quick
+):
     out = tmp_path / "run"
     recipe.main(
         tiny(
@@ -245,7 +256,7 @@ def test_negative_gradient_norm_does_not_turn_the_gradient(songs, tmp_path):
     assert history[-1]["train_loss"] < history[0]["train_loss"] - 1.0
 
 
-def test_file_that_fails_in_training_is_named_once(tmp_path, caplog):
+def test_file_that_fails_in_training_is_named_once(tmp_path, caplog, quick):
     songs = write_songs(tmp_path / "songs", num_songs=12)
     broken = songs / "song 3" / "tone.wav"
     sig, _ = soundfile.read(broken)
@@ -263,7 +274,7 @@ def test_file_that_fails_in_training_is_named_once(tmp_path, caplog):
     assert "song 3" in named[0] and "tone.wav" in named[0]
 
 
-def test_silent_song_is_named(tmp_path):
+def test_silent_song_is_named(tmp_path, quick):
     songs = write_songs(tmp_path / "songs", num_songs=12)
     for path in (songs / "song 3").glob("*.wav"):
         sig, _ = soundfile.read(path)
@@ -286,14 +297,14 @@ def test_accumulation_beyond_an_epoch_is_refused(songs, tmp_path):
         recipe.main([*argv, "--grad_accumulation_factor=16"])
 
 
-def test_schedule_ends_where_training_does(songs, tmp_path):
+def test_schedule_ends_where_training_does(songs, tmp_path, quick):
     out = tmp_path / "run"
     argv = tiny("performer_mixit.yaml", songs, out, number_of_epochs=2)
     recipe.main([*argv, "--grad_accumulation_factor=4"])
     assert read_results(out)[2]["history"][-1]["lr"] == pytest.approx(1e-5)
 
 
-def test_more_outputs_than_can_be_grouped(songs, tmp_path):
+def test_more_outputs_than_can_be_grouped(songs, tmp_path, quick):
     out = tmp_path / "run"
     recipe.main([*tiny("performer_mixit.yaml", songs, out, num_spks=13)])
     _, average, metrics = read_results(out)
@@ -313,7 +324,7 @@ def test_debug_leaves_the_results_of_a_training(songs, tmp_path):
     assert (out / "debug" / "metrics.json").is_file()
 
 
-def test_unreadable_test_item_has_an_empty_row(tmp_path):
+def test_unreadable_test_item_has_an_empty_row(tmp_path, quick):
     music = write_songs(tmp_path / "music")
     stems = write_songs(tmp_path / "stems", num_songs=4, seconds=1.3)
     broken = stems / "song 2" / "tone.wav"
@@ -329,7 +340,7 @@ def test_unreadable_test_item_has_an_empty_row(tmp_path):
     assert any(row["si_snri"] for row in rows)
 
 
-def test_all_files_failing_stops(tmp_path):
+def test_all_files_failing_stops(tmp_path, quick):
     songs = write_songs(tmp_path / "songs")
     for path in songs.rglob("*.wav"):
         sig, _ = soundfile.read(path)
