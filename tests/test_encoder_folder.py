@@ -6,6 +6,7 @@ import socket
 
 import pytest
 import torch
+from hub_server import serving, use_hub
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from ruamel.yaml import YAML
 from speechbrain.utils.run_opts import RunOptions
@@ -315,6 +316,24 @@ def test_initialises_a_masknet(exported):
     for module in (masknet, modules["encoder"]):
         module.eval()
     assert torch.equal(masknet.encode(mix_w), modules["encoder"](mix_w))
+
+
+def test_initialises_a_masknet_from_the_hub(exported, tmp_path, monkeypatch):
+    folder, modules = exported
+    sizes = {"d_model": 16, "nhead": 2, "num_layers": 2, "d_ffn": 24}
+    masknet = PerformerMaskNet(65, 3, n_features=8, **sizes)
+    with serving() as hub:
+        use_hub(monkeypatch, hub, tmp_path / "cache")
+        hub.put("band/encoder", folder)
+        fetched = encoder_folder("band/encoder")
+        check_settings({"sample_rate": 8000, **sizes}, fetched)
+        load_pretrained_encoder(masknet, fetched)
+        features = loaded("band/encoder").mods.encoder
+        with pytest.raises(FileNotFoundError, match="band/nothing"):
+            encoder_folder("band/nothing")
+    for key, value in modules["encoder"].state_dict().items():
+        assert torch.equal(masknet.state_dict()[key], value)
+        assert torch.equal(features.state_dict()[key], value)
 
 
 # --- damage ------------------------------------------------------------------
