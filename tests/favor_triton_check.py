@@ -9,7 +9,7 @@ import traceback
 import numpy as np
 import torch
 
-from trackformer_sb.nnet import favor
+from trackformer_sb.nnet import favor, favor_triton
 from trackformer_sb.nnet.favor_trial import _largest_error
 from trackformer_sb.nnet.favor_triton import favor_attention_triton
 
@@ -193,6 +193,24 @@ def check_splits():
     compare(inputs, projection, hidden)
 
 
+def check_several_tiles_a_program():
+    # as in training, where there are more sequences than programs are wanted
+    for wanted, dtype, tolerance in (
+        (1, torch.float32, 2e-3),
+        (3, torch.bfloat16, 2e-2),
+    ):
+        favor_triton.WANTED_PROGRAMS = wanted
+        inputs, projection = make((1, 1, 420, 16))
+        # the largest exponent grows on the way, in the other order it falls
+        inputs[1] *= torch.linspace(0.3, 2.0, 420)[:, None]
+        inputs = [x.to(dtype) for x in inputs]
+        compare(inputs, projection, tolerance=tolerance)
+        compare([x.flip(2) for x in inputs], projection, None, tolerance)
+    favor_triton.WANTED_PROGRAMS = 1
+    hidden = (torch.arange(420) % 200 > 70).expand(1, 420)
+    compare(*make((1, 1, 420, 16)), hidden)
+
+
 def check_types():
     for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
         inputs, projection = make((1, 2, 100, 32), n_features=64)
@@ -214,6 +232,7 @@ def check_partial_gradients():
 
 
 def check_guard():
+    favor_triton.WANTED_PROGRAMS = 4
     for dtype, expected in ((torch.float32, 2e-3), (torch.bfloat16, 2e-2)):
         error = _largest_error(torch.device("cpu"), dtype, 16, 16, 32)
         print("trial", dtype, error)
@@ -225,9 +244,11 @@ def main():
     interpret_as_a_gpu_multiplies()
     torch.set_num_threads(1)
     outcomes = {}
+    wanted = favor_triton.WANTED_PROGRAMS
     for name, check in list(globals().items()):
         if name.startswith("check_"):
             torch.manual_seed(0)
+            favor_triton.WANTED_PROGRAMS = wanted
             outcomes[name] = ""
             try:
                 check()

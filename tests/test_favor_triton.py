@@ -74,7 +74,7 @@ def compiled(kernel, dtype, head_dim, masked, capability=90):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = favor_triton._launch_options(
+    options = favor_triton.launch_options(
         torch.empty(256, head_dim, dtype=dtype), head_dim
     )
     name = "*bf16" if dtype == torch.bfloat16 else "*fp32"
@@ -229,6 +229,22 @@ def test_tracing_takes_the_plain_form():
     assert (traced(query, torch.ones(16, 16)) == 2).all()
 
 
+@needs_triton
+@pytest.mark.parametrize("switch", [None, "1", "0"])
+def test_kernels_can_be_switched_off(monkeypatch, switch):
+    monkeypatch.delenv("TRACKFORMER_TRITON", raising=False)
+    if switch is not None:
+        monkeypatch.setenv("TRACKFORMER_TRITON", switch)
+    tried = []
+    monkeypatch.setattr(favor_trial, "can_use_triton", lambda *inputs: True)
+    monkeypatch.setattr(
+        favor_trial, "triton_agrees", lambda *sizes: tried.append(sizes) or True
+    )
+    one = stub((1, 1, 16, 16))
+    used = favor_trial.should_use_triton(one, one, one, stub((16, 16)))
+    assert used == bool(tried) == (switch != "0")
+
+
 # --- the trial at first use --------------------------------------------------
 
 CPU = torch.device("cpu")
@@ -263,6 +279,33 @@ def value_gradient_is_nan(query, key, value, projection, hidden=None):
     return favor.favor_attention(
         query, key, value + nan_slope, projection, hidden
     )
+
+
+@pytest.mark.parametrize("n_features, value_dim", [(256, 64), (16, 128)])
+def test_trial_has_several_turns_in_each_program(n_features, value_dim):
+    frames = favor_trial._frames_of_several_turns(value_dim, n_features)
+    for dtype in favor_triton.DTYPES:
+        reduced = dtype == torch.bfloat16
+        product = torch.bfloat16 if reduced else torch.float32
+        projection = torch.empty(n_features, 64, dtype=product)
+        options = favor_triton.launch_options(projection, value_dim)
+        keys = torch.empty(2, 2, frames, 64)
+        _, per_split, *_ = favor_triton._partial(
+            keys, frames, value_dim, options
+        )
+        assert per_split >= 3 * options["ROWS"]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_trial_tries_with_and_without_padding(monkeypatch, warnings_of, padded):
+    def attention(query, key, value, projection, hidden=None):
+        if (hidden is not None) == padded:
+            raise RuntimeError("ptxas fatal")
+        return favor.favor_attention(query, key, value, projection, hidden)
+
+    monkeypatch.setattr(favor_trial, "favor_attention_triton", attention)
+    assert not favor_trial.triton_agrees(CPU, torch.float32, 16, 16, 32)
+    assert "ptxas fatal" in warnings_of[0]
 
 
 @pytest.mark.parametrize(
@@ -337,3 +380,8 @@ def test_same_bits_and_no_features_in_memory_on_the_gpu():
     # gradients and exponents on the way
     assert torch.cuda.max_memory_allocated() - before < 3 * features
     assert all(torch.equal(x, y) for x, y in zip(first, second))
+    leaves = [x.detach().double().requires_grad_() for x in inputs]
+    output = favor.favor_attention(*leaves, projection.double())
+    exact = output, *torch.autograd.grad(output.square().sum(), leaves)
+    for found, expected in zip(first, exact):
+        assert (found - expected).norm() < 5e-3 * expected.norm()

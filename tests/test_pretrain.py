@@ -513,16 +513,17 @@ def test_longest_span_is_taken(songs, tmp_path, quick):
     assert np.isfinite(read_results(tmp_path / "run")[2]["test_loss"])
 
 
-def test_music_that_is_silent_is_refused(tmp_path, quick):
+@pytest.mark.parametrize("more", ({}, {"optimizer_step_limit": 1}))
+def test_music_that_is_silent_is_refused(more, tmp_path, quick):
     songs = write_songs(tmp_path / "music", stems=False)
     for i, path in enumerate(sorted(songs.glob("*.wav"))):
         sig, _ = soundfile.read(path)
         # equal files would be one song
         soundfile.write(path, np.zeros(len(sig) + i), RATE)
     out = tmp_path / "run"
-    message = "data_folder: expected music, .* 3 training songs are silent"
+    message = r"data_folder: expected music, .* \d training songs are silent"
     with pytest.raises(ValueError, match=message):
-        recipe.main(pretraining(songs, out))
+        recipe.main(pretraining(songs, out, **more))
     assert not (out / "encoder").exists()
     assert not list((out / "save").glob("CKPT*"))
 

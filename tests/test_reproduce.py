@@ -451,6 +451,22 @@ def test_resumed_cell_keeps_the_steps_of_its_probe(repository):
     assert keys_of(call)["optimizer_step_limit"] == "240"
 
 
+def test_failed_cell_of_another_network_is_probed_again(repository):
+    more = ("--minutes=1", "--lengths", "3", "--losses", "mixit")
+    more = (*more, "--models", "performer")
+    run(repository, *more)
+    path = repository / "out/performer/3s/mixit/cell.json"
+    found = json.loads(path.read_text()) | {"status": "failed"}
+    path.write_text(json.dumps(found))
+    behave(repository, step_seconds=2.0)
+    run(repository, *more, "--performer.d_model=32")
+    assert [call["debug"] for call in calls(repository)] == [True, False]
+    found = record(repository, "performer/3s/mixit")
+    # of the network that the probe had before it was 240
+    assert found["steps"] == 60
+    assert found["probe"]["step_seconds"] == 1.0
+
+
 ALL_MODELS = ("--models", "performer_mae", "performer", "convtasnet")
 
 
@@ -612,8 +628,16 @@ def test_another_pretraining_in_the_same_folder_is_refused(repository):
     assert len(names(repository)) == 2
 
 
+def write_encoder(folder, d_model=16):
+    folder.mkdir()
+    (folder / "hyperparams.yaml").write_text(
+        f"sample_rate: 8000\nd_model: {d_model}\nspec_norm: zscore\n"
+    )
+    (folder / "encoder.ckpt").touch()
+
+
 def test_given_encoder_takes_the_place_of_pretraining(repository):
-    (repository / "enc").mkdir()
+    write_encoder(repository / "enc")
     run(
         repository,
         *("--models", "performer_mae", "--lengths", "3", "--losses", "mixit"),
@@ -622,6 +646,31 @@ def test_given_encoder_takes_the_place_of_pretraining(repository):
     (call,) = calls(repository)
     keys = keys_of(call)
     assert keys["pretrained_encoder"] == str(repository / "enc")
+
+
+@pytest.mark.parametrize(
+    "missing, message",
+    (
+        ("encoder.ckpt", "--pretrained_encoder: no encoder.ckpt in .*enc"),
+        ("hyperparams.yaml", "encoder: no hyperparams.yaml in .*enc"),
+        (None, "enc does not fit: d_model is 32, of the separators 16"),
+    ),
+)
+def test_given_encoder_is_checked_before_anything_runs(
+    missing, message, repository
+):
+    write_encoder(repository / "enc", d_model=32)
+    if missing:
+        (repository / "enc" / missing).unlink()
+    given = f"--pretrained_encoder={repository / 'enc'}"
+    models = ("--models", "performer_mae", "performer")
+    for more in ((), ("--dry-run",)):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run(repository, *models, given, *more)
+    assert names(repository) == []
+    assert not (repository / "out").exists()
+    # of no concern to others
+    assert run(repository, "--models", "performer", given) == 0
 
 
 def test_failed_pretraining_stops_what_needs_it_only(repository):

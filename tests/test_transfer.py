@@ -190,7 +190,10 @@ n_fft: 1024
 hop_length: 256
 spec_norm: zscore
 d_model: 16
+nhead: 2
+num_layers: 1
 d_ffn: null
+n_features: 8
 
 Encoder: !new:trackformer_sb.nnet.stft.STFTEncoder
   n_fft: 1024
@@ -200,6 +203,11 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
   loadables:
     encoder: !ref <Features>
 """
+
+NEEDED = (
+    *("sample_rate", "n_fft", "hop_length", "spec_norm", "d_model", "nhead"),
+    *("num_layers", "d_ffn", "n_features"),
+)
 
 SEPARATOR = {
     "sample_rate": 44100,
@@ -290,7 +298,7 @@ def test_broken_settings_are_named(content, settings):
 @pytest.mark.parametrize("content", ("", "- 1\n", "text", "num_spks: 8\n"))
 def test_settings_of_something_else_are_named(content, settings):
     settings.write_text(content)
-    message = "expected the settings of an encoder, with the keys pretrainer"
+    message = "expected the settings of an encoder, got none of d_ffn, d_model"
     with pytest.raises(ValueError, match=message):
         check_settings(SEPARATOR, settings.parent)
 
@@ -299,6 +307,16 @@ def test_settings_of_something_else_are_named(content, settings):
 def test_settings_cut_between_lines_are_refused(lines, settings):
     settings.write_text("".join(SETTINGS.splitlines(True)[:lines]))
     with pytest.raises(ValueError, match=f"{SETTINGS_FILE}: expected the set"):
+        check_settings(SEPARATOR, settings.parent)
+
+
+@pytest.mark.parametrize("key", NEEDED)
+def test_missing_setting_is_named(key, settings):
+    lines = SETTINGS.splitlines(True)
+    kept = [line for line in lines if not line.startswith(f"{key}:")]
+    assert len(kept) == len(lines) - 1
+    settings.write_text("".join(kept))
+    with pytest.raises(ValueError, match=f"an encoder, got none of {key}$"):
         check_settings(SEPARATOR, settings.parent)
 
 

@@ -6,21 +6,9 @@ import trackformer_sb
 from trackformer_sb.inference.card import card_sections
 from trackformer_sb.inference.folder import read_model, write_model
 from trackformer_sb.inference.hub import StrictPretrained, fetched_file
+from trackformer_sb.nnet.transfer import SETTINGS
 
 NODES = {"stft": "Encoder", "encoder": "Features"}
-
-# What a masknet must have in common with the encoder that initialises it.
-SETTINGS = (
-    "sample_rate",
-    "n_fft",
-    "hop_length",
-    "spec_norm",
-    "d_model",
-    "nhead",
-    "num_layers",
-    "d_ffn",
-    "n_features",
-)
 
 HEADER = """\
 # {title}

@@ -150,8 +150,9 @@ def favor_attention(query, key, value, projection, key_padding_mask=None):
 
     Time and memory are proportional to the number of frames; features are made
     for a block of frames at a time, see ``favor_blocked``. Computed in float32
-    whatever the autocast state; the result has the values' type. Can be
-    differentiated once.
+    whatever the autocast state, on a GPU in the precision of the kernels, see
+    ``favor_triton``; the result has the values' type. Can be differentiated
+    once.
 
     Arguments
     ---------

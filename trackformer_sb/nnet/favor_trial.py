@@ -5,18 +5,24 @@ kernels are compared with the plain form before they are trusted.
 """
 
 import functools
+import math
+import os
 import threading
 
 import torch
 from speechbrain.utils.logger import get_logger
 
-from trackformer_sb.nnet import favor
+from trackformer_sb.nnet import favor, favor_triton
 from trackformer_sb.nnet.favor_triton import (
     can_use_triton,
     favor_attention_triton,
 )
 
 logger = get_logger(__name__)
+
+# Set to 0 in the environment, no kernel is used or tried: what a faulty one
+# does to the memory of a GPU ends the process, whatever is caught.
+SWITCH = "TRACKFORMER_TRITON"
 
 # Largest relative error of results and gradients in ``triton_agrees``, far
 # above rounding and far below what a wrong kernel gives.
@@ -34,14 +40,19 @@ def should_use_triton(query, key, value, projection):
     Returns
     -------
     bool
-        False for everything that is not on a GPU, and while compiling.
+        False for everything that is not on a GPU, while compiling, and where
+        the environment has TRACKFORMER_TRITON=0.
     """
-    return can_use_triton(query, key, value, projection) and triton_agrees(
-        value.device,
-        value.dtype,
-        query.shape[-1],
-        value.shape[-1],
-        projection.shape[0],
+    return (
+        can_use_triton(query, key, value, projection)
+        and os.environ.get(SWITCH) != "0"
+        and triton_agrees(
+            value.device,
+            value.dtype,
+            query.shape[-1],
+            value.shape[-1],
+            projection.shape[0],
+        )
     )
 
 
@@ -54,15 +65,52 @@ def _results(attention, inputs, projection, hidden, weights):
 
 
 def _largest_error(device, dtype, head_dim, value_dim, n_features):
-    """Largest relative error of a small problem, padding in it."""
+    """Largest relative error of two small problems, forward and backward.
+
+    A short one with padding, and one without any whose sums over frames take
+    several turns in each program: other kernels, and other ways through them.
+    """
+    errors = [
+        _relative_error(
+            device, dtype, head_dim, value_dim, n_features, frames, padded
+        )
+        for frames, padded in (
+            (150, True),
+            (_frames_of_several_turns(value_dim, n_features), False),
+        )
+    ]
+    # unlike max() of Python, it does not pass over nan
+    return float(torch.stack(errors).max())
+
+
+def _frames_of_several_turns(value_dim, n_features, sequences=4):
+    """At how many frames each program has three tiles or more to sum up."""
+    # in bfloat16 the most programs are wanted, with the largest tiles
+    options = favor_triton.launch_options(
+        torch.empty(n_features, value_dim, dtype=torch.bfloat16), value_dim
+    )
+    splits = favor_triton.most_splits(sequences, options)
+    return options["ROWS"] * 2 * splits + 22
+
+
+def _relative_error(
+    device, dtype, head_dim, value_dim, n_features, frames, padded
+):
+    """Largest error of output and gradients, relative to their norms."""
     generator = torch.Generator().manual_seed(0)
     projection = favor.draw_projection(n_features, head_dim, generator)
     # as far apart as SelfAttention lets queries and keys be
     query, key = 2**0.5 * torch.nn.functional.normalize(
-        torch.randn(2, 2, 2, 150, head_dim, generator=generator), dim=-1
+        torch.randn(2, 2, 2, frames, head_dim, generator=generator), dim=-1
     )
-    value, weights = torch.randn(2, 2, 2, 150, value_dim, generator=generator)
-    hidden = torch.arange(150).expand(2, 150) >= torch.tensor([[150], [97]])
+    value, weights = torch.randn(
+        2, 2, 2, frames, value_dim, generator=generator
+    )
+    hidden = None
+    if padded:
+        hidden = torch.arange(frames) >= torch.tensor(
+            [[frames], [math.ceil(0.65 * frames)]]
+        )
     inputs = [x.to(dtype) for x in (query, key, value)]
     exact = _results(
         favor.favor_attention,
@@ -75,12 +123,11 @@ def _largest_error(device, dtype, head_dim, value_dim, n_features):
         favor_attention_triton,
         [x.to(device) for x in inputs],
         projection.to(device),
-        hidden.to(device),
+        hidden.to(device) if padded else None,
         weights.to(device),
     )
     errors = [(x - y).norm() / y.norm() for x, y in zip(found, exact)]
-    # unlike max() of Python, it does not pass over nan
-    return float(torch.stack(errors).max())
+    return torch.stack(errors).max()
 
 
 def _in_new_thread(function, *args):

@@ -123,7 +123,7 @@ class _FavorAttention(torch.autograd.Function):
         hidden = key_padding_mask
         if hidden is not None:
             hidden = hidden.contiguous().view(torch.uint8)
-        ctx.options = _launch_options(projection, value.shape[-1])
+        ctx.options = launch_options(projection, value.shape[-1])
         with torch.cuda.device_of(query):
             state, weight, bound = _sum_keys(
                 key, value, hidden, projection, ctx.options
@@ -231,7 +231,7 @@ class _FavorAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None
 
 
-def _launch_options(projection, value_dim):
+def launch_options(projection, value_dim):
     """Compile-time constants of the kernels and how to compile them.
 
     The largest tiles that compute capability 9.0 keeps in registers, but for
@@ -258,12 +258,18 @@ def _grid(x, options):
     return math.ceil(x.shape[2] / options["ROWS"]), x.shape[0] * x.shape[1]
 
 
+def most_splits(sequences, options):
+    """Into how many parts a sum over frames is split at most."""
+    blocks = options["FEATURES"] // options["COLUMNS"]
+    return math.ceil(WANTED_PROGRAMS / (sequences * blocks))
+
+
 def _partial(x, frames, value_dim, options):
     """Grid, splits and empty partial sums for a sum over frames."""
     sequences = x.shape[0] * x.shape[1]
     blocks = options["FEATURES"] // options["COLUMNS"]
     tiles = math.ceil(frames / options["ROWS"])
-    splits = min(tiles, math.ceil(WANTED_PROGRAMS / (sequences * blocks)))
+    splits = min(tiles, most_splits(sequences, options))
     per_split = math.ceil(tiles / splits)
     splits = math.ceil(tiles / per_split)
     shape = (sequences, splits, options["FEATURES"])

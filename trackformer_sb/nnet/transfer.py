@@ -9,9 +9,22 @@ import yaml
 ENCODER_FILE = "encoder.ckpt"
 SETTINGS_FILE = "hyperparams.yaml"
 
-# The first and the last key of an encoder's settings: a file that is cut at
+# What a masknet must have in common with the encoder that initialises it.
+SETTINGS = (
+    "sample_rate",
+    "n_fft",
+    "hop_length",
+    "spec_norm",
+    "d_model",
+    "nhead",
+    "num_layers",
+    "d_ffn",
+    "n_features",
+)
+
+# The last key of an encoder's settings is among them: a file that is cut at
 # the end of a line is a yaml as well.
-ENDS_OF_SETTINGS = {"sample_rate", "pretrainer"}
+KEYS_NEEDED = {*SETTINGS, "pretrainer"}
 
 # What torch.load raises for a file that is cut, empty or something else.
 DAMAGED = (
@@ -131,10 +144,11 @@ def check_settings(settings, source):
         known = plain_values(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no readable yaml ({error})") from error
-    if not isinstance(known, dict) or not known.keys() >= ENDS_OF_SETTINGS:
+    found = known.keys() if isinstance(known, dict) else set()
+    if KEYS_NEEDED - found:
         raise ValueError(
-            f"{path}: expected the settings of an encoder, with the keys "
-            f"{', '.join(sorted(ENDS_OF_SETTINGS))}"
+            f"{path}: expected the settings of an encoder, got none of "
+            f"{', '.join(sorted(KEYS_NEEDED - found))}"
         )
     different = [
         f"{key} is {value}, the separator has {settings[key]}"

@@ -73,9 +73,11 @@ class MusicBrain(sb.Brain):
         Raises
         ------
         ValueError
-            If there was no sound at all.
+            If there was no sound at all in the epoch, or in what a training
+            that ends within its first epoch was given.
         """
-        if len(self.step_seconds) < self.num_batches:
+        whole = len(self.step_seconds) == self.num_batches
+        if not whole and (self.debug or self.steps_before):
             # a few segments may all be rests
             return
         heard = [self.sounding]
@@ -91,8 +93,9 @@ class MusicBrain(sb.Brain):
             raise ValueError(
                 "data_folder: expected music, but all of its "
                 f"{len(songs)} training songs are silent"
+                + ("" if whole else ", as far as they were read")
             )
-        if self.hparams.epoch_segments:
+        if self.hparams.epoch_segments or not whole:
             # of a part of the segments those of one song may be rests
             return
         for song, sounds in songs.items():
@@ -109,6 +112,7 @@ class MusicBrain(sb.Brain):
             self.waiting, self.last_batch_end = 0.0, time.monotonic()
             self.step_seconds = []
             self.sounding = {}
+            self.steps_before = self.optimizer_step
 
     def on_fit_batch_start(self, batch, should_step):
         """Adds up the time the step waited for its data."""

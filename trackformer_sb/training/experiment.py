@@ -219,8 +219,8 @@ def make_brain(brain_class, experiment):
                 f"{slowdown:.1f} times as long for a matrix product as in fp32"
             )
     for options in ("train_loader_options", "eval_loader_options"):
-        # workers load ahead, two batches each; pinned ones are copied to the
-        # GPU while it computes
+        # workers load ahead, two batches each; pinned ones are copied to a
+        # GPU faster and without a wait
         hparams[options]["pin_memory"] = brain.device_type == "cuda"
     rank = getattr(brain, "rank", 0)
     datasets, brain.pairs = dataio_prep(hparams, rank)

@@ -12,32 +12,51 @@ ENCODER_KEYS = (
 )
 
 
+def _values(job):
+    return {**yaml_values(job.yaml), **job.overrides}
+
+
 def check_encoder(grid):
-    """Refuses a pre-training whose encoder the separators could not take.
+    """Refuses an encoder, given or to be made, that separators cannot take.
 
     Raises
     ------
+    FileNotFoundError
+        If the given one has not all of its files.
     ValueError
         Naming the keys that differ, with both values.
     """
     takers = [job for job in grid.cells if job.name.startswith("performer_mae")]
-    if not grid.pretrain or not takers:
+    if not takers:
         return
-    encoder, separator = (
-        {**yaml_values(job.yaml), **job.overrides}
-        for job in (grid.pretrain, takers[0])
-    )
+    given = grid.pretrained_encoder
+    if given:
+        for name in ("hyperparams.yaml", "encoder.ckpt"):
+            if not (given / name).is_file():
+                raise FileNotFoundError(
+                    f"--pretrained_encoder: no {name} in {given}"
+                )
+        encoder = yaml_values(given / "hyperparams.yaml")
+    else:
+        encoder = _values(grid.pretrain)
+    separator = _values(takers[0])
     differ = [
         f"{key} is {encoder[key]}, of the separators {separator[key]}"
         for key in ENCODER_KEYS
         if key in encoder
         and key in separator
         and str(encoder[key]) != str(separator[key])
+        # an expression is not computed here
+        and not str(separator[key]).startswith("!")
     ]
     if differ:
         raise ValueError(
-            "the pre-training would make an encoder that does not fit: "
-            f"{'; '.join(differ)}"
+            (
+                f"--pretrained_encoder: the encoder in {given}"
+                if given
+                else "the encoder that the pre-training would make"
+            )
+            + f" does not fit: {'; '.join(differ)}"
         )
 
 

@@ -73,6 +73,11 @@ class Runner:
         seconds = step_seconds * job.batches_per_step()
         return max(1, int(job.budget[1] * 60 / seconds))
 
+    def knows_steps(self, job, record):
+        """Whether a record has the steps of this job, as its network is now."""
+        measured = record.get("probe", {}).get("of", "")
+        return "steps" in record and measured.startswith(f"{job.network} on ")
+
     def train(self, job, device, record):
         """Trains one job.
 
@@ -83,7 +88,7 @@ class Runner:
         """
         if job.budget[0] == "steps":
             record["steps"] = job.budget[1]
-        elif job.budget[0] == "minutes" and not record.get("steps"):
+        elif job.budget[0] == "minutes" and not self.knows_steps(job, record):
             status, reason, probe = self.probes.shared(job, device)
             if status != "done":
                 return {"status": status, "reason": reason}
