@@ -6,19 +6,18 @@ reported. Memory is measured in a fresh process for each candidate, since an
 allocator keeps what an earlier candidate made it take.
 """
 
+import gc
 import math
 import multiprocessing
-import os
 import pathlib
-import platform
 import re
 import resource
 import statistics
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from machine import Load, machine
 
 
 def say(*words, sep=" "):
@@ -73,7 +72,8 @@ def spread(seconds):
     middle, low, high = (
         1e3 * f(seconds) for f in (statistics.median, min, max)
     )
-    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+    digits = 1 if middle >= 5 else 3
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def exponent(lengths, values):
@@ -133,12 +133,30 @@ def _peak_mb():
     return _status().get("VmHWM", usage / in_mb)
 
 
+def free_cache(device):
+    """Gives back what the GPU's allocator keeps, for processes beside it."""
+    if torch.device(device).type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def limit_of(limit_gb, device):
+    """The limit in GB, on a GPU no more than the card has."""
+    if torch.device(device).type != "cuda":
+        return limit_gb
+    total = torch.cuda.get_device_properties(device).total_memory
+    return min(limit_gb, total / 2**30)
+
+
 def limit_memory(limit_gb, device):
-    """Makes the process fail rather than take more than this beyond now."""
+    """Makes the process fail rather than take more than this beyond now.
+
+    On a GPU beyond nothing: what the process holds counts too.
+    """
     if torch.device(device).type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        share = min(1.0, limit_gb * 2**30 / total)
-        torch.cuda.set_per_process_memory_fraction(share)
+        share = limit_of(limit_gb, device) * 2**30 / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
         return
     limit = int((_status().get("VmSize", 0) + 1024 * limit_gb) * 2**20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -196,45 +214,6 @@ def _call(sender, function, args):
         sender.send(("error", f"{type(error).__name__}: {error}"))
 
 
-def _processor():
-    try:
-        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    found = re.search(r"^model name\s*: (.*)$", text, re.M)
-    return found[1] if found else platform.processor()
-
-
-def _version(package):
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def machine(device):
-    """Processor, memory, GPU and versions, as lines of markdown."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    lines = [
-        f"- CPU: {_processor()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads used; memory {memory:.0f} GB"
-    ]
-    if torch.device(device).type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        lines.append(
-            f"- GPU: {gpu.name}, {gpu.total_memory / 2**30:.0f} GB; float32, "
-            f"TF32 in matrix products {torch.backends.cuda.matmul.allow_tf32}"
-            f", in convolutions {torch.backends.cudnn.allow_tf32}"
-        )
-    packages = ("torch", "speechbrain", "asteroid")
-    lines.append(
-        f"- Python {platform.python_version()}, "
-        + ", ".join(f"{name} {_version(name)}" for name in packages)
-        + f"; computed on {device}"
-    )
-    return lines
-
-
 def command_line():
     """The command that runs; of absolute paths only the last part."""
     words = ["python", *sys.argv]
@@ -247,52 +226,6 @@ def command_line():
             short = path.relative_to(here) if inside else f".../{path.name}"
             words[i] = f"{key}{equals}{short}"
     return " ".join(words)
-
-
-class Load:
-    """What else the machine does while a benchmark runs."""
-
-    def __init__(self):
-        self.before = self._averages()
-        self.started = self._seconds()
-
-    def _averages(self):
-        text = " ".join(f"{load:.2f}" for load in os.getloadavg())
-        try:
-            loads = pathlib.Path("/proc/loadavg").read_text(encoding="ascii")
-        except OSError:
-            return text
-        return f"{text}, {loads.split()[3].split('/')[0]} runnable"
-
-    def _seconds(self):
-        """Clock, this benchmark's and all processor seconds."""
-        try:
-            first = pathlib.Path("/proc/stat").read_text(encoding="ascii")
-        except OSError:
-            return None
-        # user nice system idle iowait irq softirq
-        ticks = [int(word) for word in first.split()[1:8]]
-        busy = sum(ticks) - ticks[3] - ticks[4]
-        own = sum(os.times()[:4])
-        return time.monotonic(), own, busy / os.sysconf("SC_CLK_TCK")
-
-    def lines(self):
-        """Load before and after, as lines of markdown."""
-        lines = [
-            f"- load averages (1, 5, 15 minutes) before: {self.before}; "
-            f"now: {self._averages()} (this benchmark included)"
-        ]
-        now = self._seconds()
-        if self.started and now:
-            elapsed, own, busy = (
-                b - a for a, b in zip(self.started, now, strict=True)
-            )
-            other = max(0.0, (busy - own) / max(elapsed, 1e-9))
-            lines.append(
-                f"- over {elapsed / 60:.1f} minutes, other processes used "
-                f"{other:.2f} cores on average"
-            )
-        return lines
 
 
 def table(header, rows):
@@ -363,6 +296,22 @@ def add_arguments(parser, name):
     parser.add_argument(
         "--output",
         type=pathlib.Path,
-        default=f"benchmarks/results/{name}.md",
-        help="the record to write (default: %(default)s)",
+        help=f"the record to write (default: benchmarks/results/{name}.md, on "
+        "a GPU in a folder there with its name)",
     )
+    parser.set_defaults(record=name)
+
+
+def parse_args(parser):
+    """Parses, and says where the record goes; after ``add_arguments``."""
+    args = parser.parse_args()
+    if args.output is None:
+        folder = pathlib.Path("benchmarks/results")
+        # a CPU's record stays beside it
+        if torch.device(args.device).type == "cuda":
+            gpu = torch.cuda.get_device_name(args.device).lower()
+            folder /= re.sub(r"[^a-z0-9]+", "-", gpu).strip("-")
+        dtype = getattr(args, "dtype", "float32")
+        kind = "" if dtype == "float32" else f"_{dtype}"
+        args.output = folder / f"{args.record}{kind}.md"
+    return args

@@ -21,7 +21,7 @@ import pathlib
 import sys
 from statistics import mean
 
-from common import Record, add_arguments, say, table
+from common import Record, add_arguments, parse_args, say, table
 from real_music import plain_values, shown, training_command
 
 MEASURES = (
@@ -193,7 +193,7 @@ def main():
     parser.add_argument("--pairs", action="store_true")
     parser.add_argument("--title", default="Trainings side by side")
     parser.add_argument("--note", default="", help="a paragraph of its own")
-    args = parser.parse_args()
+    args = parse_args(parser)
     if args.pairs and len(args.run_folders) % 2:
         parser.error("expected an even number of run folders with --pairs")
     record = Record(args.title, __doc__, args.output, args.device)

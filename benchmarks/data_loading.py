@@ -30,6 +30,7 @@ import torch
 from common import (
     Record,
     add_arguments,
+    parse_args,
     say,
     spread,
     synchronise,
@@ -250,7 +251,7 @@ def main():
     parser.add_argument("--segment_seconds", type=float, default=3.0)
     parser.add_argument("--num_layers", type=int, default=4)
     parser.add_argument("--demo_songs", type=int, default=60)
-    args = parser.parse_args()
+    args = parse_args(parser)
     record = Record("Data loading", __doc__, args.output, args.device)
     blocks = [
         f"Batches of {args.batch_size} pairs of {args.segment_seconds:g} s at "

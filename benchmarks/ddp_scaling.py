@@ -11,10 +11,11 @@ with --device cuda. In each of --rounds rounds both are started, turn by turn.
 
 Work of a rank: the items that it saw, and the processor seconds of its process
 (time.process_time: all its threads, no waiting) from the second step on. The
-first is left out, in which DistributedDataParallel orders its buckets. These,
-not wall clocks, are compared on a CPU, since ranks there share what one
-process has alone. On GPUs the efficiency is the time of one rank over ranks
-times their time. Largest of the ranks, medians of the rounds.
+first is left out, in which DistributedDataParallel orders its buckets; batches
+are drawn before the clocks start. These, not wall clocks, are compared on a
+CPU, since ranks there share what one process has alone. On GPUs the efficiency
+is the time of one rank over ranks times their time. Largest of the ranks,
+medians of the rounds.
 
 Then the weights: equal to the last bit between ranks, and near to those of one
 process, as a share of the way that training moved them.
@@ -30,7 +31,15 @@ import tempfile
 import time
 
 import torch
-from common import Record, add_arguments, say, synchronise, table, verdict
+from common import (
+    Record,
+    add_arguments,
+    parse_args,
+    say,
+    synchronise,
+    table,
+    verdict,
+)
 from torch.nn.parallel import DistributedDataParallel
 from training_step import FAVOR, SAMPLE_RATE, build
 
@@ -66,13 +75,17 @@ def train(args):
     before = flat(masknet)
     wrapped = DistributedDataParallel(masknet)
     optimizer = torch.optim.AdamW(masknet.parameters(), lr=1e-4, fused=True)
-    items, share = 0, args.batch_size // world
-    for step in range(args.steps):
+    share = args.batch_size // world
+    own = slice(rank * share, (rank + 1) * share)
+    # before the clock starts: every rank draws the batches of all
+    batches = [
+        global_batch(step, args)[own].to(device) for step in range(args.steps)
+    ]
+    items = 0
+    for step, mixtures in enumerate(batches):
         if step == 1:
             synchronise(device)
             start = time.perf_counter(), time.process_time()
-        mixtures = global_batch(step, args)[rank * share : (rank + 1) * share]
-        mixtures = mixtures.to(device)
         optimizer.zero_grad(set_to_none=True)
         est_source, _ = separate(mixtures.sum(1), encoder, wrapped, decoder)
         mixit_loss(est_source, mixtures)[0].mean().backward()
@@ -102,9 +115,11 @@ def launch(ranks, args):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run"]
         command += [f"--nproc_per_node={ranks}", "--standalone", __file__]
-        for key in ("device", "seconds", "steps", "batch_size", "num_spks"):
+        for key in (
+            *("device", "output", "seconds", "steps"),
+            *("batch_size", "num_spks", "num_layers"),
+        ):
             command.append(f"--{key}={getattr(args, key)}")
-        command.append(f"--num_layers={args.num_layers}")
         subprocess.run(
             [*command, f"--folder={folder}"],
             check=True,
@@ -194,7 +209,7 @@ def main():
     parser.add_argument("--num_spks", type=int, default=8)
     parser.add_argument("--num_layers", type=int, default=12)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse_args(parser)
     if args.folder:
         return train(args)
     if args.steps < 2 or args.ranks < 2 or args.batch_size % args.ranks:

@@ -1,30 +1,56 @@
 """FAVOR+ attention, forward and backward: ours against performer-pytorch's.
 
     pip install -e '.[bench]'
-    python benchmarks/favor.py [--device cuda] [--output FILE.md]
+    python benchmarks/favor.py [--device cuda] [--dtype bfloat16] \
+        [--batch_size 4] [--nhead 4] [--output FILE.md]
 
 `trackformer_sb.nnet.favor.favor_attention` against `FastAttention` of
 performer-pytorch and exact `scaled_dot_product_attention`, on queries and keys
-of norm 1, batch 1, 8 heads of 64, 256 features, float32. Times: one process,
-turn by turn, medians. Memory: a fresh process each, the largest extra memory
-of one call at full size, with output and gradients; a call at a small size
-before it starts the libraries.
+of norm 1, heads of 64, 256 features. Times: one process, turn by turn, medians.
+Memory: a fresh process each, the largest extra memory of one call at full size,
+with output and gradients; a call at a small size before it starts the
+libraries.
+
+All inputs are of --dtype, to which performer-pytorch's directions and the
+layers below are cast as well. In bfloat16 on a GPU exact attention is
+PyTorch's flash attention and no other kernel ("exact, flash"); in float32
+there, matrix products of all are TF32. On a CPU ours computes in float32
+whatever the type.
 
 Both estimate the same kernel, but `FastAttention` scales queries and keys by
 64^-0.25 and adds 1e-4 to each feature. The comparison of gradients therefore
 calls its functions `softmax_kernel` and `linear_attention` with
-`normalize_data=False, eps=0` and our directions, in float64; ours is computed
-in float32. Timed is `FastAttention` as it is.
+`normalize_data=False, eps=0` and our directions, in float64, on the same
+inputs as ours. Timed is `FastAttention` as it is.
 
 `attention: auto` is timed as a whole `SelfAttention`, with the projections of
 inputs and output, against the same layer with either kind.
+
+On a GPU there is the time of the device too, between two events around a call
+that is queued in full before it starts: what remains where launching is hidden
+behind other work. FLOPs of our kernels, forward and backward, are those of 14
+matrix products of a head,
+
+    14 * 2 * batch * heads * frames * features * 64
+
+(sums over keys 2, output 2, gradient of queries 4, of the state 2, of keys and
+values 4; each counted once, though float32 makes 5 of them of three TF32
+products). Bytes are what the kernels read and write, each reading its inputs
+once; features are made anew and never written:
+
+    batch * heads * frames * (13 * 64 * bytes of a number + 20)
+
+(keys, values; queries, output; queries, gradient of the output, gradient of
+queries; queries, gradient of the output; keys, values and their gradients; and
+5 float32 of the queries' sums). Some of that stays in the cache. Peaks are
+those of a product of two matrices of 8192 x 8192 in --dtype and of a copy of
+1 GiB, in the same run.
 """
 
 import argparse
 import functools
 import statistics
 import sys
-import warnings
 
 import torch
 from common import (
@@ -32,111 +58,72 @@ from common import (
     add_arguments,
     in_fresh_process,
     interleave,
+    parse_args,
     peak_extra_mb,
     say,
     spread,
     table,
     verdict,
 )
-from torch.nn import functional as F
-
-from trackformer_sb.nnet.favor import (
-    draw_projection,
-    favor_attention,
-    softmax_attention,
+from favor_calls import (
+    EXACT,
+    FLASH,
+    HEAD_DIM,
+    N_FEATURES,
+    OURS,
+    PEER,
+    allow_tf32,
+    forward_backward,
+    gradients_apart,
+    kernel_cost,
+    make_attention,
+    make_inputs,
+    setting,
+    uses_kernels,
 )
+from rates import achieved, device_seconds, peak_bytes, peak_flops
+
 from trackformer_sb.nnet.performer import ATTENTION_KINDS, SelfAttention
 
-OURS, PEER, EXACT = "trackformer_sb", "performer-pytorch", "exact"
-NHEAD, HEAD_DIM, N_FEATURES = 8, 64, 256
+FRAMES = (517, 1723, 5168, 20000)
 
-# Frames -> times faster than the peer.
-SPEED_TARGETS = {517: 1.8, 1723: 1.8, 5168: 4, 20000: 4}
+# Device and type -> frames -> times faster than others.
+SPEED_TARGETS = {
+    ("cpu", "float32"): {
+        517: {PEER: 1.8},
+        1723: {PEER: 1.8},
+        5168: {PEER: 4},
+        20000: {PEER: 4},
+    },
+    ("cuda", "bfloat16"): {5168: {FLASH: 2, PEER: 5}},
+}
 # Frames -> share of the peer's extra memory.
 MEMORY_TARGETS = {20000: 0.1}
 # Slowest that auto may be beside the better kind.
 AUTO_TARGET = 1.05
 
-# Largest difference of gradients, relative to their norm.
-TOLERANCE = 1e-5
+# Largest difference of gradients, relative to their norm; on GPUs what our
+# kernels state.
+TOLERANCES = {
+    ("cpu", "float32"): 1e-5,
+    ("cuda", "float32"): 1e-3,
+    ("cpu", "bfloat16"): 2e-2,
+    ("cuda", "bfloat16"): 2e-2,
+}
 
 
-def import_peer():
-    """The module of performer-pytorch."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from performer_pytorch import performer_pytorch
-    return performer_pytorch
-
-
-def make_inputs(frames, device):
-    """Queries, keys and values [1, heads, frames, head_dim]."""
-    generator = torch.Generator().manual_seed(0)
-    shape = 3, 1, NHEAD, frames, HEAD_DIM
-    query, key, value = torch.randn(shape, generator=generator)
-    query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-    return [x.to(device).requires_grad_() for x in (query, key, value)]
-
-
-def make_attention(who, device):
-    """A function of queries, keys and values."""
-    if who == EXACT:
-        return softmax_attention
-    if who == PEER:
-        return import_peer().FastAttention(HEAD_DIM, N_FEATURES).to(device)
-    generator = torch.Generator().manual_seed(0)
-    projection = draw_projection(N_FEATURES, HEAD_DIM, generator).to(device)
-    return functools.partial(favor_attention, projection=projection)
-
-
-def forward_backward(attention, inputs, grad_output):
-    """One call; leaves the gradients in the inputs."""
-    for x in inputs:
-        x.grad = None
-    attention(*inputs).backward(grad_output)
-
-
-def memory_of(who, frames, device):
+def memory_of(who, frames, args):
     """Peak extra memory of one call in MB; runs in a process of its own."""
-    attention = make_attention(who, device)
+    allow_tf32(args)
+    attention = make_attention(who, args)
     for number in (10, frames):
-        inputs = make_inputs(number, device)
+        inputs = make_inputs(number, args)
         grad_output = torch.ones_like(inputs[2])
         call = functools.partial(
             forward_backward, attention, inputs, grad_output
         )
-        memory = peak_extra_mb(call, device)
+        memory = peak_extra_mb(call, args.device)
     return memory
-
-
-def gradients_apart(frames, device):
-    """Relative differences of the gradients of queries, keys, values."""
-    peer = import_peer()
-    generator = torch.Generator().manual_seed(0)
-    projection = draw_projection(N_FEATURES, HEAD_DIM, generator).to(device)
-
-    def theirs(query, key, value):
-        features = functools.partial(
-            peer.softmax_kernel,
-            projection_matrix=projection.double(),
-            normalize_data=False,
-            eps=0.0,
-        )
-        phi_q = features(query, is_query=True)
-        return peer.linear_attention(
-            phi_q, features(key, is_query=False), value
-        )
-
-    ours = make_attention(OURS, device)
-    inputs = make_inputs(frames, device)
-    weights = torch.randn(inputs[2].shape, generator=generator).to(device)
-    doubles = [x.detach().double().requires_grad_() for x in inputs]
-    forward_backward(ours, inputs, weights)
-    forward_backward(theirs, doubles, weights.double())
-    return [
-        float((x.grad - y.grad).norm() / y.grad.norm())
-        for x, y in zip(inputs, doubles, strict=True)
-    ]
 
 
 def repetitions_at(frames, args):
@@ -144,15 +131,17 @@ def repetitions_at(frames, args):
     return max(3, min(args.repetitions, args.repetitions * 2000 // frames))
 
 
-def measure(frames, args):
+def measure(frames, args, peaks):
     """Rows of the table and lines below it."""
-    names = [OURS, PEER] + [EXACT] * (frames <= args.exact_up_to)
-    inputs = make_inputs(frames, args.device)
+    flash = setting(args) == ("cuda", "bfloat16")
+    exact = FLASH if flash else EXACT
+    names = [OURS, PEER] + [exact] * (frames <= args.exact_up_to)
+    inputs = make_inputs(frames, args)
     grad_output = torch.ones_like(inputs[2])
     calls = {
         who: functools.partial(
             forward_backward,
-            make_attention(who, args.device),
+            make_attention(who, args),
             inputs,
             grad_output,
         )
@@ -164,9 +153,7 @@ def measure(frames, args):
     seconds = interleave(calls, dict.fromkeys(names, number), args.device)
     memory = {}
     for who in names:
-        memory[who], reason = in_fresh_process(
-            memory_of, who, frames, args.device
-        )
+        memory[who], reason = in_fresh_process(memory_of, who, frames, args)
         if reason:
             sys.exit(f"{who}: {reason}")
         say(
@@ -174,6 +161,12 @@ def measure(frames, args):
             f"{memory[who]:.0f} MB"
         )
     medians = {who: statistics.median(seconds[who]) for who in names}
+    alone = {}
+    if setting(args)[0] == "cuda":
+        alone = {
+            who: device_seconds(calls[who], args.device, number)
+            for who in names
+        }
     rows = [
         [
             frames,
@@ -183,20 +176,27 @@ def measure(frames, args):
             f"{memory[who]:.0f}",
             f"{medians[who] / medians[OURS]:.2f}",
             f"{memory[who] / memory[OURS]:.2f}",
+            *([f"{1e3 * alone[who]:.3f}"] if alone else []),
         ]
         for who in names
     ]
     lines = []
-    if frames in SPEED_TARGETS:
-        faster = medians[PEER] / medians[OURS]
-        what = f"{frames} frames, times faster than {PEER}"
-        lines.append(verdict(what, faster, SPEED_TARGETS[frames]))
+    targets = SPEED_TARGETS.get(setting(args), {}).get(frames, {})
+    for who in [who for who in targets if who in names]:
+        what = f"{frames} frames, times faster than {who}"
+        for times, where in ((medians, ""), (alone, ", on the device")):
+            if times:
+                faster = times[who] / times[OURS]
+                lines.append(verdict(what + where, faster, targets[who]))
+    if alone and peaks:
+        rates = achieved(*kernel_cost(frames, args), alone[OURS], peaks)
+        lines.append(f"- {frames} frames, {OURS} on the device: {rates}")
     if frames in MEMORY_TARGETS:
         share = memory[OURS] / memory[PEER]
         what = f"{frames} frames, share of the memory of {PEER}"
         lines.append(verdict(what, share, MEMORY_TARGETS[frames], False))
-        # output and three gradients in float32
-        given = 4 * inputs[0].numel() * 4 / 2**20
+        # output and three gradients
+        given = 4 * inputs[0].nbytes / 2**20
         share = (memory[OURS] - given) / (memory[PEER] - given)
         lines.append(
             f"- {frames} frames, the same share without output and gradients, "
@@ -212,15 +212,19 @@ def measure_auto(frames, args):
         for kind in ATTENTION_KINDS
         if kind != "softmax" or frames <= args.exact_up_to
     ]
-    x = torch.randn(1, frames, NHEAD * HEAD_DIM, device=args.device)
+    dtype = getattr(torch, args.dtype)
+    x = torch.randn(args.batch_size, frames, args.nhead * HEAD_DIM)
+    x = x.to(args.device, dtype)
     calls = {}
     for kind in kinds:
-        layer = SelfAttention(x.shape[-1], NHEAD, N_FEATURES, kind)
+        layer = SelfAttention(x.shape[-1], args.nhead, N_FEATURES, kind)
+        layer = layer.to(args.device, dtype)
         calls[kind] = functools.partial(
             forward_backward,
-            layer.to(args.device),
+            layer,
             [x.clone().requires_grad_()],
             torch.ones_like(x),
+            list(layer.parameters()),
         )
         calls[kind]()
     number = repetitions_at(frames, args)
@@ -247,8 +251,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, "favor")
     parser.add_argument(
-        "--frames", type=int, nargs="+", default=list(SPEED_TARGETS)
+        "--dtype", choices=("float32", "bfloat16"), default="float32"
     )
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--nhead", type=int, default=8)
+    parser.add_argument("--frames", type=int, nargs="+", default=list(FRAMES))
     parser.add_argument(
         "--auto_frames", type=int, nargs="+", default=[259, 517, 600, 1723]
     )
@@ -260,15 +267,29 @@ def main():
         "(default: %(default)s)",
     )
     parser.add_argument("--repetitions", type=int, default=40)
-    args = parser.parse_args()
+    args = parse_args(parser)
     record = Record("FAVOR+ attention", __doc__, args.output, args.device)
-    apart = gradients_apart(517, args.device)
-    agree = max(apart) <= TOLERANCE
+    allow_tf32(args)
+    head = (
+        f"Batch {args.batch_size}, {args.nhead} heads of {HEAD_DIM}, "
+        f"{N_FEATURES} features, {args.dtype}."
+    )
+    peaks = None
+    if setting(args)[0] == "cuda":
+        kernels = uses_kernels(args)
+        what = "its Triton kernels" if kernels else "PyTorch, without kernels"
+        head += f" {OURS} runs on {what}."
+        if kernels:
+            dtype = getattr(torch, args.dtype)
+            peaks = peak_flops(dtype, args.device), peak_bytes(args.device)
+    tolerance = TOLERANCES[setting(args)]
+    apart = gradients_apart(517, args)
+    agree = max(apart) <= tolerance
     words = ", ".join(f"{x:.1e}" for x in apart)
     lines = [
         f"- gradients of queries, keys, values at 517 frames differ by {words} "
         f"of their norm from {PEER}'s functions in float64 (tolerance "
-        f"{TOLERANCE:g}: {'equal' if agree else 'NOT EQUAL'})"
+        f"{tolerance:g}: {'equal' if agree else 'NOT EQUAL'})"
     ]
     say(*lines)
     header = [
@@ -279,19 +300,21 @@ def main():
         "extra memory, MB",
         "times slower",
         "times the memory",
+        *(["ms, device alone"] if setting(args)[0] == "cuda" else []),
     ]
     rows, auto_rows = [], []
     auto_header = ["frames", "calls", *ATTENTION_KINDS, "auto / better"]
     for frames in args.frames:
-        new_rows, new_lines = measure(frames, args)
+        new_rows, new_lines = measure(frames, args, peaks)
         rows += new_rows
         lines += new_lines
-        record.write(table(header, rows), "\n".join(lines))
+        record.write(head, table(header, rows), "\n".join(lines))
     for frames in args.auto_frames:
         row, line = measure_auto(frames, args)
         auto_rows.append(row)
         lines.append(line)
         record.write(
+            head,
             table(header, rows),
             "`SelfAttention` by its `attention`, ms, median (range):",
             table(auto_header, auto_rows),

@@ -27,7 +27,14 @@ import time
 import numpy as np
 import psutil
 import soundfile
-from common import Record, add_arguments, in_fresh_process, say, table
+from common import (
+    Record,
+    add_arguments,
+    in_fresh_process,
+    parse_args,
+    say,
+    table,
+)
 from speechbrain.dataio.dataset import DynamicItemDataset
 from torch.utils.data import DataLoader
 
@@ -189,7 +196,7 @@ def main():
         default=[10_000, 100_000, 1_000_000],
     )
     parser.add_argument("--files", type=int, default=20_000)
-    args = parser.parse_args()
+    args = parse_args(parser)
     record = Record("A large library", __doc__, args.output, args.device)
     blocks = [
         "## Memory of a loader worker",

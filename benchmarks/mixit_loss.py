@@ -26,6 +26,7 @@ from common import (
     add_arguments,
     in_fresh_process,
     interleave,
+    parse_args,
     peak_extra_mb,
     say,
     spread,
@@ -157,7 +158,7 @@ def main():
     parser.add_argument("--time", type=int, default=132300, help="samples")
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--peer_repetitions", type=int, default=3)
-    args = parser.parse_args()
+    args = parse_args(parser)
     shape = args.batch_size, args.num_spks, args.time
     record = Record("MixIT loss", __doc__, args.output, args.device)
     header = [

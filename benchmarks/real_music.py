@@ -30,7 +30,7 @@ import time
 
 import torch
 import yaml
-from common import Record, add_arguments, say, table
+from common import Record, add_arguments, parse_args, say, table
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 
 from trackformer_sb.data.manifest import MappedManifest
@@ -294,7 +294,7 @@ def main():
     parser.add_argument("--max_items", type=int, help="for a quick look")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sdr", action="store_true", help="SDR too, slow")
-    args = parser.parse_args()
+    args = parse_args(parser)
     record = Record("Real music", __doc__, args.output, args.device)
     manifest = args.run_folder / "manifests"
     rows = dict(MappedManifest(manifest, "test"))

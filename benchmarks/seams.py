@@ -22,7 +22,7 @@ import tempfile
 
 import soundfile
 import torch
-from common import Record, add_arguments, say, table, verdict
+from common import Record, add_arguments, parse_args, say, table, verdict
 
 from trackformer_sb.inference.loading import load_separator
 from trackformer_sb.inference.overlap_add import FADE_SHARE
@@ -111,7 +111,7 @@ def main():
     parser.add_argument("--chunk_seconds", type=float, default=10.0)
     parser.add_argument("--overlap", type=float, default=0.25)
     parser.add_argument("--note", default="", help="about the separator")
-    args = parser.parse_args()
+    args = parse_args(parser)
     record = Record("Seams between chunks", __doc__, args.output, args.device)
     separator, _ = load_separator(args.separator, args.device)
     rows, all_levels, all_steps = [], [], []

@@ -34,7 +34,7 @@ import time
 import numpy as np
 import soundfile
 import torch
-from common import Record, add_arguments, say, table
+from common import Record, add_arguments, parse_args, say, table
 from speechbrain.dataio.dataio import read_audio
 from torch.utils.data import DataLoader, Dataset
 
@@ -48,7 +48,7 @@ PANS = (0.5, 0.4, 0.2, 0.8)  # of drums, bass, chords, lead; 0 is left
 SONGS = 4  # to read from, of each format
 TRIALS = 15  # segments of a song compared with the whole file
 QUICK = dict(lengths=[1.0, 3.0], song_seconds=6.0, workers=[0, 1], rounds=1)
-QUICK |= dict(period=0.05, batch_size=1, output=None)
+QUICK |= dict(period=0.05, batch_size=1)
 
 
 # --- music -------------------------------------------------------------------
@@ -248,7 +248,8 @@ def arguments():
     parser.add_argument("--quick", action="store_true", help="a smoke run")
     if parser.parse_args().quick:
         parser.set_defaults(**QUICK)
-    return parser.parse_args()
+        return parser.parse_args()
+    return parse_args(parser)
 
 
 def main():

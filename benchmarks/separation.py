@@ -56,6 +56,7 @@ from common import (
     add_arguments,
     in_fresh_process,
     limit_memory,
+    parse_args,
     peak_extra_mb,
     say,
     synchronise,
@@ -370,7 +371,7 @@ def main():
         action="store_true",
         help="seconds of audio, to see that it runs; leaves no record",
     )
-    args = parser.parse_args()
+    args = parse_args(parser)
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         if args.quick:

@@ -8,21 +8,23 @@ Candidates, built from hparams/*.yaml: the Performer of performer_mixit.yaml
 with FAVOR+, with exact attention and with `attention: auto`, SpeechBrain's
 ConvTasNet and Asteroid's TDConvNet at kernel 88 and stride 44, and the latter
 at Asteroid's defaults, kernel 16 and stride 8. Float32, without mixture
-consistency (TF32 on GPUs), but for three: the Performer with
-`--matmul_precision=medium`, and with `--precision=bf16` too, and Asteroid's at
-kernel 88 with the latter alone, as the former makes it slower. "medium" allows
-products of rounded inputs; how far they are from float64 is recorded.
+consistency (TF32 on GPUs), but for five: the Performer with FAVOR+ and
+`--matmul_precision=medium`, and with `--precision=bf16` too, as with exact
+attention, and both ConvTasNets at kernel 88 with the latter alone, as the
+former makes Asteroid's slower. "medium" allows products of rounded inputs; how
+far they are from float64 is recorded.
 
 Memory first: each candidate in a fresh process makes 2 steps (the second with
 the optimizer's state); recorded is the largest extra memory beyond the built
-model. A candidate that needs more than --skip_above_gb or --time_limit is
-stopped and recorded as such. Times then: those that passed, in one process,
-turn by turn after a short warm-up, medians. Slow ones (above 10 s a step in
-the memory run) make --slow_repetitions steps. Between them the MixIT loss by
-itself, forward and backward, for its share of a step with FAVOR+. The record is
-written after every length, and with the last one two pictures beside it: time
-and memory against length, with the exponent p of length^p that fits best, and
-the ratios to the Performer with FAVOR+.
+model. A candidate that needs more than --skip_above_gb (on a GPU with the built
+model) or --time_limit is stopped and recorded as such. Times then: those that
+passed, in one process, turn by turn after a short warm-up, medians. Slow ones
+(above 10 s a step in the memory run) make --slow_repetitions steps. Between
+them the MixIT loss by itself, forward and backward, for its share of a step
+with FAVOR+. An epoch of an hour of music has 3600 / (seconds * batch) steps.
+The record is written after every length, and with the last one two pictures
+beside it: time and memory against length, with the exponent p of length^p that
+fits best, and the ratios to the Performer with FAVOR+.
 """
 
 import argparse
@@ -37,10 +39,12 @@ import torch
 from common import (
     Record,
     add_arguments,
-    exponent,
+    free_cache,
     in_fresh_process,
     interleave,
     limit_memory,
+    limit_of,
+    parse_args,
     peak_extra_mb,
     say,
     spread,
@@ -49,7 +53,7 @@ from common import (
     verdict,
 )
 from hyperpyyaml import load_hyperpyyaml, resolve_references
-from plots import growth_figure, ratio_figure, save_png
+from plots import draw, growth
 from ruamel.yaml import YAML
 
 from trackformer_sb.inference.separation import separate
@@ -66,19 +70,23 @@ FAVOR, EXACT = "Performer, favor", "Performer, softmax"
 ASTEROID, DEFAULTS = "Asteroid, kernel 88", "Asteroid, kernel 16"
 FAVOR_MEDIUM = f"{FAVOR}, medium"
 FAVOR_BF16, ASTEROID_BF16 = f"{FAVOR}, bf16", f"{ASTEROID}, bf16"
+EXACT_BF16, SPEECHBRAIN = f"{EXACT}, bf16", "SpeechBrain, kernel 88"
+SPEECHBRAIN_BF16 = f"{SPEECHBRAIN}, bf16"
 CANDIDATES = {
     FAVOR: (PERFORMER, {"attention": "favor"}),
     EXACT: (PERFORMER, {"attention": "softmax"}),
     "Performer, auto": (PERFORMER, {"attention": "auto"}),
     FAVOR_MEDIUM: (PERFORMER, {"attention": "favor"}),
     FAVOR_BF16: (PERFORMER, {"attention": "favor"}),
-    "SpeechBrain, kernel 88": ("convtasnet_mixit.yaml", {}),
+    EXACT_BF16: (PERFORMER, {"attention": "softmax"}),
+    SPEECHBRAIN: ("convtasnet_mixit.yaml", {}),
+    SPEECHBRAIN_BF16: ("convtasnet_mixit.yaml", {}),
     ASTEROID: (TDCONVNET, {}),
     ASTEROID_BF16: (TDCONVNET, {}),
     DEFAULTS: (TDCONVNET, {"kernel_size": 16}),
 }
-AUTOCAST = (FAVOR_BF16, ASTEROID_BF16)
-MEDIUM = (FAVOR_MEDIUM, FAVOR_BF16)
+AUTOCAST = (FAVOR_BF16, EXACT_BF16, SPEECHBRAIN_BF16, ASTEROID_BF16)
+MEDIUM = (FAVOR_MEDIUM, FAVOR_BF16, EXACT_BF16)
 
 # Seconds -> candidate -> how many times slower than the Performer with FAVOR+
 # it is to be at least, and how many times its memory it is to need. At 3 s
@@ -89,6 +97,14 @@ TARGETS = {
     30: {EXACT: (2.5, None)},
     60: {EXACT: (4, None)},
 }
+# Seconds -> the paper's epoch of ConvTasNet over that of the Performer.
+PAPER_EPOCHS = {3: 1.36, 5: 1.27, 10: 1.22}
+PEERS = (
+    *((FAVOR, SPEECHBRAIN), (FAVOR, ASTEROID)),
+    *((FAVOR_BF16, SPEECHBRAIN_BF16), (FAVOR_BF16, ASTEROID_BF16)),
+)
+# GB of a GPU that segments of 30 s and more are to fit in.
+FITS_GB = 32
 # Percent of a step that the loss may take.
 LOSS_TARGET = 3.0
 LOSS = "MixIT loss"
@@ -187,7 +203,8 @@ def costs_at(args, seconds):
             cost_of, name, args, seconds, timeout=args.time_limit
         )
         if reason and "memory" in reason:
-            reason = f"needs more than {args.skip_above_gb:g} GB"
+            limit = limit_of(args.skip_above_gb, args.device)
+            reason = f"needs more than {limit:.3g} GB"
         if reason:
             reasons[name] = reason
             say(f"{seconds:g} s, {name}: skipped, {reason}")
@@ -232,14 +249,40 @@ def product_errors(device):
     return f"Errors of a product of 2048 x 256 x 256: {', '.join(errors)}."
 
 
-def report(seconds, costs, reasons, times):
+def gpu_and_paper(seconds, costs, medians, args):
+    """Lines: epochs beside the paper's, and what is to fit in a GPU."""
+    lines = [
+        verdict(
+            f"epoch of {peer} over that of {name}, the paper's as target",
+            medians[peer] / medians[name],
+            PAPER_EPOCHS[seconds],
+        )
+        for name, peer in PEERS
+        if seconds in PAPER_EPOCHS and name in costs and peer in costs
+    ]
+    if torch.device(args.device).type == "cuda" and seconds >= 30:
+        lines += [
+            verdict(
+                f"{name}: extra memory, GB",
+                costs[name].memory / 2**10,
+                FITS_GB,
+                False,
+            )
+            for name in (FAVOR, FAVOR_BF16)
+            if name in costs
+        ]
+    return lines
+
+
+def report(seconds, costs, reasons, times, args):
     """Table of one length, and the targets if it has any."""
     medians = {name: statistics.median(times[name]) for name in times}
+    steps = 3600 / (seconds * args.batch_size)
     targets = TARGETS.get(seconds, {})
     rows, lines = [], []
     for name in CANDIDATES:
         if name in reasons:
-            rows.append([name, *["-"] * 6, reasons[name]])
+            rows.append([name, *["-"] * 7, reasons[name]])
         if name not in costs:
             continue
         ratios = ["-", "-"]
@@ -263,6 +306,7 @@ def report(seconds, costs, reasons, times):
                 f"{costs[name].parameters / 1e6:.1f}",
                 len(times[name]),
                 spread(times[name]),
+                f"{steps * medians[name]:.1f}",
                 f"{costs[name].memory:.0f}",
                 *ratios,
                 "",
@@ -273,6 +317,7 @@ def report(seconds, costs, reasons, times):
         "million parameters",
         "steps",
         "ms a step, median (range)",
+        "s an epoch of 1 h",
         "extra memory, MB",
         "times slower than favor",
         "times its memory",
@@ -287,50 +332,9 @@ def report(seconds, costs, reasons, times):
         share = 100 * medians[LOSS] / medians[FAVOR]
         what = "share of the MixIT loss in a step of favor, %"
         lines.append(verdict(what, share, LOSS_TARGET, False))
+    lines += gpu_and_paper(seconds, costs, medians, args)
     blocks = [f"## {seconds:g} s", table(header, rows)]
     return [*blocks, "\n".join(lines)] if lines else blocks
-
-
-def growth(results):
-    """How times and memory of each candidate grow with the length.
-
-    Arguments
-    ---------
-    results : dict
-        Candidate -> list of (seconds of audio, ms a step, MB).
-    """
-    rows = []
-    for name, points in results.items():
-        if len(points) > 1:
-            lengths, times, memory = zip(*points)
-            rows.append(
-                [
-                    name,
-                    " ".join(f"{length:g}" for length in lengths),
-                    f"{exponent(lengths, times):.2f}",
-                    f"{exponent(lengths, memory):.2f}",
-                ]
-            )
-    header = [
-        "candidate",
-        "lengths, s",
-        "step time grows as length to the power of",
-        "extra memory to the power of",
-    ]
-    return ["## Growth", table(header, rows)] if rows else []
-
-
-def draw(results, output):
-    """Writes the two pictures; lines of markdown that show them."""
-    figures = {"growth": growth_figure(results)}
-    figures["ratios"] = ratio_figure(results, FAVOR)
-    shown = []
-    for name, figure in figures.items():
-        if figure is not None:
-            path = output.with_name(f"{output.stem}_{name}.png")
-            save_png(figure, path)
-            shown.append(f"![{name}]({path.name})")
-    return shown
 
 
 def main():
@@ -354,7 +358,7 @@ def main():
     parser.add_argument(
         "--candidates", nargs="+", default=list(CANDIDATES), metavar="NAME"
     )
-    args = parser.parse_args()
+    args = parse_args(parser)
     unknown = set(args.candidates) - set(CANDIDATES)
     if unknown:
         parser.error(f"expected candidates of {list(CANDIDATES)}")
@@ -365,7 +369,9 @@ def main():
     for seconds in args.seconds:
         costs, reasons = costs_at(args, seconds)
         times = times_at(args, seconds, costs)
-        blocks += report(seconds, costs, reasons, times)
+        # or the processes that measure memory next find none
+        free_cache(args.device)
+        blocks += report(seconds, costs, reasons, times, args)
         record.write(*blocks)
         say(*blocks[1:], sep="\n\n")
         for name in costs:
@@ -373,7 +379,7 @@ def main():
             point = seconds, milliseconds, costs[name].memory
             results.setdefault(name, []).append(point)
     ending = growth(results)
-    record.write(*blocks, *ending, *draw(results, args.output))
+    record.write(*blocks, *ending, *draw(results, FAVOR, args.output))
     say(*ending, f"wrote {args.output}", sep="\n\n")
 
 
