@@ -54,8 +54,11 @@ def machine(device):
             f"{torch.backends.cudnn.allow_tf32}"
         )
     packages = (
-        *("torch", "triton", "speechbrain"),
-        *("asteroid", "performer-pytorch"),
+        "torch",
+        "triton",
+        "speechbrain",
+        "asteroid",
+        "performer-pytorch",
     )
     lines.append(
         f"- Python {platform.python_version()}, "

@@ -6,7 +6,11 @@ import trackformer_sb
 from trackformer_sb.inference.card import card_sections
 from trackformer_sb.inference.folder import read_model, write_model
 from trackformer_sb.inference.hub import StrictPretrained, fetched_file
-from trackformer_sb.nnet.transfer import SETTINGS
+from trackformer_sb.nnet.encoder_files import (
+    ENCODER_FILE,
+    SETTINGS,
+    SETTINGS_FILE,
+)
 
 NODES = {"stft": "Encoder", "encoder": "Features"}
 
@@ -222,5 +226,5 @@ def encoder_folder(source):
     FileNotFoundError
         If there is no such encoder.
     """
-    fetched_file(source, "encoder.ckpt", "encoder")
-    return fetched_file(source, "hyperparams.yaml", "encoder").parent
+    fetched_file(source, ENCODER_FILE, "encoder")
+    return fetched_file(source, SETTINGS_FILE, "encoder").parent

@@ -6,20 +6,10 @@ import pickle
 import torch
 import yaml
 
-ENCODER_FILE = "encoder.ckpt"
-SETTINGS_FILE = "hyperparams.yaml"
-
-# What a masknet must have in common with the encoder that initialises it.
-SETTINGS = (
-    "sample_rate",
-    "n_fft",
-    "hop_length",
-    "spec_norm",
-    "d_model",
-    "nhead",
-    "num_layers",
-    "d_ffn",
-    "n_features",
+from trackformer_sb.nnet.encoder_files import (
+    ENCODER_FILE,
+    SETTINGS,
+    SETTINGS_FILE,
 )
 
 # The last key of an encoder's settings is among them: a file that is cut at

@@ -2,14 +2,13 @@
 
 import json
 
+from trackformer_sb.nnet.encoder_files import (
+    ENCODER_FILE,
+    SETTINGS,
+    SETTINGS_FILE,
+)
 from trackformer_sb.training.grid import YAMLS, yaml_values
 from trackformer_sb.training.grid_tables import read_json
-
-# What an encoder and the separators that start from it have alike.
-ENCODER_KEYS = (
-    *("sample_rate", "n_fft", "hop_length", "num_layers", "d_model", "nhead"),
-    *("d_ffn", "n_features", "spec_norm"),
-)
 
 
 def _values(job):
@@ -31,18 +30,18 @@ def check_encoder(grid):
         return
     given = grid.pretrained_encoder
     if given:
-        for name in ("hyperparams.yaml", "encoder.ckpt"):
+        for name in (SETTINGS_FILE, ENCODER_FILE):
             if not (given / name).is_file():
                 raise FileNotFoundError(
                     f"--pretrained_encoder: no {name} in {given}"
                 )
-        encoder = yaml_values(given / "hyperparams.yaml")
+        encoder = yaml_values(given / SETTINGS_FILE)
     else:
         encoder = _values(grid.pretrain)
     separator = _values(takers[0])
     differ = [
         f"{key} is {encoder[key]}, of the separators {separator[key]}"
-        for key in ENCODER_KEYS
+        for key in SETTINGS
         if key in encoder
         and key in separator
         and str(encoder[key]) != str(separator[key])
