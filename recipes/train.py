@@ -31,6 +31,7 @@ from trackformer_sb.inference.features import encoder_folder
 from trackformer_sb.inference.separation import separate
 from trackformer_sb.nnet.transfer import (
     check_settings,
+    encoder_layers,
     load_pretrained_encoder,
 )
 from trackformer_sb.objectives import metrics
@@ -48,10 +49,17 @@ from trackformer_sb.training.experiment import (
     run,
     train_and_test,
 )
-from trackformer_sb.training.optimization import check_group
+from trackformer_sb.training.optimization import check_groups
 
 logger = get_logger(__name__)
 
+# how a pre-trained encoder is trained, as check_groups takes it, and what makes
+# no difference
+FINE_TUNING = {
+    "pretrained_lr_scale": 1,
+    "pretrained_freeze_steps": 0,
+    "pretrained_layer_decay": 1,
+}
 COLUMNS = (
     "si_snr",
     "si_snri",
@@ -253,9 +261,7 @@ def initialise(hparams):
     except FileNotFoundError as error:
         raise FileNotFoundError(f"pretrained_encoder: {error}") from error
     settings = check_settings(hparams, folder)
-    check_group(
-        hparams["pretrained_lr_scale"], hparams["pretrained_freeze_steps"]
-    )
+    check_groups(*(hparams[key] for key in FINE_TUNING))
     keys = load_pretrained_encoder(hparams["MaskNet"], folder)
     return keys, settings.get("songs")
 
@@ -293,12 +299,8 @@ def main(argv):
     brain, datasets = make_brain(Separation, experiment)
     brain.redrawn = hparams["MaskNet"]
     brain.songs_pretrained_on = songs_heard(hparams, songs)
-    if keys and (
-        hparams["pretrained_lr_scale"] != 1.0
-        or hparams["pretrained_freeze_steps"]
-    ):
-        parameters = hparams["MaskNet"].named_parameters()
-        brain.pretrained = [p for name, p in parameters if name in keys]
+    if keys and any(hparams[key] != x for key, x in FINE_TUNING.items()):
+        brain.pretrained = encoder_layers(hparams["MaskNet"])
     train_and_test(brain, datasets, hparams)
     folder = brain.results_folder / "separator"
     run_on_main(

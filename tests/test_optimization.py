@@ -9,6 +9,7 @@ from trackformer_sb.training.optimization import (
     clip_all_groups,
     cosine_schedule,
     separate_group,
+    separate_layers,
 )
 
 
@@ -220,6 +221,54 @@ def test_negative_numbers_are_refused(lr_scale, freeze_steps):
             lr_scale,
             freeze_steps,
         )
+    assert len(optimizer.param_groups) == 1
+
+
+# --- layers of a pre-trained encoder -----------------------------------------
+
+
+@given(
+    lr_scale=st.floats(0.0, 2.0),
+    freeze_steps=st.integers(0, 4),
+    layer_decay=st.floats(0.01, 1.0),
+)
+def test_each_layer_learns_slower_than_the_next(
+    lr_scale, freeze_steps, layer_decay
+):
+    optimizer = adamw(count=6)
+    embedding, first, *second, head, other = optimizer.param_groups[0]["params"]
+    layers = [[embedding], [first], second]
+    separate_layers(optimizer, layers, lr_scale, freeze_steps, layer_decay)
+    schedule = cosine_schedule(optimizer, 10, 1e-5)
+    others, *found = rates(optimizer, schedule, 8)
+    # who learns at what share of the head's rate
+    shares = {
+        id(parameter): [a / b for a, b in zip(lr, others)]
+        for group, lr in zip(optimizer.param_groups[1:], found)
+        for parameter in group["params"]
+    }
+    assert shares.keys() == {id(p) for layer in layers for p in layer}
+    groups = optimizer.param_groups
+    assert [id(p) for p in groups[0]["params"]] == [id(head), id(other)]
+    assert len(groups) == (2 if layer_decay == 1 else 4)
+    for below, layer in enumerate([second, [first], [embedding]], 1):
+        for parameter in layer:
+            assert shares[id(parameter)] == pytest.approx(
+                [0.0] * freeze_steps
+                + [lr_scale * layer_decay**below] * (8 - freeze_steps)
+            )
+
+
+@pytest.mark.parametrize("layer_decay", [0, -0.5, 1.1, float("nan"), "x"])
+def test_layer_decay_is_a_share(layer_decay):
+    optimizer = adamw()
+    message = (
+        "expected pretrained_layer_decay above 0 and up to 1, "
+        f"got {layer_decay}"
+    )
+    layers = [optimizer.param_groups[0]["params"][:1]]
+    with pytest.raises(ValueError, match=message):
+        separate_layers(optimizer, layers, layer_decay=layer_decay)
     assert len(optimizer.param_groups) == 1
 
 

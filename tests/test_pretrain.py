@@ -655,6 +655,37 @@ def test_encoder_with_a_rate_of_zero_stays_as_it_is(
     assert all(steps.moved("head.weight"))
 
 
+def test_layers_near_the_input_change_less(
+    pretrained, songs, tmp_path, monkeypatch, quick
+):
+    steps = Steps(monkeypatch, stop_at=2)
+    with pytest.raises(Killed):
+        train.main(
+            separation(
+                songs,
+                tmp_path / "run",
+                pretrained / "encoder",
+                pretrained_layer_decay=0.1,
+                pretrained_freeze_steps=0,
+                lr=0.01,
+            )
+        )
+    # AdamW's first step moves weights by the learning rate
+    before, after = steps.states[:2]
+    head, layer, norm, embedding = [
+        (after[name] - before[name]).abs().max().item()
+        for name in (
+            "head.weight",
+            "encoder.layers.0.ffn.0.weight",
+            "encoder.norm.weight",
+            "embedding.weight",
+        )
+    ]
+    assert layer == pytest.approx(0.1 * head, rel=0.05)
+    assert norm == pytest.approx(layer, rel=0.05)
+    assert embedding == pytest.approx(0.1 * layer, rel=0.05)
+
+
 def test_gradients_are_clipped_as_with_one_group(
     pretrained, songs, tmp_path, monkeypatch, quick
 ):
@@ -853,9 +884,10 @@ def test_mistyped_encoder_is_named(source, songs, earlier, monkeypatch):
     (
         ({"pretrained_lr_scale": -1}, "lr_scale and .* from 0, got -1 and 0"),
         ({"pretrained_freeze_steps": -5}, "from 0, got 1.0 and -5"),
+        ({"pretrained_layer_decay": 0}, "decay above 0 and up to 1, got 0"),
     ),
 )
-def test_negative_rates_and_steps_are_refused(
+def test_rates_and_steps_out_of_range_are_refused(
     more, message, songs, pretrained, earlier
 ):
     argv = separation(songs, earlier, pretrained / "encoder", **more)

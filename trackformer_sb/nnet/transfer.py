@@ -155,6 +155,27 @@ def check_settings(settings, source):
     return known
 
 
+def encoder_layers(masknet):
+    """Parameters of a masknet that an encoder initialises, layer by layer.
+
+    Arguments
+    ---------
+    masknet : PerformerMaskNet
+        The masknet.
+
+    Returns
+    -------
+    list of lists of torch.nn.Parameter
+        Of the embedding, then of each layer; the last one's with those of the
+        norm that follows it.
+    """
+    encoder = masknet.encoder
+    layers = [masknet.embedding, *encoder.layers]
+    parameters = [list(layer.parameters()) for layer in layers]
+    parameters[-1] += encoder.norm.parameters()
+    return parameters
+
+
 def load_pretrained_encoder(masknet, source):
     """Initialises a masknet's embedding and encoder, strictly.
 

@@ -17,7 +17,7 @@ from trackformer_sb.objectives.metrics import SILENT_ENERGY
 from trackformer_sb.training import figures
 from trackformer_sb.training.optimization import (
     clip_all_groups,
-    separate_group,
+    separate_layers,
 )
 
 logger = get_logger(__name__)
@@ -36,7 +36,7 @@ class MusicBrain(sb.Brain):
     columns, more_averages = (), ()
     # panels of the training curves
     curves = figures.CURVES
-    # parameters that came from a pre-training and are trained apart
+    # layers of parameters that were pre-trained and are trained apart
     pretrained = ()
 
     def log_picture(self, epoch):
@@ -146,11 +146,12 @@ class MusicBrain(sb.Brain):
         """Adds the learning rate schedule, a cosine over all steps."""
         super().init_optimizers()
         if self.pretrained:
-            separate_group(
+            separate_layers(
                 self.optimizer,
                 self.pretrained,
                 self.hparams.pretrained_lr_scale,
                 self.hparams.pretrained_freeze_steps,
+                self.hparams.pretrained_layer_decay,
             )
             # SpeechBrain clips the first group only
             clip_all_groups(self.optimizer, self.max_grad_norm)

@@ -48,7 +48,7 @@ MAY_CHANGE = (
 
 
 # What a training did before its yaml had the key.
-BEFORE = {"visible_weight": 0.0}
+BEFORE = {"visible_weight": 0.0, "pretrained_layer_decay": 1.0}
 
 
 class Experiment(NamedTuple):

@@ -76,13 +76,18 @@ def cosine_schedule(optimizer, num_steps, lr_final, warmup_steps=0):
     )
 
 
-def check_group(lr_scale, freeze_steps):
-    """Raises ValueError for settings that ``separate_group`` cannot take."""
+def check_groups(lr_scale, freeze_steps, layer_decay=1.0):
+    """Raises ValueError for settings that groups cannot have."""
     numbers = lr_scale, freeze_steps
     if not all(isinstance(x, Real) and x >= 0 for x in numbers):
         raise ValueError(
             "expected pretrained_lr_scale and pretrained_freeze_steps from 0, "
             f"got {lr_scale} and {freeze_steps}"
+        )
+    if not (isinstance(layer_decay, Real) and 0 < layer_decay <= 1):
+        raise ValueError(
+            "expected pretrained_layer_decay above 0 and up to 1, "
+            f"got {layer_decay}"
         )
 
 
@@ -110,7 +115,7 @@ def separate_group(optimizer, parameters, lr_scale=1.0, freeze_steps=0):
     ValueError
         If a number is negative.
     """
-    check_group(lr_scale, freeze_steps)
+    check_groups(lr_scale, freeze_steps)
     chosen = {id(parameter) for parameter in parameters}
     first = optimizer.param_groups[0]
     apart = [p for p in first["params"] if id(p) in chosen]
@@ -123,6 +128,40 @@ def separate_group(optimizer, parameters, lr_scale=1.0, freeze_steps=0):
             "freeze_steps": freeze_steps,
         }
     )
+
+
+def separate_layers(
+    optimizer, layers, lr_scale=1.0, freeze_steps=0, layer_decay=1.0
+):
+    """Gives the layers of a pre-trained encoder groups of their own.
+
+    The learning rate of a layer is that of the one above it times
+    ``layer_decay``, as in the fine-tuning of BEiT (arXiv 2106.08254) and MAE
+    (arXiv 2111.06377): layers near the input, which any task can use, change
+    less. The last layer stands one below the rest of the model.
+
+    Arguments
+    ---------
+    optimizer : torch.optim.Optimizer
+        With one group, which has the parameters.
+    layers : list of lists of torch.nn.Parameter
+        From the input up.
+    lr_scale, freeze_steps
+        As in ``separate_group``, of all layers.
+    layer_decay : float
+        Above 0 and up to 1, where all layers are one group.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range.
+    """
+    check_groups(lr_scale, freeze_steps, layer_decay)
+    if layer_decay == 1:
+        layers = [[p for layer in layers for p in layer]]
+    for below, layer in enumerate(reversed(layers), 1):
+        scale = lr_scale * layer_decay**below
+        separate_group(optimizer, layer, scale, freeze_steps)
 
 
 def clip_all_groups(optimizer, max_norm):
