@@ -139,11 +139,11 @@ class Separation(MusicBrain):
 
     def measure(self, predictions, batch, stage):
         """Measures one item: a row of test_results.csv."""
-        if batch.skipped[0]:
-            # another segment took the place of the unreadable one
-            return {"id": batch.id[0]}
         mixtures, stems = batch.mixtures.data, batch.stems.data[0]
         est_source, est_mask = predictions
+        if batch.skipped[0] or not est_source.isfinite().all():
+            # another segment took the place of the unreadable one
+            return {"id": batch.id[0]}
         est_source = est_source.float()
         masks = est_mask[:, :1].transpose(0, 1)
         row = {

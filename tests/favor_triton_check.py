@@ -154,6 +154,18 @@ def check_all_hidden():
         assert result.isfinite().all() and not result[0].any()
 
 
+def check_not_a_number():
+    # a query with NaN has no output; the others do not notice
+    (query, key, value), projection = make((1, 1, 40, 16))
+    query[0, 0, 7, 3] = torch.nan
+    output = favor_attention_triton(query, key, value, projection)
+    lost = output.isnan()
+    assert lost[0, 0, 7].all() and lost.sum() == 16
+    key[0, 0, 7, 3] = torch.nan
+    output = favor_attention_triton(query, key, value, projection)
+    assert output.isnan().all()
+
+
 def check_strides():
     mixed = torch.randn(2, 45, 3 * 2 * 16)
     mixed[..., : 2 * 2 * 16] /= 4

@@ -147,6 +147,16 @@ def test_run_options_reach_run_opts_and_no_yaml():
     assert run_opts.overridden_args == set(values)
 
 
+def test_run_options_of_the_yaml_are_recorded(tmp_path):
+    path = tmp_path / "train.yaml"
+    path.write_text("precision: fp32\ncompile: True\nlr: 1\n", "utf-8")
+    words = ["--precision=bf16", str(path), "--compile=False", "--device=cpu"]
+    file, run_opts, overrides = parse_arguments(words)
+    assert run_opts.precision == "bf16"
+    hparams = load_hparams(file, overrides)
+    assert hparams == {"precision": "bf16", "compile": False, "lr": 1}
+
+
 @pytest.mark.parametrize(
     ("words", "on"),
     (

@@ -326,6 +326,24 @@ def test_broken_kernels_are_not_used(
     assert reason in warnings_of[0]
 
 
+def test_a_full_gpu_says_nothing_of_the_kernels(monkeypatch, warnings_of):
+    full = [True]
+
+    def attention(*args):
+        if full:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return favor.favor_attention(*args)
+
+    monkeypatch.setattr(favor_trial, "favor_attention_triton", attention)
+    monkeypatch.setattr(favor_trial, "can_use_triton", lambda *args: True)
+    inputs = [torch.randn(1, 1, 8, 16) for _ in range(3)]
+    projection = torch.randn(32, 16)
+    assert not favor_trial.should_use_triton(*inputs, projection)
+    full.clear()
+    assert favor_trial.should_use_triton(*inputs, projection)
+    assert not warnings_of
+
+
 @pytest.mark.parametrize("dtype", favor_triton.DTYPES)
 def test_trial_sees_nothing_of_its_caller_and_leaves_nothing(
     monkeypatch, warnings_of, dtype

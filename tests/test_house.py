@@ -20,13 +20,14 @@ MAX_LINES = 400
 
 # What each part of the package may import of the others.
 MAY_IMPORT = {
+    "memory": set(),
     "truncation": set(),
     "data": {"truncation"},
     "nnet": set(),
     "objectives": set(),
     "web": {"truncation"},
-    "training": {"data", "nnet", "objectives"},
-    "inference": {"nnet", "truncation"},
+    "training": {"data", "memory", "nnet", "objectives"},
+    "inference": {"memory", "nnet", "truncation"},
     "asteroid": {"inference", "nnet"},
     "cli": {"cli_data", "cli_demo", "cli_model", "cli_separate"},
     "cli_data": {"data"},

@@ -252,6 +252,27 @@ def test_mixture_si_snr_is_that_of_the_best_remix():
     torch.testing.assert_close(value, -loss.float(), atol=1e-3, rtol=1e-4)
 
 
+def test_mixture_si_snr_is_not_rounded_in_mixed_precision():
+    mixtures = torch.randn(1, 2, 4000)
+    est_source = mixtures + 1e-3 * torch.randn(1, 2, 4000)
+    plain = mixture_si_snr(est_source, mixtures)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = mixture_si_snr(est_source, mixtures)
+    assert 55 < plain.item() < 65
+    assert mixed.item() == pytest.approx(plain.item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("measure", [si_snri, si_snri_grouped, sdr])
+def test_sources_that_are_not_finite_are_refused(measure, value):
+    stems = torch.randn(2, 1000)
+    est_source = stems.clone()
+    est_source[1, 5] = value
+    mix = [] if measure is sdr else [stems.sum(0)]
+    with pytest.raises(ValueError, match="finite sources, got NaN or infin"):
+        measure(est_source, stems, *mix)
+
+
 def test_mixture_si_snr_does_not_depend_on_any_order():
     est_source, mixtures = torch.randn(2, 5, 100), torch.randn(2, 2, 100)
     expected = mixture_si_snr(est_source, mixtures)

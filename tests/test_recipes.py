@@ -4,17 +4,20 @@ import itertools
 import re
 import subprocess
 import sys
+import time
 import types
 
 import ddp_step
 import numpy as np
 import pytest
 import soundfile
+import speechbrain as sb
 import torch
 import yaml
 from recipe_runs import (
     RATE,
     ROOT,
+    Killed,
     interrupted,
     load_recipe,
     read_results,
@@ -24,6 +27,9 @@ from recipe_runs import (
     unused_keys,
     without_pictures,
     write_songs,
+)
+from tensorboard.backend.event_processing.event_accumulator import (
+    EventAccumulator,
 )
 
 from trackformer_sb.data.manifest import read_songs
@@ -197,6 +203,136 @@ def test_resumed_run_equals_uninterrupted_one(
     for key in whole:
         torch.testing.assert_close(cut[key], whole[key], msg=key)
     assert len(read_results(tmp_path / "cut")[2]["history"]) == 3
+
+
+def test_resumed_epoch_counts_its_time_from_the_start(
+    songs, tmp_path, monkeypatch, quick
+):
+    wait = recipe.Separation.on_fit_batch_start
+
+    def slow(brain, *args):
+        time.sleep(0.1)
+        wait(brain, *args)
+
+    monkeypatch.setattr(recipe.Separation, "on_fit_batch_start", slow)
+    keys = {"ckpt_interval_minutes": 0, "ckpt_interval_steps": 1}
+    argv = tiny("performer_mixit.yaml", songs, tmp_path, **keys)
+    interrupted(recipe.main, recipe.Separation, argv, monkeypatch, stop_at=6)
+    recipe.main(argv)
+    metrics = read_results(tmp_path)[2]
+    assert metrics["steps"] == 6
+    # the sixth step was not saved, and is taken twice
+    assert metrics["epoch_seconds"] >= 0.6
+    assert metrics["waiting_for_data_seconds"] >= 0.6
+
+
+def test_kill_in_a_validation_costs_nothing(
+    songs, tmp_path, monkeypatch, quick
+):
+    end = recipe.Separation.end_epoch
+    argv = tiny(
+        "performer_mixit.yaml",
+        songs,
+        tmp_path,
+        number_of_epochs=2,
+        ckpt_interval_minutes=0,
+        ckpt_interval_steps=6,
+    )
+    for last in (1, 2):
+
+        def end_epoch(brain, valid_loss, seconds, epoch, last=last):
+            if epoch == last:
+                raise Killed
+            end(brain, valid_loss, seconds, epoch)
+
+        with monkeypatch.context() as context, pytest.raises(Killed):
+            context.setattr(recipe.Separation, "end_epoch", end_epoch)
+            recipe.main(argv)
+    recipe.main(argv)
+    metrics = read_results(tmp_path)[2]
+    assert [x["epoch"] for x in metrics["history"]] == [1, 2]
+    assert metrics["steps"] == 12
+
+
+def test_longer_patience_goes_on(songs, tmp_path, quick):
+    keys = {"number_of_epochs": 3}
+    for patience, epochs in ((0, 1), (9, 3)):
+        argv = tiny(
+            "performer_mixit.yaml",
+            songs,
+            tmp_path,
+            early_stop_epochs=patience,
+            **keys,
+        )
+        recipe.main(argv)
+        assert len(read_results(tmp_path)[2]["history"]) == epochs
+
+
+def test_curves_go_on_after_a_resume(songs, tmp_path, quick):
+    for epochs in (1, 3):
+        argv = tiny(
+            "performer_mixit.yaml", songs, tmp_path, number_of_epochs=epochs
+        )
+        recipe.main(argv)
+    steps = {"loss/valid": [], "loss/train": [], "lr": []}
+    for path in sorted((tmp_path / "tensorboard").glob("events*")):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        for name, found in steps.items():
+            found += [event.step for event in events.Scalars(name)]
+    assert all(sorted(found) == [1, 2, 3] for found in steps.values()), steps
+
+
+# --- numbers that are not finite ---------------------------------------------
+
+
+def test_step_with_gradients_that_are_not_finite_is_skipped(
+    songs, tmp_path, monkeypatch, quick
+):
+    objectives = recipe.Separation.compute_objectives
+
+    def compute_objectives(brain, predictions, batch, stage):
+        loss = objectives(brain, predictions, batch, stage)
+        bad = stage == sb.Stage.TRAIN and brain.optimizer_step == 2
+        return loss * torch.nan if bad else loss
+
+    monkeypatch.setattr(
+        recipe.Separation, "compute_objectives", compute_objectives
+    )
+    recipe.main(tiny("performer_mixit.yaml", songs, tmp_path))
+    log = (tmp_path / "log.txt").read_text("utf-8")
+    assert "step 3: skipped, its gradients are not finite" in log
+    assert log.count("skipped, its") == 1
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+    assert np.isfinite(read_results(tmp_path)[2]["si_snri"])
+
+
+@pytest.mark.parametrize("selection_metric", ["si_snri", "loss"])
+def test_weights_that_are_not_finite_are_not_kept(
+    selection_metric, songs, tmp_path, monkeypatch, quick
+):
+    end = recipe.Separation.on_fit_batch_end
+
+    def on_fit_batch_end(brain, *args):
+        end(brain, *args)
+        if brain.optimizer_step == 12:
+            brain.hparams.MaskNet.head.bias.data.fill_(torch.nan)
+
+    monkeypatch.setattr(recipe.Separation, "on_fit_batch_end", on_fit_batch_end)
+    argv = tiny(
+        "performer_mixit.yaml",
+        songs,
+        tmp_path,
+        number_of_epochs=3,
+        mixit_objective="mse",  # above zero
+        selection_metric=selection_metric,
+    )
+    message = r"epoch 2: the losses of (\d+) of \1 validation items are not fin"
+    with pytest.raises(ValueError, match=message):
+        recipe.main(argv)
+    (checkpoint,) = (tmp_path / "save").glob("CKPT*")
+    state = torch.load(checkpoint / "masknet.ckpt", weights_only=True)
+    assert all(value.isfinite().all() for value in state.values())
 
 
 def test_redraw_is_the_same_for_equal_seed_and_step(songs, tmp_path, quick):
@@ -382,6 +518,42 @@ def test_checkpoint_of_another_architecture(songs, tmp_path):
     assert weights(out).keys() == before.keys()
     # the refused run has not written over the first one's settings
     assert (out / "hyperparams.yaml").read_text("utf-8") == resolved
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    (
+        ("grad_accumulation_factor=2", "grad_.*factor was 1, now 2"),
+        ("max_grad_norm=1", "max_grad_norm was 5.0, now 1"),
+        ("skip_nonfinite_grads=False", "was True, now False"),
+    ),
+)
+def test_run_options_of_the_yaml_are_settings(
+    option, message, songs, tmp_path, quick
+):
+    argv = tiny("performer_mixit.yaml", songs, tmp_path)
+    recipe.main(argv)
+    with pytest.raises(ValueError, match=message):
+        recipe.main([*argv, f"--{option}"])
+
+
+def test_moved_results_and_other_spellings_go_on(
+    songs, tmp_path, monkeypatch, quick
+):
+    recipe.main(tiny("performer_mixit.yaml", songs, tmp_path / "a"))
+    (tmp_path / "a").rename(tmp_path / "b")
+    monkeypatch.chdir(songs.parent)
+    argv = tiny("performer_mixit.yaml", f"{songs.name}/", tmp_path / "b")
+    recipe.main([*argv, "--number_of_epochs=2"])
+    assert len(read_results(tmp_path / "b")[2]["history"]) == 2
+
+
+def test_cut_settings_of_a_run_do_not_stop_it(songs, tmp_path, quick):
+    argv = tiny("performer_mixit.yaml", songs, tmp_path)
+    recipe.main(argv)
+    (tmp_path / "hyperparams.yaml").write_text("# Generated\n", "utf-8")
+    recipe.main([*argv, "--number_of_epochs=2"])
+    assert len(read_results(tmp_path)[2]["history"]) == 2
 
 
 def test_test_only_needs_a_checkpoint(songs, tmp_path):

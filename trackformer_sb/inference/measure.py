@@ -1,7 +1,5 @@
 """What a separator is, what it can, and what it costs on this machine."""
 
-import resource
-import sys
 import time
 
 import torch
@@ -9,6 +7,7 @@ import torch
 from trackformer_sb.inference.card import card_tables
 from trackformer_sb.inference.download import model_file
 from trackformer_sb.inference.loading import load_separator
+from trackformer_sb.memory import peak_memory_mb
 
 
 def measure_speed(separator, seconds=10.0):
@@ -40,15 +39,10 @@ def measure_speed(separator, seconds=10.0):
             if cuda:
                 torch.cuda.synchronize(noise.device)
             taken = time.perf_counter() - started
-    if cuda:
-        peak = torch.cuda.max_memory_allocated(noise.device) / 2**20
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak /= 2**20 if sys.platform == "darwin" else 2**10
     return {
         "seconds": seconds,
         "real_time_factor": taken * rate / noise.shape[1],
-        "peak_memory_mb": peak,
+        "peak_memory_mb": peak_memory_mb(noise.device),
     }
 
 

@@ -218,7 +218,7 @@ def attend(
         mixed = product(phi, s, mixed * shrink[:, None], direction)
         largest = larger
     # as in the plain form: no key in sight gives zero and no gradient
-    seen = total >= 1.1754944e-38
+    seen = (total >= 1.1754944e-38) | (total != total)  # NaN stays NaN
     total = tl.where(seen, total, 1.0)
     mean = tl.load(centre + sequence * VALUE_D + tl.arange(0, VALUE_D))
     mixed = tl.where(seen[:, None], mixed / total[:, None] + mean[None, :], 0.0)

@@ -42,17 +42,17 @@ def should_use_triton(query, key, value, projection):
         False for everything that is not on a GPU, while compiling, and where
         the environment has TRACKFORMER_TRITON=0.
     """
-    return (
-        can_use_triton(query, key, value, projection)
-        and os.environ.get(SWITCH) != "0"
-        and triton_agrees(
-            value.device,
-            value.dtype,
-            query.shape[-1],
-            value.shape[-1],
-            projection.shape[0],
-        )
-    )
+    if (
+        not can_use_triton(query, key, value, projection)
+        or os.environ.get(SWITCH) == "0"
+    ):
+        return False
+    sizes = query.shape[-1], value.shape[-1], projection.shape[0]
+    try:
+        return triton_agrees(value.device, value.dtype, *sizes)
+    except torch.OutOfMemoryError:
+        # a full GPU says nothing of the kernels: another time
+        return False
 
 
 def _results(attention, inputs, projection, hidden, weights):
@@ -169,10 +169,17 @@ def triton_agrees(device, dtype, head_dim=64, value_dim=64, n_features=256):
     bool
         False, after a warning, if compiling fails or the results differ from
         those of the plain form by more than ``TOLERANCE``.
+
+    Raises
+    ------
+    torch.OutOfMemoryError
+        If there was no memory to try it; nothing is remembered then.
     """
     error = _in_new_thread(
         _largest_error, device, dtype, head_dim, value_dim, n_features
     )
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
     # not the other way round: nan is no agreement
     if isinstance(error, float) and error <= TOLERANCE[dtype]:
         return True

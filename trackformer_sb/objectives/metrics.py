@@ -84,7 +84,9 @@ def _active(stems):
 def _sounding(est_source):
     """Leaves out sources of silence, however quiet the others are."""
     sig = est_source.double()
-    energy = (sig - sig.mean(-1, keepdim=True)).square().mean(-1)
+    energy = sig.var(-1, correction=0)
+    if not energy.isfinite().all():
+        raise ValueError("expected finite sources, got NaN or infinite samples")
     return est_source[energy > 1e-20]
 
 
@@ -149,7 +151,7 @@ def si_snri(est_source, stems, mix):
     Raises
     ------
     ValueError
-        If the shapes do not fit.
+        If the shapes do not fit, or for sources that are not finite.
 
     Example
     -------
@@ -218,7 +220,7 @@ def si_snri_grouped(est_source, stems, mix):
     Raises
     ------
     ValueError
-        If the shapes do not fit, or for more than 12 sources.
+        For shapes that do not fit, over 12 sources, or some not finite.
 
     Example
     -------
@@ -281,8 +283,7 @@ def _partitions(num_sources):
 def sdr(est_source, stems):
     """Signal-to-distortion ratio (BSS-eval, 512 taps) of the best choice.
 
-    Computed by torchmetrics for the pairs that ``si_snri`` chooses.
-    Silent stems and sources of silence are left out.
+    By torchmetrics, of the pairs that ``si_snri`` chooses; without silent ones.
 
     Arguments
     ---------
@@ -327,8 +328,7 @@ def mixture_si_snr(est_source, mixtures):
     Returns
     -------
     torch.Tensor
-        [batch], in dB, mean over the mixtures that are not silent; NaN where
-        all are.
+        [batch], in dB, mean over the mixtures that sound; NaN without any.
 
     Example
     -------
@@ -337,8 +337,9 @@ def mixture_si_snr(est_source, mixtures):
     True
     """
     _, assignment = mixit_loss(est_source, mixtures, "si_snr")
-    remix = torch.matmul(assignment.to(est_source.dtype), est_source)
-    value = si_snr(remix, mixtures)
+    # in double precision, which autocast and TF32 leave alone
+    remix = torch.matmul(assignment.double(), est_source.double())
+    value = si_snr(remix, mixtures.double()).to(est_source.dtype)
     active = mixtures.square().mean(-1) > SILENT_ENERGY
     return (value * active).sum(1) / active.sum(1)
 
@@ -377,9 +378,7 @@ def mask_overlap(masks):
 
 
 def effective_mask_count(masks):
-    """How many masks are in use: ``exp(H(p))``.
-
-    ``p_m`` is the share of mask m's mean energy, H the entropy.
+    """How many masks are in use: ``exp(H(p))`` of their shares p of energy.
 
     Arguments
     ---------

@@ -50,7 +50,8 @@ def parse_arguments(argv):
     run_opts : RunOptions
         SpeechBrain's run options.
     overrides : str
-        Yaml text for ``load_hparams``.
+        Yaml text for ``load_hparams``; with the run options that the yaml has
+        as keys.
 
     Raises
     ------
@@ -68,6 +69,7 @@ def parse_arguments(argv):
     lr: 1e-3
     """
     words, options, overrides, hparams_file = list(argv), [], {}, None
+    given = {}
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
@@ -83,6 +85,7 @@ def parse_arguments(argv):
             continue
         key, has_value, value = word[2:].partition("=")
         if key in _FLAGS:
+            given[key] = value or "True"
             if has_value and value.lower() not in ("true", "false"):
                 raise ValueError(
                     f"--{key} is a flag, expected --{key}, --{key}=True or "
@@ -96,6 +99,7 @@ def parse_arguments(argv):
                 raise ValueError(f"expected a value after {word}")
             value = words.pop(0)
         if key in _OPTIONS:
+            given[key] = value
             options += [f"--{key}", value]
         else:
             # given twice, the last one counts
@@ -117,7 +121,22 @@ def parse_arguments(argv):
         run_opts = dataclasses.replace(
             run_opts, optimizer_step_limit=int(limit)
         )
+    # what the yaml has as well is recorded and compared with the rest of it
+    for key in keys_of(hparams_file) & given.keys():
+        overrides[key] = _as_yaml(key, given[key])
     return hparams_file, run_opts, "\n".join(overrides.values())
+
+
+def keys_of(hparams_file):
+    """Top-level keys of a yaml file; none if there is no such file."""
+    path = pathlib.Path(hparams_file or "")
+    if not path.is_file():
+        return set()
+    return {
+        line.split(":")[0]
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line[:1].isalpha() and ":" in line
+    }
 
 
 def load_hparams(hparams_file, overrides=""):
@@ -148,12 +167,7 @@ def load_hparams(hparams_file, overrides=""):
             f"no hyperparameter file {hparams_file}, expected a yaml such as "
             "hparams/performer_mixit.yaml"
         )
-    text = path.read_text(encoding="utf-8")
-    known = {
-        line.split(":")[0]
-        for line in text.splitlines()
-        if line[:1].isalpha() and ":" in line
-    }
+    known = keys_of(path)
     for line in overrides.splitlines():
         key = line.split(":")[0]
         if key not in known:
@@ -164,4 +178,4 @@ def load_hparams(hparams_file, overrides=""):
                 else (f"its keys are {', '.join(sorted(known))}")
             )
             raise ValueError(f"unknown key {key!r} for {hparams_file}: {hint}")
-    return load_hyperpyyaml(text, overrides)
+    return load_hyperpyyaml(path.read_text(encoding="utf-8"), overrides)

@@ -2,17 +2,23 @@
 
 import csv
 import json
-import resource
+import pathlib
 import statistics
-import sys
 import time
 
 import numpy as np
 import speechbrain as sb
 import torch
+import yaml
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
 from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from speechbrain.utils.logger import get_logger
 
+from trackformer_sb.memory import peak_memory_mb
 from trackformer_sb.objectives.metrics import SILENT_ENERGY
 from trackformer_sb.training import figures
 from trackformer_sb.training.optimization import (
@@ -23,6 +29,7 @@ from trackformer_sb.training.optimization import (
 logger = get_logger(__name__)
 
 
+@register_checkpoint_hooks
 class MusicBrain(sb.Brain):
     """Training on pairs of mixtures, see ``trackformer_sb.data.mixtures``.
 
@@ -103,16 +110,70 @@ class MusicBrain(sb.Brain):
                 self.silent_songs.add(song)
                 logger.warning(f"the song {song} is silent")
 
+    @mark_as_saver
+    def save_progress(self, path):
+        """What SpeechBrain saves, and the time that the epoch took so far."""
+        super()._save(path)
+        if self.step:
+            spent = {
+                "seconds": time.monotonic() - self.started,
+                "waiting": self.waiting,
+            }
+            with open(path, "a", encoding="utf-8") as file:
+                yaml.safe_dump(spent, file)
+
+    @mark_as_loader
+    def load_progress(self, path, end_of_epoch=True):
+        """Goes on with what ``save_progress`` saved."""
+        super()._recover(path, end_of_epoch)
+        self.spent = yaml.safe_load(pathlib.Path(path).read_text("utf-8"))
+
+    def on_fit_start(self):
+        """Recovers, and judges anew whether training stops early."""
+        self.spent = {}
+        super().on_fit_start()
+        counter = self.hparams.epoch_counter
+        # what it recovered was judged by the patience of then
+        counter.should_stop = (
+            counter.current > counter.limit_warmup
+            and counter.current - counter.best_limit >= counter.limit_to_stop
+        )
+
     def on_stage_start(self, stage, epoch=None):
         """Resets what is measured."""
         self.started = time.monotonic()
         self.prepare_stage()
+        self.not_finite = 0
         if stage == sb.Stage.TRAIN:
             self.pairs.set_epoch(epoch, self.step)
-            self.waiting, self.last_batch_end = 0.0, time.monotonic()
+            self.resumed_within = self.step > 0
+            self.started -= self.spent.get("seconds", 0.0)
+            self.waiting = self.spent.get("waiting", 0.0)
+            self.spent = {}
+            self.last_batch_end = time.monotonic()
             self.step_seconds = []
             self.sounding = {}
             self.steps_before = self.optimizer_step
+
+    def check_gradients(self):
+        """Skips an optimizer step if its gradients are not finite.
+
+        As SpeechBrain's own, which waits for the device once a parameter.
+        """
+        gradients = [
+            p.grad for p in self.modules.parameters() if p.grad is not None
+        ]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():
+            logger.warning(
+                f"step {self.optimizer_step + 1}: skipped, its gradients are "
+                "not finite"
+            )
+            self.modules.zero_grad(set_to_none=True)
+
+    def update_average(self, loss, avg_loss):
+        """Counts losses that are not finite, which an average leaves out."""
+        self.not_finite += not torch.isfinite(loss)
+        return super().update_average(loss, avg_loss)
 
     def on_fit_batch_start(self, batch, should_step):
         """Adds up the time the step waited for its data."""
@@ -175,8 +236,12 @@ class MusicBrain(sb.Brain):
                 "step_seconds": statistics.median(steps) if steps else None,
             }
         elif stage == sb.Stage.VALID:
-            # a run resumed after its last step has nothing left to train
-            if self.step_seconds or not self.has_scored_checkpoint():
+            # a run resumed after its last epoch has nothing left to train
+            if (
+                self.step_seconds
+                or self.resumed_within
+                or not self.has_scored_checkpoint()
+            ):
                 self.end_epoch(float(stage_loss), seconds, epoch)
         else:
             self.end_test(float(stage_loss))
@@ -201,14 +266,29 @@ class MusicBrain(sb.Brain):
         return {k: v for k, v in self.averages().items() if v is not None}
 
     def end_epoch(self, valid_loss, seconds, epoch):
-        """What follows a validation."""
+        """What follows a validation.
+
+        Raises
+        ------
+        ValueError
+            If a loss was not finite, before anything is saved.
+        """
+        if self.not_finite:
+            raise ValueError(
+                f"epoch {epoch}: the losses of {self.not_finite} of "
+                f"{len(self.rows)} validation items are not finite, as of "
+                "weights that grew without bound. "
+                f"Checkpoints in {self.checkpointer.checkpoints_dir} are of "
+                "before; train again in another output_folder with a lower lr "
+                "or max_grad_norm, or in fp32"
+            )
         averages = self.known_averages()
         rate = self.optimizer.param_groups[0]["lr"]
         self.hparams.history.add(
             epoch,
             **self.train_figures,
             step=self.optimizer_step,
-            peak_memory_mb=self.peak_memory(),
+            peak_memory_mb=peak_memory_mb(self.device),
             lr=rate,
             valid_loss=valid_loss,
             valid_seconds=seconds,
@@ -222,6 +302,13 @@ class MusicBrain(sb.Brain):
         valid = {"loss": valid_loss, **averages}
         # loggers act on the main process but are collective calls
         self.hparams.train_logger.log_stats(meta, train, valid)
+        # by itself it would count from 1 again after a resume
+        before = len(self.hparams.history.epochs) - 1
+        self.tensorboard.global_step |= {
+            "meta": before,
+            "train": dict.fromkeys(train, before),
+            "valid": dict.fromkeys(valid, before),
+        }
         self.tensorboard.log_stats(meta, train, valid)
         if if_main_process():
             self.log_picture(epoch)
@@ -283,13 +370,6 @@ class MusicBrain(sb.Brain):
         if self.picture is not None:
             self.write_figures(folder / "figures")
 
-    def peak_memory(self):
-        """Largest memory in use so far, in MB: the GPU's, or the process's."""
-        if self.device_type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
     def costs(self):
         """What the training took, and its history, for metrics.json."""
         history = self.hparams.history
@@ -313,7 +393,7 @@ class MusicBrain(sb.Brain):
                 history.total("epoch_seconds") + history.total("valid_seconds")
             ),
             "waiting_for_data_seconds": history.total("waiting_seconds"),
-            "peak_memory_mb": max(self.peak_memory(), *peaks, 0.0),
+            "peak_memory_mb": max(peak_memory_mb(self.device), *peaks),
             "device": self.device,
             "num_parameters": sum(p.numel() for p in self.modules.parameters()),
             "history": history.epochs,

@@ -1,6 +1,7 @@
 """From a command line to a Brain with its data, for all recipes."""
 
 import gc
+import os
 import pathlib
 import sys
 import time
@@ -32,6 +33,9 @@ SLOW_BF16 = 1.5
 
 # Keys that a training may go on with other values of.
 MAY_CHANGE = (
+    "output_folder",  # it may have been moved, these are its own
+    "save_folder",
+    "train_log",
     "number_of_epochs",
     "early_stop_epochs",
     "num_workers",
@@ -162,11 +166,15 @@ def check_same(hparams_file, overrides, output_folder):
         return
     with open(hparams_file, encoding="utf-8") as file:
         asked = resolve_references(file, overrides).getvalue()
-    begun = BEFORE | plain_values(path.read_text(encoding="utf-8"))
+    # nothing, of a file that was cut
+    begun = plain_values(path.read_text(encoding="utf-8")) or {}
+    begun = BEFORE | begun
     different = [
         f"{key} was {begun[key]!r}, now {value!r}"
         for key, value in plain_values(asked).items()
-        if key not in MAY_CHANGE and key in begun and begun[key] != value
+        if key not in MAY_CHANGE
+        and key in begun
+        and _one_spelling(begun[key]) != _one_spelling(value)
     ]
     if different:
         raise ValueError(
@@ -174,6 +182,11 @@ def check_same(hparams_file, overrides, output_folder):
             f"settings: {'; '.join(different)}. Choose another output_folder, "
             "or those settings"
         )
+
+
+def _one_spelling(value):
+    """Paths to one place have many: a/b, ./a/b/ and /home/me/a/b."""
+    return os.path.abspath(value) if isinstance(value, str) else value
 
 
 def make_brain(brain_class, experiment):

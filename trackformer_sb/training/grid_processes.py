@@ -27,7 +27,10 @@ STOP_SECONDS = 10  # until a process that does not end is killed
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can(?:not|'t) allocate memory|bad_alloc|MemoryError"
     r"|not enough memory|killed by signal: killed|failed to map segment"
-    r"|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED",
+    r"|CU(?:BLAS|DNN)_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED"
+    # what libraries of CUDA say where the GPU is full
+    r"|CUBLAS_STATUS_NOT_INITIALIZED|unable to find an engine to execute"
+    r"|failed to CUDA calloc",
     re.IGNORECASE,
 )
 # Limits its memory, will die with the grid, and becomes the command. As
