@@ -7,7 +7,13 @@ again under --test_folder if they have moved) are separated by
 
 - the trained separator, RUN_FOLDER/separator, beside what the recipe itself
   wrote in test_results.csv;
+- the trained separator with its masks averaged over the time of a segment:
+  what is lost is what it gains by following the music;
+- a trained Performer without what its attention adds, and with the mean of that
+  over time: what is lost is what it gains from other frames;
 - the same architecture with fresh weights (--seed);
+- "N bands", the mixture cut into as many bands of frequency as there are
+  outputs, equally wide in mel (HTK's formula): what no training is needed for;
 - "mixture/N", which gives the mixture to each of the N outputs in equal parts;
 - ideal ratio masks, |S_i| / sum_j |S_j| of the true stems on an STFT (1024,
   hop 256), one output a stem: what such masks can reach at best, roughly.
@@ -20,6 +26,7 @@ recipe, so that long songs count more; the mean over songs is given as well.
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -36,6 +43,9 @@ from hyperpyyaml import load_hyperpyyaml, resolve_references
 from trackformer_sb.data.manifest import MappedManifest
 from trackformer_sb.data.mixtures import MixtureOfMixtures
 from trackformer_sb.inference.interfaces import PerformerSeparation
+from trackformer_sb.inference.separation import separate
+from trackformer_sb.nnet.masknet import PerformerMaskNet
+from trackformer_sb.nnet.performer import SelfAttention
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 from trackformer_sb.objectives import metrics
 
@@ -95,6 +105,45 @@ def ideal_ratio_masks(mix, stems):
     return decoder(masks * encoder(mix.unsqueeze(0)), length=len(mix))
 
 
+def bands(mix, number, sample_rate):
+    """[number, time]: bands of the mixture, equally wide in mel."""
+    encoder, decoder = (
+        STFTEncoder().to(mix.device),
+        STFTDecoder().to(mix.device),
+    )
+    spectrum = encoder(mix[None])
+    hertz = torch.linspace(0, sample_rate / 2, spectrum.shape[1])
+    mel = (1 + hertz / 700).log()
+    band = (number * mel / mel[-1]).long().clamp(max=number - 1)
+    masks = torch.nn.functional.one_hot(band, number).T[:, :, None]
+    return decoder(masks.to(mix.device) * spectrum, length=len(mix))
+
+
+def constant(masknet):
+    """A masknet with the means over time of another one's masks."""
+
+    def masks_of(mix_w):
+        masks = masknet(mix_w)
+        return masks.mean(-1, keepdim=True).expand_as(masks)
+
+    return masks_of
+
+
+@contextlib.contextmanager
+def attention_replaced(masknet, replacement):
+    """What all attention of a masknet gives goes through a function."""
+    hooks = [
+        module.register_forward_hook(lambda *args: replacement(args[-1]))
+        for module in masknet.modules()
+        if isinstance(module, SelfAttention)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def make_methods(args):
     """Name -> function of mix [time] and stems, and the sample rate."""
     trained, untrained = load_separators(
@@ -105,13 +154,45 @@ def make_methods(args):
     def outputs_of(separator):
         return lambda mix, stems: separator.separate_batch(mix[None])[0].T
 
+    def averaged(mix, stems):
+        modules = trained.mods
+        est_source, _ = separate(
+            mix[None],
+            modules.encoder,
+            constant(modules.masknet),
+            modules.decoder,
+            trained.hparams.mixture_consistency,
+        )
+        return est_source[0]
+
+    def without_attention(replacement):
+        def outputs(mix, stems):
+            with attention_replaced(trained.mods.masknet, replacement):
+                return trained.separate_batch(mix[None])[0].T
+
+        return outputs
+
+    sample_rate = trained.hparams.sample_rate
     methods = {
         TRAINED: outputs_of(trained),
+        "trained, masks averaged over time": averaged,
+    }
+    if isinstance(trained.mods.masknet, PerformerMaskNet):
+        methods |= {
+            "trained, without attention": without_attention(torch.zeros_like),
+            "trained, attention averaged": without_attention(
+                lambda x: x.mean(1, keepdim=True).expand_as(x)
+            ),
+        }
+    methods |= {
         "untrained": outputs_of(untrained),
+        f"{num_spks} bands": lambda mix, stems: bands(
+            mix, num_spks, sample_rate
+        ),
         "mixture/N": lambda mix, stems: mix.expand(num_spks, -1) / num_spks,
         ORACLE: ideal_ratio_masks,
     }
-    return methods, trained.hparams.sample_rate
+    return methods, sample_rate
 
 
 def measure(est_source, stems, mix, with_sdr):
