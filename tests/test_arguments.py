@@ -1,9 +1,12 @@
 """The command line of the recipes: what it takes, keeps and refuses."""
 
+import pathlib
+
 import pytest
 
 from trackformer_sb.training.arguments import load_hparams, parse_arguments
 
+RECIPE = pathlib.Path(__file__).parents[1] / "hparams/performer_mixit.yaml"
 YAML = """\
 # a comment: not a key
 data_folder: null
@@ -105,7 +108,7 @@ def test_texts_arrive_as_they_are(text, split, hparams_file):
     ),
 )
 def test_values_have_the_types_of_yaml(text, value, hparams_file):
-    read = load(hparams_file, f"--lr={text}")["lr"]
+    read = load(hparams_file, f"--data_folder={text}")["data_folder"]
     assert read == value and type(read) is type(value)
 
 
@@ -199,6 +202,44 @@ def test_fields_of_run_opts_that_are_no_options_are_not_dropped(hparams_file):
 
 
 # --- load_hparams ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    (
+        ("batch_size=0", "a whole number from 1, got 0"),
+        ("batch_size=True", "a whole number from 1, got True"),
+        ("num_layers=0", "a whole number from 1, got 0"),
+        ("num_spks=2.5", "a whole number from 1, got 2.5"),
+        ("sample_rate=8000.0", "a whole number from 1, got 8000.0"),
+        ("epoch_segments=-3", "a whole number from 1, got -3"),
+        ("grad_accumulation_factor=0", "a whole number from 1, got 0"),
+        ("seed=abc", "a whole number from 0, got 'abc'"),
+        ("num_workers=-1", "a whole number from 0, got -1"),
+        ("lr=abc", "a number, got 'abc'"),
+        ("lr=1e-3x", "a number, got '1e-3x'"),
+        ("lr=nan", "a number, got 'nan'"),
+        ("lr='5'", "a number, got '5'"),
+        ("dropout=False", "a number, got False"),
+        ("lambda_diversity=[1]", r"a number, got \[1\]"),
+        ("snr_max=abc", "a number, got 'abc'"),
+        ("mixture_consistency=off", "True or False, got 'off'"),
+        ("checkpointing=no", "True or False, got 'no'"),
+    ),
+)
+def test_values_of_a_wrong_kind_are_named(option, expected):
+    path, _, overrides = parse_arguments([str(RECIPE), f"--{option}"])
+    key = option.partition("=")[0]
+    with pytest.raises(ValueError, match=f"^{key}: expected {expected}$"):
+        load_hparams(path, overrides)
+
+
+@pytest.mark.parametrize("key", ["assign_by", "mixit_objective"])
+def test_choices_are_named(key):
+    path, _, overrides = parse_arguments([str(RECIPE), f"--{key}=sdr"])
+    message = f"^{key} must be one of snr, si_snr, mse, got 'sdr'$"
+    with pytest.raises(ValueError, match=message):
+        load_hparams(path, overrides)
 
 
 def test_missing_file_is_named(tmp_path):

@@ -182,6 +182,17 @@ def test_checkpoint_of_another_architecture_is_named(other, tmp_path):
         checkpointer.recover_if_possible()
 
 
+def test_damaged_checkpoint_is_named_before_anything_is_written(tmp_path):
+    checkpointer = AtomicCheckpointer(tmp_path, {"net": network()})
+    checkpointer.save_checkpoint(name="first")
+    path = tmp_path / "CKPT+first" / "net.ckpt"
+    path.write_bytes(path.read_bytes()[:100])
+    message = r"CKPT\+first is damaged, remove it to go on from the one before"
+    for load in (checkpointer.check_fits, checkpointer.recover_if_possible):
+        with pytest.raises(ValueError, match=message):
+            load()
+
+
 # --- what the stock class can do ---------------------------------------------
 
 

@@ -265,6 +265,15 @@ def test_copies_in_other_formats_are_found_by_a_full_check(tmp_path, ending):
     }
 
 
+def test_short_music_is_no_copy_by_its_levels(tmp_path):
+    # excerpts of a song that repeats itself have one level curve as well
+    music = library_of(tmp_path / "music", seconds=8.0)
+    sig, _ = soundfile.read(music / "song 3.wav")
+    write(music / "renamed.ogg", 0.7 * sig)
+    report = catalogue(music, tmp_path / "out", audio_check="full")
+    assert report["skipped"] == []
+
+
 def test_no_copy_of_a_test_song_is_trained_on(tmp_path):
     music = library_of(tmp_path / "music", seconds=20.0)
     tests = tmp_path / "tests"

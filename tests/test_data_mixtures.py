@@ -342,6 +342,19 @@ def test_unreadable_partner_keeps_the_item(tmp_path):
     assert all("the file is empty" in reason for _, reason in skipped)
 
 
+def test_evaluation_goes_on_without_a_readable_partner(tmp_path):
+    rows = make_rows(tmp_path)
+    for song in "bcd":
+        Path(rows[f"{song}_0000"]["tracks"]["bass"]).write_bytes(b"")
+    mixtures, stems, skipped = make(rows, with_stems=True)("a_0002")
+    assert segment_at(mixtures[0]) == ("a", 2)
+    torch.testing.assert_close(stems.sum(dim=0), mixtures[0])
+    assert not mixtures[1].any()
+    assert len(skipped) == 20
+    with pytest.raises(UnreadableAudio, match="no readable segment found"):
+        make(rows)("a_0002")
+
+
 def test_nothing_readable(tmp_path):
     rows = make_rows(tmp_path)
     for path in {p for row in rows.values() for p in row["tracks"].values()}:

@@ -18,6 +18,7 @@ from trackformer_sb.inference.features import (
     export_encoder,
 )
 from trackformer_sb.nnet.masknet import PerformerMaskNet
+from trackformer_sb.nnet.stft import STFTEncoder
 from trackformer_sb.nnet.transfer import (
     check_settings,
     load_pretrained_encoder,
@@ -396,6 +397,17 @@ def test_missing_file_is_named(name, exported):
         assert isinstance(found.value, FileNotFoundError)
     with pytest.raises(FileNotFoundError, match="expected an encoder folder"):
         encoder_folder(folder)
+
+
+def test_module_that_is_no_encoder_is_named():
+    stft = STFTEncoder(n_fft=64, hop_length=32)
+    message = "encoder: expected a SpectrogramEncoder, .* got STFTEncoder"
+    with pytest.raises(ValueError, match=message):
+        PerformerFeatures(
+            modules={"stft": stft, "encoder": stft},
+            hparams={"sample_rate": 8000},
+            run_opts={"device": "cpu"},
+        )
 
 
 @pytest.mark.parametrize("place", ("no/such/folder", "encodr"))

@@ -392,6 +392,25 @@ def test_negative_gradient_norm_does_not_turn_the_gradient(
     assert history[-1]["train_loss"] < history[0]["train_loss"] - 1.0
 
 
+def test_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        experiments.run(main)
+    assert stopped.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_device_that_is_not_there(songs, tmp_path):
+    argv = tiny("performer_mixit.yaml", songs, tmp_path, device="cuda:0")
+    message = "device cuda:0: torch finds no CUDA device"
+    with pytest.raises(ValueError, match=message):
+        recipe.main(argv)
+    assert not list(tmp_path.iterdir())
+
+
 def test_file_that_fails_in_training_is_named_once(tmp_path, caplog, quick):
     songs = write_songs(tmp_path / "songs", num_songs=12)
     broken = songs / "song 3" / "tone.wav"

@@ -230,6 +230,21 @@ def test_nothing_is_left_of_a_run_that_ends_early(
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.parametrize("outputs", [None, "both=0+1"])
+def test_full_disk_names_the_file(tmp_path, reader, monkeypatch, outputs):
+    write = soundfile.SoundFile.write
+
+    def full(file, data):
+        if outputs is None or "streams" not in str(file.name):
+            raise soundfile.LibsndfileError(2)
+        write(file, data)
+
+    monkeypatch.setattr(soundfile.SoundFile, "write", full)
+    message = r"could not write .*\.wav, \d+ MB are free there \(System error"
+    with pytest.raises(OSError, match=message):
+        written(noise(2, 2, 100), reader, tmp_path, outputs=outputs)
+
+
 def test_files_of_an_earlier_run_are_replaced_at_the_end(tmp_path, reader):
     sig = noise(2, 2, 100)
     written(sig, reader, tmp_path)

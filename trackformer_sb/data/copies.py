@@ -27,6 +27,9 @@ MIN_SPREAD_DB = 0.3
 CURVE_POINTS = 32  # a song has at least about 4 s
 CURVE_CORRELATION = 0.9
 LENGTH_TOLERANCE = 0.5  # seconds
+# Of other excerpts of one song, which repeat themselves, the curves of 11 of
+# 621 agreed at 5 s, of 3 of 389 at 8 s, and of none at 10 s.
+MIN_CURVE_SECONDS = 10.0
 
 # Of a song in two splits of its dataset, the one that is tested on stays.
 KEEP_FIRST = ("test", "valid", "train", "")
@@ -126,7 +129,11 @@ def leave_out_copies(songs, fingerprints, levels, findings):
 
 def _find_recordings(songs, levels, copies):
     """Adds songs whose level curves agree to the copies."""
-    kept = [i for i in range(len(songs)) if i not in copies]
+    kept = [
+        i
+        for i, song in enumerate(songs)
+        if i not in copies and song.seconds >= MIN_CURVE_SECONDS
+    ]
     kept.sort(key=lambda i: songs[i].seconds)
     sums = {i: sum_levels([levels[p] for p in songs[i].files]) for i in kept}
     curves = np.stack([_curve(sums[i]) for i in kept]) if kept else []

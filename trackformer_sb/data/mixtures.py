@@ -242,12 +242,18 @@ class MixtureOfMixtures:
         torch.mul(mixture, gains[0], out=mixtures[0])
         if kind >= self.silent_share:
             single = kind < self.silent_share + self.single_stem_share
-            _, partner = self._read_or_replace(
-                self._partner(index, partner_draw),
-                lambda: self._partner(index, rng.random()),
-                lambda row: self._read_partner(row, single, rng, *heard[1]),
-                skipped,
-            )
+            try:
+                _, partner = self._read_or_replace(
+                    self._partner(index, partner_draw),
+                    lambda: self._partner(index, rng.random()),
+                    lambda row: self._read_partner(row, single, rng, *heard[1]),
+                    skipped,
+                )
+            except UnreadableAudio:
+                if not self.with_stems:
+                    raise
+                # an evaluation goes on with the song alone, and tells
+                return mixtures, stems * gains[0], skipped
             gain = gains[1]
             if self.equal_levels:
                 gain *= _level_ratio(mixture, partner)

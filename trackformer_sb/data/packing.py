@@ -69,6 +69,13 @@ def pack(
     """
     import_webdataset()
     out_folder = Path(out_folder)
+    if folder is not None:
+        music, out = Path(folder).resolve(), out_folder.resolve()
+        if music in (out, *out.parents):
+            raise ValueError(
+                f"{out_folder}: expected a folder outside of {folder}, or what "
+                "is packed would be songs of it"
+            )
     manifests = out_folder / MANIFESTS
     report = prepare(
         folder, dataset, manifests, sample_rate=sample_rate, **options

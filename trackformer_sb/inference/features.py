@@ -11,6 +11,7 @@ from trackformer_sb.nnet.encoder_files import (
     SETTINGS,
     SETTINGS_FILE,
 )
+from trackformer_sb.nnet.features import SpectrogramEncoder
 
 NODES = {"stft": "Encoder", "encoder": "Features"}
 
@@ -101,6 +102,12 @@ class PerformerFeatures(StrictPretrained):
         self, modules=None, hparams=None, run_opts=None, freeze_params=True
     ):
         super().__init__(modules, hparams, run_opts, freeze_params)
+        if not isinstance(self.mods.encoder, SpectrogramEncoder):
+            raise ValueError(
+                "encoder: expected a SpectrogramEncoder, as in the encoder/ "
+                "folder of a pre-training, got "
+                f"{type(self.mods.encoder).__name__}"
+            )
         self.frozen = freeze_params
 
     def train(self, mode=True):

@@ -162,7 +162,9 @@ def load_strictly(
         hparams = load_hyperpyyaml(file, overrides, overrides_must_match)
     for key in ("modules", "pretrainer"):
         if key not in hparams:
-            raise ValueError(f"{path}: expected the key {key}")
+            inner = os.path.join(source, "separator")
+            hint = f", as in {inner}" if os.path.isdir(inner) else ""
+            raise ValueError(f"{path}: expected the key {key}{hint}")
     hparams["savedir"] = savedir
     pretrainer = hparams["pretrainer"]
     pretrainer.add_custom_hooks(

@@ -238,6 +238,8 @@ class PerformerSeparation(StrictPretrained):
         else:
             out_folder = Path(out_folder)
             stem = path.stem if stem is None else stem
+            if Path(stem).name != stem:
+                raise ValueError(f"stem: expected a file name, got {stem!r}")
             paths = output_paths(
                 out_folder,
                 stem,

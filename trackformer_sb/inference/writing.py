@@ -2,8 +2,9 @@
 
 import io
 import os
+import shutil
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,19 @@ def _sound_file(path, file_format, reader, comment=""):
     return file
 
 
+@contextmanager
+def _naming(path):
+    """libsndfile says "System error." of a full disk, and of no file."""
+    try:
+        yield
+    except soundfile.LibsndfileError as error:
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise OSError(
+            f"could not write {path}, {free:.0f} MB are free there "
+            f"({error.error_string})"
+        ) from error
+
+
 def _wav_format(frames, channels):
     """RF64, the 64-bit wav, where the sizes would not fit a wav header."""
     return "RF64" if frames * channels * 4 > MAX_WAV_BYTES else "WAV"
@@ -254,7 +268,8 @@ def _write_streams(blocks, reader, folder, comment):
             for i, (writer, source) in enumerate(
                 zip(writers, block, strict=True)
             ):
-                writer.write(source.T.numpy())
+                with _naming(paths[i]):
+                    writer.write(source.T.numpy())
                 energies[i] += float(source.double().square().sum())
     return paths, energies
 
@@ -323,6 +338,9 @@ def _write_mixes(mixes, file_format, reader, comment, move=True):
             continue
         with _sound_file(path, file_format, reader, comment) as writer:
             for block in mix.blocks():
-                writer.write(block if gain == 1 else block * np.float32(gain))
+                with _naming(path):
+                    writer.write(
+                        block if gain == 1 else block * np.float32(gain)
+                    )
     for path, source in moved.items():
         os.replace(source, path)

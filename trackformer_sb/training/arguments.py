@@ -7,12 +7,16 @@ way to switch a flag off. Here run options count by their full name only.
 
 import dataclasses
 import difflib
+import io
 import json
 import pathlib
 
 import yaml
-from hyperpyyaml import load_hyperpyyaml
+from hyperpyyaml import load_hyperpyyaml, resolve_references
 from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
+
+from trackformer_sb.nnet.transfer import plain_values
+from trackformer_sb.training.settings import check_values
 
 # some fields of RunOptions are no options of its command line
 _OPTIONS = HELP_TEXTS.keys() | {"jit_module_keys", "compile_module_keys"}
@@ -159,7 +163,8 @@ def load_hparams(hparams_file, overrides=""):
     FileNotFoundError
         If there is no such file.
     ValueError
-        For a key that the file does not have, with the nearest ones.
+        For a key that the file does not have, with the nearest ones, or a
+        value of a wrong kind.
     """
     path = pathlib.Path(hparams_file)
     if not path.is_file():
@@ -178,4 +183,10 @@ def load_hparams(hparams_file, overrides=""):
                 else (f"its keys are {', '.join(sorted(known))}")
             )
             raise ValueError(f"unknown key {key!r} for {hparams_file}: {hint}")
-    return load_hyperpyyaml(path.read_text(encoding="utf-8"), overrides)
+    text = path.read_text(encoding="utf-8")
+    resolved = resolve_references(io.StringIO(text), overrides)
+    # before anything is built, and as it will be used
+    check_values(plain_values(resolved.getvalue()), built=False)
+    hparams = load_hyperpyyaml(text, overrides)
+    check_values(hparams)
+    return hparams

@@ -17,6 +17,8 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from speechbrain.utils.logger import get_logger
 
+from trackformer_sb.nnet.transfer import DAMAGED
+
 logger = get_logger(__name__)
 
 _UNFINISHED = "unfinished-"
@@ -26,6 +28,13 @@ def _is_of_file(error):
     """Whether torch failed at the file: it raises RuntimeError for that."""
     names = ("inline_container", "PytorchStream")
     return any(name in str(error) for name in names)
+
+
+def _damaged(checkpoint, why):
+    return (
+        f"the checkpoint in {checkpoint.path} is damaged, remove it to go on "
+        f"from the one before ({why})"
+    )
 
 
 def _misfit(checkpoint, why):
@@ -131,7 +140,10 @@ class AtomicCheckpointer(Checkpointer):
             path = newest.paramfiles.get(name)
             if path is None:
                 raise ValueError(_misfit(newest, f"it has no {name}"))
-            saved = torch.load(path, map_location="meta", weights_only=True)
+            try:
+                saved = torch.load(path, map_location="meta", weights_only=True)
+            except DAMAGED as error:
+                raise ValueError(_damaged(newest, error)) from error
             expected = module.state_dict()
             for key in saved.keys() | expected.keys():
                 shapes = [
@@ -148,10 +160,7 @@ class AtomicCheckpointer(Checkpointer):
             super().load_checkpoint(checkpoint)
         except (RuntimeError, ValueError, KeyError) as error:
             if _is_of_file(error):
-                raise ValueError(
-                    f"the checkpoint in {checkpoint.path} is damaged, remove "
-                    f"it to go on from the one before ({error})"
-                ) from error
+                raise ValueError(_damaged(checkpoint, error)) from error
             raise ValueError(_misfit(checkpoint, error)) from error
 
 

@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import signal
 import sys
 import time
 from typing import NamedTuple
@@ -90,6 +91,9 @@ def load_experiment(argv, selection_metrics):
         another model.
     """
     hparams_file, run_opts, overrides = parse_arguments(argv)
+    device = run_opts.device or ""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: torch finds no CUDA device")
     hparams = load_hparams(hparams_file, overrides)
     if hparams["selection_metric"] not in selection_metrics:
         raise ValueError(
@@ -307,7 +311,13 @@ def train_and_test(brain, datasets, hparams):
 
 
 def run(main):
-    """Runs a recipe with one line in place of a traceback for the user."""
+    """Runs a recipe with one line in place of a traceback for the user.
+
+    Raises
+    ------
+    SystemExit
+        If the recipe fails in a way that is known, or is interrupted.
+    """
     try:
         main(sys.argv[1:])
         if torch.distributed.is_initialized():
@@ -322,6 +332,12 @@ def run(main):
             # from a loader worker: the last line says what happened
             message = message.strip().splitlines()[-1]
         sys.exit(message)
+    except KeyboardInterrupt:
+        print(
+            "interrupted; the same command goes on from its last checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(128 + signal.SIGINT)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not known and not any(x in str(error) for x in CPU_OUT_OF_MEMORY):
