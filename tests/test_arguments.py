@@ -158,6 +158,12 @@ def test_run_options_of_the_yaml_are_recorded(tmp_path):
     assert run_opts.precision == "bf16"
     hparams = load_hparams(file, overrides)
     assert hparams == {"precision": "bf16", "compile": False, "lr": 1}
+    path.write_text("max_grad_norm: 5.0\ncompile_module_keys: [x]\n", "utf-8")
+    words = ["--max_grad_norm=inf", "--compile_module_keys=masknet"]
+    file, run_opts, overrides = parse_arguments([str(path), *words])
+    hparams = load_hparams(file, overrides)
+    assert hparams["max_grad_norm"] == run_opts.max_grad_norm == float("inf")
+    assert hparams["compile_module_keys"] == run_opts.compile_module_keys
 
 
 @pytest.mark.parametrize(

@@ -543,7 +543,7 @@ def test_checkpoint_of_another_architecture(songs, tmp_path):
     ("option", "message"),
     (
         ("grad_accumulation_factor=2", "grad_.*factor was 1, now 2"),
-        ("max_grad_norm=1", "max_grad_norm was 5.0, now 1"),
+        ("max_grad_norm=1", "max_grad_norm was 5.0, now 1.0"),
         ("skip_nonfinite_grads=False", "was True, now False"),
     ),
 )
@@ -554,6 +554,21 @@ def test_run_options_of_the_yaml_are_settings(
     recipe.main(argv)
     with pytest.raises(ValueError, match=message):
         recipe.main([*argv, f"--{option}"])
+
+
+def test_run_of_before_its_options_were_recorded_goes_on(
+    songs, tmp_path, quick
+):
+    argv = tiny("performer_mixit.yaml", songs, tmp_path)
+    argv += ["--grad_accumulation_factor=2"]
+    recipe.main(argv)
+    path = tmp_path / "hyperparams.yaml"
+    text = path.read_text("utf-8")
+    text = re.sub(r"skip_nonfinite_grads.*\n", "", text)
+    text = re.sub(r"(grad_accumulation_factor: )2", r"\g<1>1", text)
+    path.write_text(text, "utf-8")
+    recipe.main([*argv, "--number_of_epochs=2"])
+    assert len(read_results(tmp_path)[2]["history"]) == 2
 
 
 def test_moved_results_and_other_spellings_go_on(
@@ -567,10 +582,11 @@ def test_moved_results_and_other_spellings_go_on(
     assert len(read_results(tmp_path / "b")[2]["history"]) == 2
 
 
-def test_cut_settings_of_a_run_do_not_stop_it(songs, tmp_path, quick):
+@pytest.mark.parametrize("left", ["# Generated\n", "seed: 1\nstrict: 'no"])
+def test_cut_settings_of_a_run_do_not_stop_it(left, songs, tmp_path, quick):
     argv = tiny("performer_mixit.yaml", songs, tmp_path)
     recipe.main(argv)
-    (tmp_path / "hyperparams.yaml").write_text("# Generated\n", "utf-8")
+    (tmp_path / "hyperparams.yaml").write_text(left, "utf-8")
     recipe.main([*argv, "--number_of_epochs=2"])
     assert len(read_results(tmp_path)[2]["history"]) == 2
 

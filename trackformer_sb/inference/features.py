@@ -101,13 +101,13 @@ class PerformerFeatures(StrictPretrained):
     def __init__(
         self, modules=None, hparams=None, run_opts=None, freeze_params=True
     ):
-        super().__init__(modules, hparams, run_opts, freeze_params)
-        if not isinstance(self.mods.encoder, SpectrogramEncoder):
+        encoder = (modules or {}).get("encoder")
+        if not isinstance(encoder, (SpectrogramEncoder, type(None))):
             raise ValueError(
                 "encoder: expected a SpectrogramEncoder, as in the encoder/ "
-                "folder of a pre-training, got "
-                f"{type(self.mods.encoder).__name__}"
+                f"folder of a pre-training, got {type(encoder).__name__}"
             )
+        super().__init__(modules, hparams, run_opts, freeze_params)
         self.frozen = freeze_params
 
     def train(self, mode=True):

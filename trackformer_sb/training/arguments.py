@@ -73,7 +73,7 @@ def parse_arguments(argv):
     lr: 1e-3
     """
     words, options, overrides, hparams_file = list(argv), [], {}, None
-    given = {}
+    given = set()
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
@@ -89,7 +89,7 @@ def parse_arguments(argv):
             continue
         key, has_value, value = word[2:].partition("=")
         if key in _FLAGS:
-            given[key] = value or "True"
+            given.add(key)
             if has_value and value.lower() not in ("true", "false"):
                 raise ValueError(
                     f"--{key} is a flag, expected --{key}, --{key}=True or "
@@ -103,7 +103,7 @@ def parse_arguments(argv):
                 raise ValueError(f"expected a value after {word}")
             value = words.pop(0)
         if key in _OPTIONS:
-            given[key] = value
+            given.add(key)
             options += [f"--{key}", value]
         else:
             # given twice, the last one counts
@@ -126,8 +126,9 @@ def parse_arguments(argv):
             run_opts, optimizer_step_limit=int(limit)
         )
     # what the yaml has as well is recorded and compared with the rest of it
-    for key in keys_of(hparams_file) & given.keys():
-        overrides[key] = _as_yaml(key, given[key])
+    for key in keys_of(hparams_file) & given:
+        value = json.dumps(run_opts[key]).replace("Infinity", ".inf")
+        overrides[key] = f"{key}: {value}"
     return hparams_file, run_opts, "\n".join(overrides.values())
 
 

@@ -252,14 +252,14 @@ class MusicBrain(sb.Brain):
 
     def averages(self):
         """Mean of each column over the items that have it, or None."""
-        values = {
-            name: [row[name] for row in self.rows if row.get(name) is not None]
-            for name in (*self.columns, *self.more_averages)
-        }
-        return {
-            name: float(np.mean(column)) if column else None
-            for name, column in values.items()
-        }
+        means = {}
+        for name in (*self.columns, *self.more_averages):
+            known = [
+                row[name] for row in self.rows if row.get(name) is not None
+            ]
+            known = [value for value in known if np.isfinite(value)]
+            means[name] = float(np.mean(known)) if known else None
+        return means
 
     def known_averages(self):
         """The averages that there are."""
@@ -277,10 +277,9 @@ class MusicBrain(sb.Brain):
             raise ValueError(
                 f"epoch {epoch}: the losses of {self.not_finite} of "
                 f"{len(self.rows)} validation items are not finite, as of "
-                "weights that grew without bound. "
-                f"Checkpoints in {self.checkpointer.checkpoints_dir} are of "
-                "before; train again in another output_folder with a lower lr "
-                "or max_grad_norm, or in fp32"
+                "weights that grew without bound. Those of finished epochs "
+                f"are in {self.checkpointer.checkpoints_dir}; train again in "
+                "another output_folder, with a lower lr or in fp32"
             )
         averages = self.known_averages()
         rate = self.optimizer.param_groups[0]["lr"]
@@ -335,6 +334,8 @@ class MusicBrain(sb.Brain):
 
     def end_test(self, test_loss):
         """What follows the test."""
+        if self.not_finite:
+            logger.warning(f"{self.not_finite} test items are not finite")
         self.hparams.train_logger.log_stats(
             {"epochs": len(self.hparams.history.epochs)},
             test_stats={"loss": test_loss, **self.known_averages()},
@@ -393,7 +394,7 @@ class MusicBrain(sb.Brain):
                 history.total("epoch_seconds") + history.total("valid_seconds")
             ),
             "waiting_for_data_seconds": history.total("waiting_seconds"),
-            "peak_memory_mb": max(peak_memory_mb(self.device), *peaks),
+            "peak_memory_mb": max([peak_memory_mb(self.device), *peaks]),
             "device": self.device,
             "num_parameters": sum(p.numel() for p in self.modules.parameters()),
             "history": history.epochs,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import speechbrain as sb
 import torch
+import yaml
 from hyperpyyaml import resolve_references
 from speechbrain.dataio.sampler import ReproducibleRandomSampler
 from speechbrain.utils.distributed import ddp_broadcast
@@ -94,7 +95,7 @@ def load_experiment(argv, selection_metrics):
     device = run_opts.device or ""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device}: torch finds no CUDA device")
-    hparams = load_hparams(hparams_file, overrides)
+    hparams = BEFORE | load_hparams(hparams_file, overrides)
     if hparams["selection_metric"] not in selection_metrics:
         raise ValueError(
             f"selection_metric must be one of {', '.join(selection_metrics)}, "
@@ -170,13 +171,20 @@ def check_same(hparams_file, overrides, output_folder):
         return
     with open(hparams_file, encoding="utf-8") as file:
         asked = resolve_references(file, overrides).getvalue()
-    # nothing, of a file that was cut
-    begun = plain_values(path.read_text(encoding="utf-8")) or {}
+    try:
+        begun = plain_values(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        begun = None
+    if not isinstance(begun, dict):
+        return  # it was cut
+    # run options were not recorded before this one was there
+    recorded = "skip_nonfinite_grads" in begun
+    unknown = () if recorded else ("grad_accumulation_factor", "max_grad_norm")
     begun = BEFORE | begun
     different = [
         f"{key} was {begun[key]!r}, now {value!r}"
         for key, value in plain_values(asked).items()
-        if key not in MAY_CHANGE
+        if key not in (*MAY_CHANGE, *unknown)
         and key in begun
         and _one_spelling(begun[key]) != _one_spelling(value)
     ]
