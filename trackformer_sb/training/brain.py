@@ -254,10 +254,8 @@ class MusicBrain(sb.Brain):
         """Mean of each column over the items that have it, or None."""
         means = {}
         for name in (*self.columns, *self.more_averages):
-            known = [
-                row[name] for row in self.rows if row.get(name) is not None
-            ]
-            known = [value for value in known if np.isfinite(value)]
+            known = [row.get(name) for row in self.rows]
+            known = [x for x in known if x is not None and np.isfinite(x)]
             means[name] = float(np.mean(known)) if known else None
         return means
 
