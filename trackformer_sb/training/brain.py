@@ -158,7 +158,7 @@ class MusicBrain(sb.Brain):
     def check_gradients(self):
         """Skips an optimizer step if its gradients are not finite.
 
-        As SpeechBrain's own, which waits for the device once a parameter.
+        With one wait for the device; SpeechBrain's own waits once a parameter.
         """
         gradients = [
             p.grad for p in self.modules.parameters() if p.grad is not None
@@ -172,7 +172,8 @@ class MusicBrain(sb.Brain):
 
     def update_average(self, loss, avg_loss):
         """Counts losses that are not finite, which an average leaves out."""
-        self.not_finite += not torch.isfinite(loss)
+        if not self.modules.training:  # a step would wait for the device
+            self.not_finite += not torch.isfinite(loss)
         return super().update_average(loss, avg_loss)
 
     def on_fit_batch_start(self, batch, should_step):

@@ -74,7 +74,7 @@ def _reads_as_number(value):
         return False
 
 
-# Keys, what they hold, and how to tell.
+# Keys, what they hold, and how to tell; those of NUMBERS come to it.
 RULES = (
     (COUNTS, "a whole number from 1", lambda x: _is_count(x) and x >= 1),
     (
@@ -82,7 +82,6 @@ RULES = (
         "a whole number from 0",
         lambda x: _is_count(x) and x >= 0,
     ),
-    (NUMBERS, "a number", _is_number),
     (FLAGS, "True or False", lambda x: isinstance(x, bool)),
 )
 
@@ -113,11 +112,10 @@ def check_values(values, built=True):
     Traceback (most recent call last):
     ValueError: batch_size: expected a whole number from 1, got 0
     """
-    for keys, expected, fits in RULES:
+    is_number = _is_number if built else _reads_as_number
+    for keys, expected, fits in (*RULES, (NUMBERS, "a number", is_number)):
         for key in keys:
             value = values.get(key)
-            if not built and fits is _is_number:
-                fits = _reads_as_number
             if value is not None and not fits(value):
                 raise ValueError(f"{key}: expected {expected}, got {value!r}")
     for key, known in CHOICES.items():
