@@ -71,7 +71,7 @@ class Pretraining(MusicBrain):
         # masks of their own for each batch and rank, after a resume as well,
         # and the same ones whenever an item is evaluated
         place = (
-            (1, self.pairs.rank, self.pairs.epoch, self.step)
+            (1, self.pairs.rank, self.hparams.epoch_counter.current, self.step)
             if stage == sb.Stage.TRAIN
             else (0, len(self.rows))
         )

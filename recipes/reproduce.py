@@ -45,6 +45,13 @@ def _positive(kind):
     return read
 
 
+def _seed(text):
+    seed = int(text)
+    if seed < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return seed
+
+
 def _folder(text):
     return pathlib.Path(text).expanduser().absolute()
 
@@ -99,7 +106,7 @@ def make_parser():
         metavar="GB",
         help="limit of a cell on a CPU, default: its share of what is free",
     )
-    add("--seed", type=int, default=1234)
+    add("--seed", type=_seed, default=1234)
     add("--retry_oom", action="store_true", help="run again what had no memory")
     return parser
 

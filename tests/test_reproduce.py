@@ -27,6 +27,7 @@ from trackformer_sb.training import (
     grid_run,
     grid_tables,
 )
+from trackformer_sb.training.dataio import DATA_KEYS
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -54,7 +55,12 @@ def note(**more):
 note(event="start")
 out.mkdir(parents=True, exist_ok=True)
 (out / "marker").write_text("x")
-if how == "oom":
+if how == "fails late":
+    (out / "save" / "CKPT+1").mkdir(parents=True, exist_ok=True)
+    sys.exit("ValueError: the loss is not finite")
+if how == "oom at the end":
+    (out / "metrics.json").write_text('{"si_snri": 1.')
+if how.startswith("oom"):
     sys.exit("RuntimeError: CUDA out of memory. Tried to allocate 9 GiB")
 if how == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -359,6 +365,12 @@ def test_bad_input_is_named_before_anything_runs(more, message, repository):
     assert not (repository / "out").exists()
 
 
+def test_negative_seed_is_refused(repository, capsys):
+    with pytest.raises(SystemExit):
+        run(repository, "--seed=-1")
+    assert "--seed: must be 0 or more, got -1" in capsys.readouterr().err
+
+
 def test_music_other_than_the_band_needs_a_folder(repository):
     data = dict.fromkeys(("data_folder", "test_folder", "test_dataset"))
     for dataset in ("stems", "mixtures"):
@@ -636,6 +648,20 @@ def write_encoder(folder, d_model=16):
     (folder / "encoder.ckpt").touch()
 
 
+def test_pretraining_holds_back_the_songs_of_the_separators(tmp_path):
+    set_by_grid = {"data_folder", "dataset", "test_folder", "test_dataset"}
+    lengths = {"segment_seconds", "segment_hop_seconds"}
+    for key in {*DATA_KEYS} - set_by_grid - lengths - {"seed"}:
+        whole = grid.Grid(
+            tmp_path / "out",
+            ROOT / "recipes",
+            dict.fromkeys(set_by_grid) | {"dataset": "demo"},
+            overrides={**{name: {} for name in grid.GROUPS}, "": {key: "7"}},
+        )
+        for job in whole.jobs:
+            assert f"--{key}=7" in job.command(), (key, job.name)
+
+
 def test_given_encoder_takes_the_place_of_pretraining(repository):
     write_encoder(repository / "enc")
     run(
@@ -784,7 +810,7 @@ def test_what_a_process_died_of(code, lines, status):
     assert (reason is None) == (status == "done")
 
 
-@pytest.mark.parametrize("how", ("oom", "killed"))
+@pytest.mark.parametrize("how", ("oom", "oom at the end", "killed"))
 def test_out_of_memory_is_a_result(how, repository):
     behave(repository, **{"convtasnet/30s/mixit": how})
     assert run(repository) == 0
@@ -1008,6 +1034,93 @@ def test_overrides_of_what_failed_may_be_mended(repository):
     ]
     with pytest.raises(ValueError, match="overrides of mae: expected"):
         run(repository, *models, "--mae.mask_ratio=0.7")
+
+
+def test_encoder_that_is_there_keeps_what_it_was_made_with(repository):
+    behave(repository, **{"performer_mae/3s/mixit": "fail"})
+    command = ["--models", "performer_mae", "--lengths", "3"]
+    command += ["--losses", "mixit"]
+    assert run(repository, *command, "--performer.d_model=32") == 1
+    message = "overrides of performer: expected .*32.*, got .*16"
+    with pytest.raises(ValueError, match=message):
+        run(repository, *command, "--performer.d_model=16")
+    behave(repository)
+    # of no concern to the encoder
+    more = "--performer.d_model=32", "--performer.lr=1"
+    assert run(repository, *command, *more) == 0
+    assert names(repository) == ["performer_mae/3s/mixit"]
+    assert keys_of(calls(repository)[0])["lr"] == "1"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    (
+        ["--lr=abc"],
+        ["--seed=7"],
+        ["--dataset=stems"],
+        ["--epochs=7"],
+        ["--performer.lr=7"],
+    ),
+)
+def test_where_nothing_is_done_all_may_be_mended(wrong, repository):
+    behave(repository, all="fail")
+    assert run(repository, "--lengths", "3", *wrong) == 1
+    behave(repository)
+    assert run(repository, "--lengths", "3", "--lr=0.2") == 0
+    assert len(names(repository)) == 4
+    config = json.loads((repository / "out" / "grid.json").read_text())
+    assert config["overrides"] == {"lr": "0.2"}
+    assert config["seed"] == 1234 and config["dataset"] == "mixtures"
+
+
+def test_what_can_go_on_keeps_its_settings(repository):
+    behave(repository, **{"performer/3s/mixit": "hang"})
+    process = start(repository)
+    wait_for(lambda: calls(repository, "hangs"))
+    process.terminate()
+    process.communicate(timeout=30)
+    saved = repository / "out/performer/3s/mixit/run/save/CKPT+1"
+    saved.mkdir(parents=True)
+    with pytest.raises(ValueError, match="overrides of performer: expected"):
+        run(repository, "--performer.lr=7")
+    # without a checkpoint there is nothing to lose
+    saved.rmdir()
+    behave(repository)
+    assert run(repository, "--performer.lr=7") == 0
+
+
+@pytest.mark.parametrize("name", ("pretrain", "performer_mae/3s/mixit"))
+def test_mended_training_does_not_go_on_with_old_checkpoints(name, repository):
+    behave(repository, **{name: "fails late"})
+    command = ["--models", "performer_mae", "--lengths", "3"]
+    command += ["--losses", "mixit"]
+    group = "mae" if name == "pretrain" else "performer"
+    for yaml in (repository / "hparams").glob("*.yaml"):
+        yaml.write_text(yaml.read_text() + "num_workers: 2\n")
+    assert run(repository, *command, f"--{group}.lr=9") == 1
+    folder = repository / "out" / name
+    run_folder = folder if name == "pretrain" else folder / "run"
+    aside = run_folder.with_name(f"{run_folder.name}_1")
+    # the same goes on, also with what makes no difference
+    again = f"--{group}.lr=9", f"--{group}.num_workers=1"
+    assert run(repository, *command, *again) == 1
+    assert not aside.exists()
+    behave(repository)
+    assert run(repository, *command, f"--{group}.lr=8") == 0
+    assert list((aside / "save").iterdir())
+    assert not (run_folder / "save").exists()
+    assert record(repository, name)["status"] == "done"
+    assert len(read_csv(repository, "cells.csv")) == 1
+
+
+def test_record_that_was_cut_is_named(repository):
+    run(repository, "--lengths", "3")
+    path = repository / "out" / "performer/3s/mixit/cell.json"
+    path.write_text('{"status": "do')
+    with pytest.raises(
+        ValueError, match=r"performer.3s.mixit.cell\.json.*JSON"
+    ):
+        run(repository, "--lengths", "3")
 
 
 def test_an_encoder_of_other_sizes_is_refused_before_it_is_made(repository):

@@ -21,6 +21,7 @@ from trackformer_sb.data.audio import UnreadableAudio
 from trackformer_sb.nnet.transfer import plain_values
 from trackformer_sb.training.arguments import load_hparams, parse_arguments
 from trackformer_sb.training.dataio import dataio_prep
+from trackformer_sb.training.keys import BEFORE, MAY_CHANGE
 
 logger = get_logger(__name__)
 
@@ -32,29 +33,6 @@ MATMUL_PRECISIONS = ("highest", "high", "medium")
 # Mixed precision whose matrix products take this many times those of float32
 # is worth a warning.
 SLOW_BF16 = 1.5
-
-# Keys that a training may go on with other values of.
-MAY_CHANGE = (
-    "output_folder",  # it may have been moved, these are its own
-    "save_folder",
-    "train_log",
-    "number_of_epochs",
-    "early_stop_epochs",
-    "num_workers",
-    "cache_folder",
-    "strict",
-    "train_loader_options",
-    "eval_loader_options",
-    "ckpt_interval_minutes",
-    "precision",
-    "matmul_precision",
-    "compile_module_keys",
-    "checkpointing",
-)
-
-
-# What a training did before its yaml had the key.
-BEFORE = {"visible_weight": 0.0, "pretrained_layer_decay": 1.0}
 
 
 class Experiment(NamedTuple):

@@ -12,6 +12,7 @@ import sys
 from typing import NamedTuple
 
 from trackformer_sb.training.grid_tables import LOSSES, MODELS
+from trackformer_sb.training.keys import RUN_OPTIONS, SHARED_KEYS
 
 # of each model its yaml, and the overrides it takes beside the plain ones
 YAMLS = {
@@ -36,34 +37,6 @@ DATASETS = (
 )
 DEMO_SECONDS = 30.0  # a song of the band holds the paper's longest segment
 
-# SpeechBrain's run options that make sense for every cell: to ask SpeechBrain
-# for them would import torch
-RUN_OPTIONS = (
-    "precision",
-    "eval_precision",
-    "grad_accumulation_factor",
-    "max_grad_norm",
-    "compile",
-    "ckpt_interval_minutes",
-    "noprogressbar",
-)
-# What a pre-training has in common with the separators that take its encoder.
-SHARED_KEYS = (
-    "split_ratio",
-    "num_workers",
-    "matmul_precision",
-    "sample_rate",
-    "n_fft",
-    "hop_length",
-    "num_layers",
-    "d_model",
-    "nhead",
-    "d_ffn",
-    "n_features",
-    "dropout",
-    "attention",
-    "spec_norm",
-)
 # Which option of the grid stands for a key that the grid sets itself.
 OPTIONS = {
     "segment_seconds": "--lengths",

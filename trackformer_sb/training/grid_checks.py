@@ -9,6 +9,7 @@ from trackformer_sb.nnet.encoder_files import (
 )
 from trackformer_sb.training.grid import YAMLS, yaml_values
 from trackformer_sb.training.grid_tables import read_json
+from trackformer_sb.training.keys import MAY_CHANGE, SHARED_KEYS
 
 
 def _values(job):
@@ -59,21 +60,44 @@ def check_encoder(grid):
         )
 
 
-def _groups_done(folder):
-    """Groups of overrides with which something has come to its end."""
+def _models_in_use(folder):
+    """Models of which a training came to its end, or can go on."""
     cells = [folder / "pretrain" / "cell.json", *folder.glob("*/*/*/cell.json")]
-    models = [
-        path.relative_to(folder).parts[0]
-        for path in cells
-        if read_json(path).get("status") in ("done", "oom")
-    ]
-    return {YAMLS.get(model, (None, "mae"))[1] for model in models}
+    models = set()
+    for path in cells:
+        status = read_json(path).get("status")
+        saved = (
+            file
+            for pattern in ("save/CKPT*", "run/save/CKPT*")
+            for file in path.parent.glob(pattern)
+        )
+        if status in ("done", "oom") or (status == "running" and any(saved)):
+            models.add(path.relative_to(folder).parts[0])
+    return models
+
+
+def _mended(name, begun, asked, models):
+    """Overrides of a group as its folder should have been begun with."""
+    if any(
+        name == f"overrides of {YAMLS[x][1]}" for x in models & YAMLS.keys()
+    ):
+        return begun
+    if "pretrain" in models:
+        if name == "overrides of mae":
+            return begun
+        if name == "overrides of performer":
+            # the encoder is there, made with some of them
+            fixed = {*SHARED_KEYS} - {*MAY_CHANGE}
+            others = {k: v for k, v in asked.items() if k not in fixed}
+            return {k: v for k, v in begun.items() if k in fixed} | others
+    return asked
 
 
 def check_configuration(grid, retry_oom=False):
     """Compares a grid with what its folder was begun with.
 
-    Overrides of models of which no cell is done may be others.
+    What failed with wrong values may be run with others: overrides of models of
+    which no cell is done, and all settings where no cell is.
 
     Arguments
     ---------
@@ -108,11 +132,12 @@ def check_configuration(grid, retry_oom=False):
             # of a grid that was begun before this had a name of its own
             begun.setdefault("pretrain_yaml", name.removeprefix("hparams/"))
     config = json.loads(json.dumps(config))
-    # what failed with a wrong value may be run with another
-    done = {f"overrides of {group}" for group in _groups_done(grid.folder)}
-    for name in begun.keys() & config.keys() - done:
+    models = _models_in_use(grid.folder)
+    if not models:
+        return config
+    for name in begun.keys() & config.keys():
         if name.startswith("overrides of "):
-            begun[name] = config[name]
+            begun[name] = _mended(name, begun[name], config[name], models)
     differ = [
         f"{name}: expected {begun[name]}, got {config[name]}"
         for name in config

@@ -23,6 +23,7 @@ from trackformer_sb.training.grid_checks import (
 )
 from trackformer_sb.training.grid_processes import Probes, Processes, locked
 from trackformer_sb.training.grid_tables import read_json
+from trackformer_sb.training.keys import MAY_CHANGE
 
 DEMO_SONGS = 60
 MAKE_BAND = """
@@ -36,6 +37,22 @@ make_band(folder, int(songs), float(seconds), sample_rate=int(rate))
 def write_json(path, content):
     """Replaces a file as a whole."""
     grid_report.write_text(path, json.dumps(content, indent=2))
+
+
+def settings(words):
+    """Keys of a command line that decide whether a training can go on."""
+    pairs = [word[2:].split("=", 1) for word in words if "=" in word]
+    changing = (*MAY_CHANGE, "device", "optimizer_step_limit")
+    return {key: value for key, value in pairs if key not in changing}
+
+
+def set_aside(folder):
+    """Renames a folder, so that another can take its place."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}_{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    return aside
 
 
 class Runner:
@@ -101,13 +118,21 @@ class Runner:
         status, reason = self.processes.execute(
             command, job.log, record["memory_gb"]
         )
+        if status != "done":
+            # its metrics.json may be half written
+            return {"status": status, "reason": reason}
         metrics = read_json(job.output_folder / "metrics.json")
-        if status == "done" and not metrics:
-            status, reason = "failed", "it left no metrics.json"
-        found = {"status": status, "reason": reason}
-        if status == "done":
-            found["step_seconds"] = metrics.get("step_seconds")
-        return found
+        if not metrics:
+            return {"status": "failed", "reason": "it left no metrics.json"}
+        step_seconds = metrics.get("step_seconds")
+        return {"status": status, "reason": None, "step_seconds": step_seconds}
+
+    def has_other_settings(self, job, record):
+        """Whether a job left checkpoints that it cannot go on with."""
+        if not any(job.output_folder.glob("save/CKPT*")):
+            return False
+        before = settings(shlex.split(record.get("command", "")))
+        return bool(before) and before != settings(job.command())
 
     def needs(self, job):
         """Jobs that have to end before another one begins."""
@@ -118,6 +143,10 @@ class Runner:
         """Runs one job and keeps its record."""
         path = job.folder / "cell.json"
         record = read_json(path)
+        if self.has_other_settings(job, record):
+            record = {}
+            aside = set_aside(job.output_folder)
+            print(f"{number} {job.name}: begun anew, before: {aside}")
         record |= {"status": "running", "reason": None, "device": device}
         record["started"] = datetime.datetime.now().isoformat("T", "seconds")
         record["memory_gb"] = self.processes.limit_gb(device)
@@ -144,7 +173,8 @@ class Runner:
         write_json(path, record)
         if record["status"] == "running":
             return
-        metrics = read_json(job.output_folder / "metrics.json")
+        done = record["status"] == "done"
+        metrics = read_json(job.output_folder / "metrics.json") if done else {}
         with self.change:
             left = len(self.waiting) + len(self.running) - 1
             grid_report.write_tables(self.grid.folder)

@@ -60,10 +60,19 @@ class Table(NamedTuple):
 
 
 def read_json(path):
-    """Content of a file, {} if it is not there."""
+    """Content of a file, {} if it is not there.
+
+    Raises
+    ------
+    ValueError
+        Naming a file that was cut or damaged.
+    """
     if not path.is_file():
         return {}
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
 
 
 def _order(key):
