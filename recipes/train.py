@@ -250,19 +250,23 @@ def initialise(hparams):
     Returns
     -------
     list of str
-        Names of the masknet's parameters and buffers that it initialised.
+        Names of the masknet's parameters and buffers that it initialised; none
+        where the encoder is gone and a checkpoint goes on without it.
     list of str or None
         The songs that it was trained on.
     """
     source = hparams.get("pretrained_encoder")
     if not source:
         return [], None
+    check_groups(*(hparams[key] for key in FINE_TUNING))
     try:
         folder = encoder_folder(source)
     except FileNotFoundError as error:
+        if hparams["checkpointer"].find_checkpoint() is not None:
+            # which takes the place of these weights
+            return [], None
         raise FileNotFoundError(f"pretrained_encoder: {error}") from error
     settings = check_settings(hparams, folder)
-    check_groups(*(hparams[key] for key in FINE_TUNING))
     keys = load_pretrained_encoder(hparams["MaskNet"], folder)
     return keys, settings.get("songs")
 
@@ -294,13 +298,18 @@ def main(argv):
     keys, songs = initialise(hparams)
     prepare_data(hparams)
     sb.create_experiment_directory(**experiment.directory)
+    source = hparams.get("pretrained_encoder")
     if keys:
-        source = hparams["pretrained_encoder"]
         logger.info(f"{len(keys)} tensors from {source}: {', '.join(keys)}")
+    elif source:
+        logger.warning(
+            f"pretrained_encoder: no encoder in {source}; going on from the "
+            "checkpoint. Test songs that it was trained on are not counted"
+        )
     brain, datasets = make_brain(Separation, experiment)
     brain.redrawn = hparams["MaskNet"]
     brain.songs_pretrained_on = songs_heard(hparams, songs)
-    if keys and any(hparams[key] != x for key, x in FINE_TUNING.items()):
+    if source and any(hparams[key] != x for key, x in FINE_TUNING.items()):
         brain.pretrained = encoder_layers(hparams["MaskNet"])
     train_and_test(brain, datasets, hparams)
     folder = brain.results_folder / "separator"

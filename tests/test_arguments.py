@@ -222,15 +222,23 @@ def test_fields_of_run_opts_that_are_no_options_are_not_dropped(hparams_file):
         ("grad_accumulation_factor=0", "a whole number from 1, got 0"),
         ("seed=abc", "a whole number from 0, got 'abc'"),
         ("num_workers=-1", "a whole number from 0, got -1"),
-        ("lr=abc", "a number, got 'abc'"),
-        ("lr=1e-3x", "a number, got '1e-3x'"),
-        ("lr=nan", "a number, got 'nan'"),
-        ("lr='5'", "a number, got '5'"),
+        ("num_layers=null", "a whole number from 1, got None"),
+        ("batch_size=~", "a whole number from 1, got None"),
+        ("lr=abc", "a number above 0, got 'abc'"),
+        ("lr=1e-3x", "a number above 0, got '1e-3x'"),
+        ("lr=nan", "a number above 0, got 'nan'"),
+        ("lr='5'", "a number above 0, got '5'"),
+        ("lr=0", "a number above 0, got 0"),
+        ("segment_seconds=.inf", "a number above 0, got inf"),
+        ("weight_decay=.inf", "a number, got inf"),
+        ("silent_share=abc", "a number, got 'abc'"),
+        ("speed_percent=null", "a number, got None"),
         ("dropout=False", "a number, got False"),
         ("lambda_diversity=[1]", r"a number, got \[1\]"),
         ("snr_max=abc", "a number, got 'abc'"),
         ("mixture_consistency=off", "True or False, got 'off'"),
         ("checkpointing=no", "True or False, got 'no'"),
+        ("checkpointing=null", "True or False, got None"),
     ),
 )
 def test_values_of_a_wrong_kind_are_named(option, expected):
@@ -238,6 +246,14 @@ def test_values_of_a_wrong_kind_are_named(option, expected):
     key = option.partition("=")[0]
     with pytest.raises(ValueError, match=f"^{key}: expected {expected}$"):
         load_hparams(path, overrides)
+
+
+def test_values_that_may_be_null_or_infinite():
+    words = "--assign_by=null", "--epoch_segments=null", "--snr_max=.inf"
+    path, _, overrides = parse_arguments([str(RECIPE), *words])
+    hparams = load_hparams(path, overrides)
+    assert hparams["assign_by"] is hparams["epoch_segments"] is None
+    assert hparams["snr_max"] == float("inf")
 
 
 @pytest.mark.parametrize("key", ["assign_by", "mixit_objective"])

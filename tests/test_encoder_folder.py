@@ -273,6 +273,15 @@ def test_lengths_out_of_range_are_refused(exported, length):
         features.encode_batch(torch.randn(2, 900), torch.tensor([1.0, length]))
 
 
+def test_item_of_less_than_a_sample_has_one(exported):
+    features = loaded(exported[0])
+    wavs = torch.randn(2, 900)
+    x = features.encode_batch(wavs, torch.tensor([1.0, 1e-4]))
+    assert x.isfinite().all()
+    one = features.encode_batch(wavs, torch.tensor([1.0, 1 / 900]))
+    assert torch.equal(x, one)
+
+
 def test_shapes_are_checked(exported):
     features = loaded(exported[0])
     for shape in ((1000,), (1, 2, 1000)):

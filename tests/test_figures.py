@@ -245,6 +245,13 @@ def test_silent_reconstruction_is_drawn(tmp_path):
     assert np.isfinite(pixels).all() and pixels.std() > 0
 
 
+def test_reconstruction_of_more_values_than_torch_sorts():
+    what = reconstruction(frames=2**18 + 1)
+    assert what["target"].numel() > 2**24
+    limits = panels(reconstruction_figure(**what))[0].images[0].get_clim()
+    assert limits == pytest.approx((-2.326, 2.326), abs=0.02)
+
+
 def test_reconstruction_of_a_training_is_drawn_and_left_as_it_is():
     what = reconstruction()
     what["prediction"].requires_grad_()

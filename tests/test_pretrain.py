@@ -25,8 +25,10 @@ from recipe_runs import (
 )
 
 from trackformer_sb.data.manifest import read_songs
+from trackformer_sb.data.packing import pack
 from trackformer_sb.inference.features import SETTINGS, PerformerFeatures
 from trackformer_sb.nnet.mae import MASK_MODES
+from trackformer_sb.nnet.transfer import check_settings
 from trackformer_sb.training.experiment import load_experiment
 
 PRETRAINING_YAMLS = sorted(
@@ -175,6 +177,24 @@ def test_options_train_to_finite_figures(
     assert np.isfinite(metrics["reconstruction_loss"])
     state = encoder_weights(out)
     assert all(value.isfinite().all() for value in state.values())
+
+
+def test_pretraining_on_shards(tmp_path, monkeypatch, quick):
+    songs = write_songs(tmp_path / "songs", num_songs=9)
+    packed = tmp_path / "packed"
+    length = {"segment_seconds": 0.4, "shard_megabytes": 0.02}
+    pack(songs, "stems", packed, RATE, seed=1234, **length)
+    out = tmp_path / "run"
+    recorder = Recorder(monkeypatch)
+    options = {"dataset": "shards", "number_of_epochs": 2, "num_workers": 2}
+    recipe.main(pretraining(packed, out, **options))
+    rows, _, metrics = read_results(out)
+    # 5 songs to train on, 3 segments each, in batches of 2
+    assert metrics["history"][-1]["step"] == 2 * 7
+    assert len(rows) == 2 * 3
+    masks = [batch["result"].hidden for batch in recorder.of(sb.Stage.TRAIN)]
+    assert not torch.equal(masks[0], masks[7])
+    assert len(check_settings({}, out / "encoder")["songs"]) == 7
 
 
 def test_training_lowers_the_loss(songs, tmp_path, quick):
@@ -783,6 +803,53 @@ def test_test_songs_that_the_encoder_knows_are_counted(
     named = [x for x in log.splitlines() if "of the test songs" in x]
     assert len(named) == bool(known)
     assert all(song in named[0] for song in known)
+
+
+def test_names_of_songs_come_back_as_they_were(songs, tmp_path, quick):
+    names = ["No", "1:30", "on", "null", "1e3", "07", "a: b # c"]
+    music = tmp_path / "music"
+    music.mkdir()
+    for path, name in zip(sorted(songs.iterdir()), names, strict=True):
+        shutil.copy(path, music / f"{name}.wav")
+    out = tmp_path / "run"
+    recipe.main(pretraining(music, out))
+    settings = check_settings({}, out / "encoder")
+    tested = {line["song"] for line in read_songs(out / "manifests", "test")}
+    assert len(settings["songs"]) == 5 and len(tested) == 2
+    assert all(isinstance(song, str) for song in settings["songs"])
+    heard = {
+        line["song"]
+        for split in ("train", "valid")
+        for line in read_songs(out / "manifests", split)
+    }
+    assert set(settings["songs"]) == heard
+
+
+@pytest.mark.parametrize("freeze", (0, 3))
+def test_separator_goes_on_without_its_encoder(
+    freeze, encoder, songs, tmp_path, quick
+):
+    out = tmp_path / "run"
+    more = {"pretrained_freeze_steps": freeze}
+    train.main(separation(songs, out, encoder, **more))
+    moved = shutil.move(encoder, tmp_path / "elsewhere")
+    argv = separation(songs, out, encoder, number_of_epochs=2, **more)
+    train.main(argv)
+    history = read_results(out)[2]["history"]
+    assert [row["step"] for row in history] == [6, 12]
+    assert "going on from the checkpoint" in (out / "log.txt").read_text()
+    # the same as with it
+    shutil.rmtree(out)
+    shutil.move(moved, encoder)
+    train.main(separation(songs, out, encoder, **more))
+    train.main(argv)
+    again = read_results(out)[2]["history"]
+    assert again[1]["train_loss"] == history[1]["train_loss"]
+    # without a checkpoint there is nothing to go on from
+    shutil.rmtree(out)
+    shutil.move(encoder, moved)
+    with pytest.raises(FileNotFoundError, match="pretrained_encoder"):
+        train.main(argv)
 
 
 # --- encoders that do not fit ------------------------------------------------

@@ -1,6 +1,7 @@
 """Pre-trained encoders as feature extractors for other recipes."""
 
 import torch
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 import trackformer_sb
 from trackformer_sb.inference.card import card_sections
@@ -148,7 +149,7 @@ class PerformerFeatures(StrictPretrained):
                     "expected wav_lens as shares in (0, 1], got "
                     f"{wav_lens.tolist()}"
                 )
-            samples = (wav_lens.to(device) * wavs.shape[1]).round()
+            samples = (wav_lens.to(device) * wavs.shape[1]).round().clamp(1)
             place = torch.arange(wavs.shape[1], device=device)
             # windows of the last frames reach beyond the end
             beyond = place >= samples.unsqueeze(1)
@@ -197,7 +198,8 @@ def export_encoder(hparams_file, modules, folder, metadata=None, songs=()):
     """
     hparams = read_model(hparams_file, modules, SETTINGS, NODES)
     settings = {key: hparams[key] for key in SETTINGS}
-    settings["songs"] = list(songs)
+    # quoted: a song may be called "No" or "1:30"
+    settings["songs"] = [DoubleQuotedScalarString(song) for song in songs]
     title = (
         f"Performer encoder of music: {settings['num_layers']} layers at "
         f"{settings['sample_rate']} Hz"

@@ -10,6 +10,7 @@ import difflib
 import io
 import json
 import pathlib
+import re
 
 import yaml
 from hyperpyyaml import load_hyperpyyaml, resolve_references
@@ -187,7 +188,15 @@ def load_hparams(hparams_file, overrides=""):
     text = path.read_text(encoding="utf-8")
     resolved = resolve_references(io.StringIO(text), overrides)
     # before anything is built, and as it will be used
-    check_values(plain_values(resolved.getvalue()), built=False)
+    resolved = resolved.getvalue()
+    empty = re.findall(r"^(\w+):[ \t]*(?:#.*)?$", resolved, re.MULTILINE)
+    values = {
+        key: value
+        for key, value in plain_values(resolved).items()
+        # what is built has no value yet
+        if value is not None or key in empty
+    }
+    check_values(values, built=False)
     hparams = load_hyperpyyaml(text, overrides)
     check_values(hparams)
     return hparams

@@ -14,6 +14,7 @@ from trackformer_sb.data.augment import Augmentation
 from trackformer_sb.data.catalogue import REPORT, prepare
 from trackformer_sb.data.manifest import MappedManifest
 from trackformer_sb.data.mixtures import MixtureOfMixtures
+from trackformer_sb.training.settings import check_values
 
 # Keys of the yaml that ``prepare`` takes.
 DATA_KEYS = (
@@ -52,19 +53,6 @@ AUGMENTATION_KEYS = (
     "time_stretch_percent",
     "pitch_shift_semitones",
 )
-
-
-# What must be a number, and what is on or off: a text such as "no" is neither.
-NUMBERS = (
-    *AUGMENTATION_KEYS,
-    "segment_seconds",
-    "segment_hop_seconds",
-    "gain_db",
-    "single_stem_share",
-    "silent_share",
-    "min_active_share",
-)
-FLAGS = ("strict", "equal_levels")
 
 
 class SegmentDataset(DynamicItemDataset):
@@ -106,7 +94,12 @@ def prepare_data(hparams):
     FileNotFoundError, ValueError
         For a data folder that cannot be used.
     """
-    _check_types(hparams)
+    check_values(hparams)
+    if not isinstance(hparams["min_level_db"], (int, float, type(None))):
+        raise ValueError(
+            "min_level_db: expected dBFS or null, got "
+            f"{hparams['min_level_db']!r}"
+        )
     if hparams["dataset"] == "shards":
         _check_packed(hparams)
         return
@@ -140,24 +133,6 @@ def data_report(hparams):
     """What the data of an experiment is, see ``data.catalogue.prepare``."""
     path = manifest_folder(hparams) / REPORT
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _check_types(hparams):
-    """Refuses texts where numbers or switches belong."""
-    for key in NUMBERS:
-        value = hparams[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{key}: expected a number, got {value!r}")
-    if not isinstance(hparams["min_level_db"], (int, float, type(None))):
-        raise ValueError(
-            f"min_level_db: expected dBFS or null, got "
-            f"{hparams['min_level_db']!r}"
-        )
-    for key in FLAGS:
-        if not isinstance(hparams[key], bool):
-            raise ValueError(
-                f"{key}: expected True or False, got {hparams[key]!r}"
-            )
 
 
 def _check_packed(hparams):

@@ -37,14 +37,21 @@ COUNTS_FROM_ZERO = (
 )
 NUMBERS = (
     "dropout",
+    "gain_db",
     "lambda_diversity",
     "lambda_mask_count",
     "lambda_sparsity",
-    "lr",
     "lr_final",
     "mask_ratio",
-    "segment_seconds",
-    "snr_max",
+    "min_active_share",
+    "pitch_shift_semitones",
+    "polarity_share",
+    "segment_hop_seconds",
+    "silent_share",
+    "single_stem_share",
+    "speed_percent",
+    "time_shift_seconds",
+    "time_stretch_percent",
     "weight_decay",
 )
 FLAGS = (
@@ -55,6 +62,8 @@ FLAGS = (
     "skip_nonfinite_grads",
     "strict",
 )
+# What may be null, which elsewhere is no value.
+OPTIONAL = ("assign_by", "epoch_segments")
 CHOICES = {"assign_by": OBJECTIVES, "mixit_objective": OBJECTIVES}
 
 
@@ -62,19 +71,18 @@ def _is_count(value):
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value):
+def _as_number(value, built):
+    """A value as a number, NaN if it is none."""
+    if isinstance(value, str) and not built:
+        try:
+            return float(value)
+        except ValueError:
+            return math.nan
     number = isinstance(value, Real) and not isinstance(value, bool)
-    return number and not math.isnan(value)
+    return value if number else math.nan
 
 
-def _reads_as_number(value):
-    try:
-        return _is_number(float(value) if isinstance(value, str) else value)
-    except ValueError:
-        return False
-
-
-# Keys, what they hold, and how to tell; those of NUMBERS come to it.
+# Keys, what they hold, and how to tell.
 RULES = (
     (COUNTS, "a whole number from 1", lambda x: _is_count(x) and x >= 1),
     (
@@ -84,13 +92,18 @@ RULES = (
     ),
     (FLAGS, "True or False", lambda x: isinstance(x, bool)),
 )
+# The same for numbers, NaN being none.
+NUMBER_RULES = (
+    (("snr_max",), "a number", lambda x: not math.isnan(x)),
+    (("lr", "segment_seconds"), "a number above 0", lambda x: 0 < x < math.inf),
+    (NUMBERS, "a number", math.isfinite),
+)
 
 
 def check_values(values, built=True):
     """Refuses values of a wrong kind.
 
-    Values that are None are left to who reads them, and so are keys that are
-    not known here.
+    Keys that are not known here are left to those that read them.
 
     Arguments
     ---------
@@ -112,12 +125,15 @@ def check_values(values, built=True):
     Traceback (most recent call last):
     ValueError: batch_size: expected a whole number from 1, got 0
     """
-    is_number = _is_number if built else _reads_as_number
-    for keys, expected, fits in (*RULES, (NUMBERS, "a number", is_number)):
-        for key in keys:
-            value = values.get(key)
-            if value is not None and not fits(value):
-                raise ValueError(f"{key}: expected {expected}, got {value!r}")
+    numbers = {key: _as_number(x, built) for key, x in values.items()}
+    for rules, read in ((RULES, values), (NUMBER_RULES, numbers)):
+        for keys, expected, fits in rules:
+            for key in (key for key in keys if key in values):
+                missing = values[key] is None and key in OPTIONAL
+                if not missing and not fits(read[key]):
+                    raise ValueError(
+                        f"{key}: expected {expected}, got {values[key]!r}"
+                    )
     for key, known in CHOICES.items():
         value = values.get(key)
         if value is not None and value not in known:
