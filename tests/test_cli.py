@@ -240,6 +240,73 @@ def test_globs_and_files_named_twice(model, tmp_path, capsys):
     assert f"{nothing}: no such audio file" in capsys.readouterr().err
 
 
+def test_links_to_folders_are_followed(model, tmp_path, capsys):
+    music = tmp_path / "music"
+    (music / "in").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    write_noise(music / "in" / "one.wav")
+    write_noise(tmp_path / "elsewhere" / "two.wav")
+    write_noise(tmp_path / "beside.wav")
+    (music / "link").symlink_to(tmp_path / "elsewhere")
+    (music / "again").symlink_to(music / "in")
+    (music / "above").symlink_to(tmp_path)
+    (music / "self").symlink_to(music)
+    out = music / "out"
+    for _ in range(2):
+        assert separate(model, [str(music)], out, "--outputs", "0") == 0
+        assert below(out) == ["one_source0.wav", "two_source0.wav"]
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
+@pytest.mark.parametrize("name", [b"caf\xe9", "caf\u00e9".encode()])
+def test_names_need_not_be_utf8(model, tmp_path, name):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    song = write_noise(tmp_path / "song.wav")
+    path = folder / (os.fsdecode(name) + ".wav")
+    shutil.move(song, path)
+    words = ["separate", path, "--model", model, "--out", folder / "out"]
+    words += ["--remix", "0:-3", "--figure", "--device", "cpu"]
+    for more in ((), ("--skip-existing",), ("--format", "ogg")):
+        done = subprocess.run(
+            [sys.executable, "-m", "trackformer_sb.cli", *words, *more],
+            capture_output=True,
+            env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+        )
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout.splitlines()
+        assert (len(printed) == 0) == (more == ("--skip-existing",))
+        assert all(name in line for line in printed)
+    assert len(list((folder / "out").iterdir())) == 4 + 4 + 1
+    # what is wrong with a file is said as well
+    path.write_bytes(path.read_bytes()[:5000])
+    done = subprocess.run(
+        [sys.executable, "-m", "trackformer_sb.cli", *words],
+        capture_output=True,
+    )
+    assert done.returncode == 1 and b"truncated" in done.stderr
+
+
+def test_names_that_look_like_placed_ones(model, tmp_path):
+    for name in ("x.wav", "x.ogg", "x.wav.wav"):
+        write_noise(tmp_path / name)
+    out = tmp_path / "out"
+    assert separate(model, [str(tmp_path)], out, "--outputs", "0") == 0
+    names = ("x.ogg", "x.wav.wav", "x.wav")
+    assert below(out) == [f"{name}_source0.wav" for name in names]
+
+
+def test_what_a_killed_run_left_is_named(model, tmp_path, capsys):
+    song = write_noise(tmp_path / "song.wav")
+    left = tmp_path / "[out]" / ".x.partial"
+    left.mkdir(parents=True)
+    assert separate(model, [song], tmp_path / "[out]") == 0
+    errors = capsys.readouterr().err
+    assert f"{left}: left by a run that was killed" in errors
+    assert left.is_dir() and errors.count("may be deleted") == 1
+
+
 def test_folder_without_audio(model, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     empty = str(tmp_path / "empty")

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import yaml
 
+from trackformer_sb.data import catalogue as catalogue_module
 from trackformer_sb.data import headers, library
 from trackformer_sb.data.audio import UnreadableAudio
 from trackformer_sb.data.catalogue import prepare
@@ -371,6 +372,87 @@ def test_a_library_that_has_grown_keeps_its_split(tmp_path):
     # other settings are another experiment
     other = catalogue(music, tmp_path / "out", seed=3)["splits"]
     assert other["test"]["song_names"] != before["test"]["song_names"]
+
+
+def test_songs_keep_their_split_when_their_names_change(tmp_path):
+    music = library_of(tmp_path / "music", songs=20)
+
+    def splits():
+        catalogue(music, tmp_path / "out")
+        return {
+            line["tracks"]["mixture"]: split
+            for split in SPLITS
+            for line in read_songs(tmp_path / "out", split)
+        }
+
+    before = splits()
+    names = songs_in(tmp_path / "out")
+    # each makes the name of another song ambiguous
+    for i in range(20):
+        write(music / f"song+{i}.wav", noise(100 + i))
+    after = splits()
+    assert names.isdisjoint(songs_in(tmp_path / "out"))
+    assert {path: after[path] for path in before} == before
+    assert {after[p] for p in after.keys() - before.keys()} == {"train"}
+    # a song in another format is known by its name
+    (held, *_) = (p for p in before if before[p] == "test" and "song 1" in p)
+    sig, rate = soundfile.read(held)
+    (music / held).unlink()
+    (music / held.replace("song ", "song+")).unlink()
+    names = songs_in(tmp_path / "out", "test")
+    assert splits().get(held) is None
+    soundfile.write(held, sig, rate)
+    assert splits()[held] == "train"  # gone in between, it is new
+
+
+def test_a_song_in_another_format_keeps_its_split(tmp_path):
+    music = library_of(tmp_path / "music", songs=20)
+    before = catalogue(music, tmp_path / "out")["splits"]
+    for path in music.iterdir():
+        sig, _ = soundfile.read(path)
+        write(path.with_suffix(".flac"), sig)
+        path.unlink()
+    after = catalogue(music, tmp_path / "out")["splits"]
+    for split in SPLITS:
+        assert after[split]["song_names"] == before[split]["song_names"]
+
+
+def test_a_split_that_cannot_be_kept_is_said(tmp_path):
+    music = library_of(tmp_path / "music", songs=20)
+    before = catalogue(music, tmp_path / "out")
+    assert not before["warnings"]
+    for line in read_songs(tmp_path / "out", "test")[1:]:
+        (music / line["tracks"]["mixture"]).unlink()
+    after = catalogue(music, tmp_path / "out")
+    assert after["splits"]["test"]["songs"] == 2
+    (warning,) = after["warnings"]
+    assert "too few songs are left: songs are split anew" in warning
+
+
+def test_a_killed_run_does_not_forget_the_split(tmp_path, monkeypatch):
+    music = library_of(tmp_path / "music", songs=20)
+    before = catalogue(music, tmp_path / "out")["splits"]
+    for i in range(5):
+        write(music / f"another {i}.wav", noise(100 + i))
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogue_module, "write_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            catalogue(music, tmp_path / "out")
+    after = catalogue(music, tmp_path / "out")["splits"]
+    for split in ("valid", "test"):
+        assert after[split]["song_names"] == before[split]["song_names"]
+    assert after["train"]["songs"] == before["train"]["songs"] + 5
+
+
+@pytest.mark.parametrize("part", [float("nan"), float("inf"), 0])
+def test_parts_that_are_no_numbers(tmp_path, part):
+    music = library_of(tmp_path / "music")
+    with pytest.raises(ValueError, match="split_ratio of three positive"):
+        catalogue(music, tmp_path / "out", split_ratio=(80, 10, part))
 
 
 def write_split(path, **lists):

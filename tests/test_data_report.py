@@ -1,6 +1,7 @@
 """`trackformer data`, `trackformer shards make`: what they print and leave."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -132,6 +133,70 @@ def test_shards_make(tmp_path, capsys):
             expected = read_segment(source, row["start"], 1.0, 4000)
             found = read_segment(path, row["start"], 1.0, 4000)
             np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_copies_are_of_what_they_are_called(tmp_path):
+    """Packed again, test songs are those of the options and files of today."""
+    music = write_stems(tmp_path / "music")
+    test = tmp_path / "test"
+    rng = np.random.default_rng(1)
+
+    def write(song, name, level):
+        # equal songs would be one
+        sig = level + 0.01 * rng.uniform(-1, 1, 4 * RATE)
+        song.mkdir(parents=True, exist_ok=True)
+        soundfile.write(song / f"{name}.wav", sig, RATE)
+
+    for song in (test / "a", test / "b"):
+        for level, name in ((0.1, "vocals"), (0.2, "bass"), (0.4, "lead")):
+            write(song, name, level)
+    out = tmp_path / "out"
+    options = {"segment_seconds": 1.0, "test_folder": test}
+
+    def levels(**more):
+        pack(music, "stems", out, RATE, **options, **more)
+        found = [
+            {
+                name: read_segment(path, 1.0, 1.0, RATE).mean().item()
+                for name, path in row["tracks"].items()
+            }
+            for row in MappedManifest(out, "test").values()
+        ]
+        assert len(found) == 2 * 4
+        for x in found:
+            assert x == pytest.approx(found[0], abs=1e-3)
+        return found[0]
+
+    plain = {"bass": 0.2, "lead": 0.4, "vocals": 0.1}
+    assert levels() == pytest.approx(plain, abs=1e-3)
+    copies = {p: p.stat().st_mtime_ns for p in out.glob("test/*/*.wav")}
+    assert levels() == pytest.approx(plain, abs=1e-3)
+    assert len(copies) == 6
+    assert copies == {p: p.stat().st_mtime_ns for p in copies}
+    for song in test.iterdir():
+        write(song, "bass", 0.5)
+    assert levels() == pytest.approx(plain | {"bass": 0.5}, abs=1e-3)
+    # what is trained on has none of these
+    groups = {"melody": ["lead", "vocals"]}
+    grouped = {"bass": 0.5, "melody": 0.5}
+    assert levels(stem_groups=groups) == pytest.approx(grouped, abs=1e-3)
+    # nothing is left of the others
+    assert len(list(out.glob("test/*/*.wav"))) == 4
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    music = write_stems(tmp_path / "music")
+    (music / os.fsdecode(b"br\xe9k")).mkdir()
+    (music / os.fsdecode(b"br\xe9k/b\xe9d.wav")).write_bytes(b"RIFF")
+    words = ["data", music, "--dataset", "stems", "--segment_seconds", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "trackformer_sb.cli", *words, "--headers_only"],
+        cwd=tmp_path,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"br\xe9k" in done.stdout and b"Traceback" not in done.stderr
 
 
 def test_other_settings_in_the_same_folder(tmp_path, capsys):

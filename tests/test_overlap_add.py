@@ -65,6 +65,44 @@ def sine(frequency, rate, frames):
     return phase.sin().float().unsqueeze(0)
 
 
+@pytest.mark.parametrize("bitrate_mode", ["CONSTANT", "VARIABLE"])
+def test_mp3_of_few_bits_is_read_as_a_whole(tmp_path, bitrate_mode):
+    """Its first frames after a seek, which need earlier ones, are wrong."""
+    rate, path = 44100, tmp_path / "song.mp3"
+    sig = noise(2, 6 * rate)
+    sig[:, ::4] *= 2
+    sig *= torch.linspace(0, 20, 6 * rate).sin() ** 4
+    options = {"bitrate_mode": bitrate_mode, "compression_level": 0.9}
+    soundfile.write(path, sig.T.numpy(), rate, **options)
+    expected = soundfile.read(path, dtype="float32")[0].T
+    with soundfile.SoundFile(path) as reader:
+        blocks = list(separate_stream(reader, halves, rate, chunk_seconds=1.0))
+    assert len(blocks) > 4
+    est_source = torch.cat(blocks, dim=-1)
+    assert est_source.shape == (2, *expected.shape)
+    found = est_source.sum(0).numpy()
+    assert np.abs(found - expected).max() < 1e-6
+    # which read by read it would not be
+    with soundfile.SoundFile(path) as reader:
+        parts = [reader.read(rate, dtype="float32") for _ in range(6)]
+    found = np.concatenate(parts).T
+    assert np.abs(found - expected[:, : 6 * rate]).max() > 2e-5
+
+
+def test_long_chunks_cost_no_more_than_the_file(monkeypatch):
+    lengths = []
+
+    def noting(shared, weights=overlap_add.joining_weights):
+        lengths.append(shared)
+        return weights(shared)
+
+    monkeypatch.setattr(overlap_add, "joining_weights", noting)
+    sig = noise(1, 4000)
+    whole = separated(sig, 8000, halves, 8000, chunk_seconds=1e5, overlap=0.5)
+    assert torch.allclose(whole.sum(0), sig, atol=1e-6)
+    assert lengths == [6000]
+
+
 @pytest.mark.parametrize("length", [0, 1, 2, 7, 1000])
 def test_crossfade_rises_and_sums_to_one(length):
     weights = crossfade_weights(length)

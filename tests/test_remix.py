@@ -77,6 +77,13 @@ def test_parse_remix(text, gains):
         assert parse_remix(text) == gains
 
 
+@pytest.mark.parametrize("text", ["2=0+1", "rest=1,02=0+1"])
+def test_names_that_are_numbers(text):
+    """A remix would take them for outputs."""
+    with pytest.raises(ValueError, match="other than remix and numbers, got"):
+        parse_outputs(text)
+
+
 def test_check_outputs():
     assert check_outputs(None, 3) == {f"source{i}": (i,) for i in range(3)}
     assert check_outputs("rest=1+2", 3) == {"rest": (1, 2)}

@@ -73,6 +73,39 @@ def test_formats(tmp_path, file_format, subtype, error, channels):
         assert (result - source).abs().max() <= error
 
 
+@pytest.mark.parametrize(
+    ("file_format", "rate", "message"),
+    [
+        # libsndfile would end the process
+        ("ogg", 352_800, "as Vorbis ends at 200000 Hz"),
+        ("ogg", 200_001, "as Vorbis ends at 200000 Hz"),
+        ("flac", 96_001, "flac cannot hold 2 channels at 96001 Hz"),
+        ("flac", 700_000, "flac cannot hold 2 channels at 700000 Hz"),
+    ],
+)
+def test_rates_that_a_format_cannot_hold(tmp_path, file_format, rate, message):
+    reader = opened(tmp_path, rate, 2)
+
+    def blocks():
+        raise AssertionError("separated though it cannot be written")
+        yield
+
+    with pytest.raises(ValueError, match=message):
+        write_sources(
+            blocks(), reader, tmp_path / "out", "song", file_format=file_format
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file_format", "rate"), [("ogg", 192_000), ("flac", 352_800)]
+)
+def test_high_rates_that_it_can(tmp_path, file_format, rate):
+    reader = opened(tmp_path, rate, 2)
+    files = written(noise(2, 2, 900), reader, tmp_path, file_format=file_format)
+    assert len(files) == 2
+
+
 def test_a_song_in_one_block_as_ogg(tmp_path):
     """Two minutes at once crash libsndfile's Vorbis encoder."""
     code = (

@@ -4,6 +4,7 @@ Each command imports what it needs when it runs: ``--help`` answers at once.
 """
 
 import argparse
+import io
 import sys
 
 from trackformer_sb.cli_data import add_data, add_shards, complain
@@ -62,6 +63,9 @@ def main(argv=None):
         Exit code: 0 if all went well, 1 if a file failed, 2 for a wrong
         usage, which includes a model that does not load, 130 after Ctrl+C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # names of files need not be valid UTF-8
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:  # --help is 0, a usage error is 2

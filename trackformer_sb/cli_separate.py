@@ -1,6 +1,7 @@
 """The ``trackformer separate`` command."""
 
 import argparse
+import glob
 import os
 import signal
 import sys
@@ -262,7 +263,7 @@ class _Bars:
         from trackformer_sb.inference.overlap_add import UNKNOWN_FRAMES
 
         try:
-            info = soundfile.info(path)
+            info = soundfile.info(os.fsencode(path))
         except (OSError, RuntimeError):
             return 0.0  # separate_file says what is wrong
         return 0.0 if info.frames == UNKNOWN_FRAMES else info.duration
@@ -315,6 +316,8 @@ class _Bars:
 
 def _separate(args):
     """Runs ``trackformer separate``."""
+    from trackformer_sb.inference.files import PARTIAL
+
     try:
         separator, jobs = _prepare(args)
     except ImportError as error:
@@ -324,6 +327,13 @@ def _separate(args):
     except (OSError, ValueError, RuntimeError) as error:
         complain(args, error)
         return 2
+    for folder in {job["out_folder"] for job in jobs.values()}:
+        for left in sorted(glob.glob(f"{glob.escape(folder)}/.*{PARTIAL}")):
+            complain(
+                args,
+                f"{left}: left by a run that was killed, unless one is at work "
+                "there; it may be deleted",
+            )
     bars = _Bars(jobs)
     try:
         with _clean_stop():

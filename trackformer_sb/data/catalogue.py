@@ -10,6 +10,7 @@ the built-in demo band, a folder of stems made on the spot. How `moisesdb`,
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from trackformer_sb.data.splits import (
     SPLITS,
     check_apart,
     make_splits,
+    places_of,
     read_split_file,
 )
 
@@ -294,6 +296,7 @@ def prepare(
                 "hours": sum(song.seconds for song in part) / 3600,
                 "segments": sum(len(numbers) for _, numbers in segments[name]),
                 "song_names": [song.name for song in part],
+                "song_paths": [song.path for song in part],
             }
             for name, part in splits.items()
         },
@@ -334,28 +337,29 @@ def _check(split_ratio, **positive):
     for key, value in positive.items():
         if not value > 0:
             raise ValueError(f"expected {key} > 0, got {value}")
-    if len(split_ratio) != 3 or min(split_ratio) <= 0:
+    if len(split_ratio) != 3 or not all(0 < x < math.inf for x in split_ratio):
         raise ValueError(
             f"expected split_ratio of three positive numbers, got {split_ratio}"
         )
 
 
-def _last_places(manifest_folder, settings):
-    """Song -> split of the last run, if only the music has changed."""
+def _read_report(manifest_folder):
+    """The report that is there, {} if none is or it was cut."""
     try:
         with open(manifest_folder / REPORT, encoding="utf-8") as file:
             report = json.load(file)
-        asked = json.loads(json.dumps(settings))
-        # strict does not change what goes where
-        if {**report["settings"], "strict": settings["strict"]} != asked:
-            return {}
-        return {
-            name: split
-            for split, part in report["splits"].items()
-            for name in part["song_names"]
-        }
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         return {}
+    return report if isinstance(report, dict) else {}
+
+
+def _last_places(manifest_folder, settings):
+    """Where songs were in the last run, if only the music has changed."""
+    report = _read_report(manifest_folder)
+    asked = json.loads(json.dumps(settings))
+    # strict does not change what goes where
+    before = {**report.get("settings", {}), "strict": settings["strict"]}
+    return places_of(report) if before == asked else {}
 
 
 def _last_report(manifest_folder, fingerprint):
@@ -367,19 +371,16 @@ def _last_report(manifest_folder, fingerprint):
     ]
     if not all(manifest.is_file() for manifest in manifests):
         return None
-    try:
-        with open(manifest_folder / REPORT, encoding="utf-8") as file:
-            report = json.load(file)
-    except (OSError, ValueError):
-        return None
+    report = _read_report(manifest_folder)
     return report if report.get("fingerprint") == fingerprint else None
 
 
 def _write_manifests(manifest_folder, segments, report):
     """Writes the manifests, then the report that vouches for them."""
     manifest_folder.mkdir(parents=True, exist_ok=True)
-    # Killed halfway, no report is left for a mixture of old and new manifests.
-    (manifest_folder / REPORT).unlink(missing_ok=True)
+    # Killed halfway, none vouches for a mixture of old and new manifests, but
+    # the places of songs stay known.
+    _write_json(manifest_folder / REPORT, report | {"fingerprint": None})
     for split in SPLITS:
         write_manifest(manifest_folder, split, segments[split])
     _write_json(manifest_folder / REPORT, report)

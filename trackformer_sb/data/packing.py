@@ -4,6 +4,7 @@ What is trained on becomes shards. What is evaluated is read in the same order
 every time, so it stays a manifest with files, at the rate of the shards.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from trackformer_sb.data.audio import UnreadableAudio, read_segment
 from trackformer_sb.data.catalogue import REPORT, prepare
+from trackformer_sb.data.headers import file_stat
 from trackformer_sb.data.manifest import (
     MappedManifest,
     read_songs,
@@ -92,6 +94,7 @@ def pack(
     )
     packed = report["splits"]["train"]
     packed["segments"], packed["songs"] = index["segments"], index["songs"]
+    del packed["song_paths"]
     skipped = [
         {"file": x["file"], "reason": f"{x['id']}: {x['reason']}"}
         for x in index["skipped"]
@@ -102,6 +105,7 @@ def pack(
         part = report["splits"][split]
         part["songs"] = len(lines)
         part["song_names"] = [line["song"] for line, _ in lines]
+        del part["song_paths"]
         part["segments"] = sum(len(numbers) for _, numbers in lines)
         part["hours"] = sum(x["song_seconds"] for x, _ in lines) / 3600
     if options.get("strict") and skipped:
@@ -150,16 +154,20 @@ def _copy_songs(manifests, out_folder, split, sample_rate):
 def _copy_tracks(line, out_folder, split, sample_rate):
     """Writes the tracks of a song; returns their paths below the folder."""
     tracks = {}
+    folder = out_folder / split / line["song"]
+    what = 0.0, line["song_seconds"], sample_rate
     # names of tracks are free text
     for i, (name, files) in enumerate(line["tracks"].items()):
-        path = Path(split) / line["song"] / f"{i}.wav"
-        tracks[name] = str(path)
-        path = out_folder / path
+        files = [files] if isinstance(files, str) else files
+        # a copy is that of these files as they are
+        made_of = [what, [(path, file_stat(path)) for path in files]]
+        digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
+        path = folder / f"{i}_{digest}.wav"
+        tracks[name] = str(path.relative_to(out_folder))
         if path.exists():
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        first, *others = [files] if isinstance(files, str) else files
-        what = 0.0, line["song_seconds"], sample_rate
+        folder.mkdir(parents=True, exist_ok=True)
+        first, *others = files
         sig = read_segment(first, *what)
         for other in others:
             sig += read_segment(other, *what)
@@ -168,4 +176,8 @@ def _copy_tracks(line, out_folder, split, sample_rate):
             unfinished, sig.numpy(), sample_rate, "FLOAT", format="WAV"
         )
         os.replace(unfinished, path)
+    current = {out_folder / path for path in tracks.values()}
+    for path in folder.glob("*.wav"):
+        if path not in current:
+            path.unlink()
     return tracks

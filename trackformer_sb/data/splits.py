@@ -33,8 +33,8 @@ def make_splits(
     findings : Findings
         Takes songs that belong to no split.
     known : dict, optional
-        Song -> split of an earlier run with these settings: a library that
-        has grown keeps its split, and what is new is trained on.
+        What ``places_of`` an earlier run with these settings returned: a
+        library that has grown keeps its split, and what is new is trained on.
 
     Returns
     -------
@@ -51,6 +51,12 @@ def make_splits(
     if at_random or not any(song.split for song in to_split):
         splits = _kept_split(to_split, known, split_ratio)
         if splits is None:
+            if known:
+                findings.warn(
+                    f"of an earlier split of {where} too few songs are left: "
+                    "songs are split anew, and some that were tested on may "
+                    "be trained on"
+                )
             splits = split_songs(where, to_split, split_ratio, seed)
     else:
         splits = own_splits(where, to_split, findings, tests is not None)
@@ -65,16 +71,39 @@ def make_splits(
     return splits
 
 
+def places_of(report):
+    """Where songs were in an earlier run.
+
+    Arguments
+    ---------
+    report : dict
+        Of that run, see ``catalogue.prepare``.
+
+    Returns
+    -------
+    dict
+        ("path" or "name", that of a song) -> split. A song whose file has got
+        another format since is known by its name alone.
+    """
+    return {
+        (kind, value): split
+        for split, part in report.get("splits", {}).items()
+        for kind in ("name", "path")
+        # reports of earlier versions have no paths
+        for value in part.get(f"song_{kind}s", ())
+    }
+
+
 def _kept_split(songs, known, split_ratio):
     """The split of an earlier run, if enough of it is left."""
     if not known:
         return None
     splits = {name: [] for name in SPLITS[: len(split_ratio)]}
     for song in sorted(songs, key=lambda song: song.name):
-        split = known.get(song.name, "train")
-        if split not in splits:
-            return None
-        splits[split].append(song)
+        # by its path first: another song may have got the name
+        keys = (("path", song.path), ("name", song.name))
+        places = [known[key] for key in keys if known.get(key) in splits]
+        splits[places[0] if places else "train"].append(song)
     if min(map(len, splits.values())) < MIN_SONGS:
         return None
     return splits

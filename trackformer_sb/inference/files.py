@@ -4,6 +4,9 @@ import glob
 import os
 from collections import Counter
 
+# What the name of a folder with unfinished results ends in.
+PARTIAL = ".partial"
+
 
 def find_files(arguments, out, endings):
     """The audio files that arguments mean.
@@ -57,21 +60,42 @@ def _expand(argument, endings):
 
 
 def _below(folder, out, endings):
-    """Audio files in a folder and its folders, less hidden ones."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".")
-            and os.path.realpath(os.path.join(parent, name)) != out
-        )
+    """Audio files in a folder and its folders, less hidden ones.
+
+    Links are followed, but not to a folder that is there already, or above.
+    """
+    found, visited = [], {out}
+    top = os.path.realpath(folder)
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        above = real != top and os.path.commonpath([real, top]) == real
+        if real in visited or above:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(x for x in folders if not x.startswith("."))
         found += [
             os.path.join(parent, name)
             for name in sorted(names)
             if name.lower().endswith(endings) and not name.startswith(".")
         ]
     return found
+
+
+def name_of(reader):
+    """The name of an open file, for messages.
+
+    Arguments
+    ---------
+    reader : soundfile.SoundFile
+        The file.
+
+    Returns
+    -------
+    str
+    """
+    name = reader.name
+    return os.fsdecode(name) if isinstance(name, bytes) else str(name)
 
 
 def place_files(files):
@@ -101,20 +125,25 @@ def place_files(files):
     stems = [os.path.splitext(name)[0] for name in names]
     below = [os.path.relpath(parent, common) for parent in parents]
     below = ["" if folder == os.curdir else folder for folder in below]
-    # some disks do not tell upper case from lower case
-    by_stem = Counter(stem.lower() for stem in stems)
-    by_place = Counter(
-        os.path.join(*place).lower() for place in zip(below, stems)
-    )
-    placed = []
-    for folder, name, stem in zip(below, names, stems):
-        if by_stem[stem.lower()] == 1:
-            placed.append(("", stem))
-        elif by_place[os.path.join(folder, stem).lower()] == 1:
-            placed.append((folder, stem))
-        else:
-            placed.append((folder, name))
-    return placed
+    places = [
+        (("", stem), (folder, stem), (folder, name))
+        for folder, stem, name in zip(below, stems, names)
+    ]
+    chosen = [0] * len(files)
+    while True:
+        placed = [place[i] for place, i in zip(places, chosen)]
+        # some disks do not tell upper case from lower case
+        keys = [os.path.join(*place).lower() for place in placed]
+        count = Counter(keys)
+        moving = [
+            i
+            for i, key in enumerate(keys)
+            if count[key] > 1 and chosen[i] + 1 < len(places[i])
+        ]
+        if not moving:
+            return placed
+        for i in moving:
+            chosen[i] += 1
 
 
 def check_overwriting(planned):

@@ -4,6 +4,7 @@
 of three modules from the hub.
 """
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -255,7 +256,8 @@ class PerformerSeparation(StrictPretrained):
             if skip_existing and up_to_date(path, paths, comment):
                 return paths
         with ExitStack() as stack:
-            reader = stack.enter_context(soundfile.SoundFile(path))
+            # names need not be valid UTF-8
+            reader = stack.enter_context(soundfile.SoundFile(os.fsencode(path)))
             known = reader.frames != UNKNOWN_FRAMES
             seconds = reader.frames / reader.samplerate if known else None
             bar = tqdm(

@@ -17,6 +17,7 @@ from speechbrain.utils.logger import get_logger
 from torch.nn import functional as F
 from torchaudio.functional import resample
 
+from trackformer_sb.inference.files import name_of
 from trackformer_sb.truncation import find_cut
 
 logger = get_logger(__name__)
@@ -180,6 +181,7 @@ def distribute_residual(mix, est_source):
 def _read(reader, frames):
     """Up to ``frames`` samples as [channels, time]."""
     start = reader.tell()
+    frames = min(frames, reader.frames - start)
     block = torch.from_numpy(
         reader.read(frames, dtype="float32", always_2d=True)
     )
@@ -187,7 +189,7 @@ def _read(reader, frames):
     if bad.any():
         first = start + int(bad.nonzero()[0])
         raise ValueError(
-            f"{reader.name}: NaN or infinite samples after "
+            f"{name_of(reader)}: NaN or infinite samples after "
             f"{first / reader.samplerate:.3f} s"
         )
     return block.T
@@ -198,7 +200,7 @@ def _check_end(reader):
     cut = find_cut(reader.name, reader.extra_info)
     if cut is None:
         return
-    message = f"{reader.name}: {cut.reason}"
+    message = f"{name_of(reader)}: {cut.reason}"
     if cut.certain:
         raise ValueError(message)
     logger.warning(message)
@@ -210,7 +212,7 @@ def _check_whole(reader, frames):
         return  # unknown, or an estimate
     if frames < reader.frames:
         raise ValueError(
-            f"{reader.name}: truncated, {frames} of {reader.frames} samples"
+            f"{name_of(reader)}: truncated, {frames} of {reader.frames} samples"
         )
 
 
@@ -248,7 +250,7 @@ def _read_chunks(reader, chunk, hop):
     sig = _read(reader, chunk)
     position = sig.shape[-1]
     if position == 0:
-        raise ValueError(f"{reader.name}: the file holds no samples")
+        raise ValueError(f"{name_of(reader)}: the file holds no samples")
     repeated, ahead = 0, sig
     while ahead.shape[-1]:
         ahead = _read(reader, hop)
@@ -273,8 +275,8 @@ def _separate_batches(chunks, reader, sample_rate, separate_chunks, batch_size):
         )
         if not est_sources.isfinite().all():
             raise ValueError(
-                f"{reader.name}: the model returned NaN or infinite samples "
-                f"before {reader.tell() / reader.samplerate:.3f} s"
+                f"{name_of(reader)}: the model returned NaN or infinite "
+                f"samples before {reader.tell() / reader.samplerate:.3f} s"
             )
         for (sig, repeated, last), est_source in zip(batch, est_sources):
             yield sig, est_source, repeated, last
@@ -347,6 +349,11 @@ def separate_stream(
         )
     if batch_size < 1:
         raise ValueError(f"expected batch_size from 1 up, got {batch_size}")
+    # a second more, for the length of an mp3 file is an estimate
+    chunk = min(chunk, reader.frames + reader.samplerate)
+    # soundfile seeks to where it is after every read, and the first frames of
+    # an mp3 file after a seek are wrong: they need bits of the frames before
+    reader.seekable = lambda: False
     shared = int(overlap * chunk)
     weights = joining_weights(shared)
     chunks = _separate_batches(

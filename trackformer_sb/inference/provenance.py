@@ -138,7 +138,7 @@ def _comment(path):
             with Image.open(path) as picture:
                 picture.load()
                 return picture.info.get("Comment")
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:
             if find_cut(path, file.extra_info):
                 return None
             # the last frame of a cut flac cannot be read

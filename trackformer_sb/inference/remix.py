@@ -65,10 +65,11 @@ def parse_outputs(text):
 
 def _new_name(name, outputs, text):
     """A name that can be part of a file name, and is not yet taken."""
-    if not re.fullmatch(r"\w[\w.-]*", name) or name.lower() == REMIX:
+    taken = name.lower() == REMIX or name.isdecimal()
+    if taken or not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(
             "expected names of letters, digits, '.', '-' and '_' other than "
-            f"{REMIX}, got {name!r}"
+            f"{REMIX} and numbers, got {name!r}"
         )
     # song_Drums.wav and song_drums.wav are one file on some disks
     if name.lower() in map(str.lower, outputs):

@@ -11,6 +11,7 @@ import numpy as np
 import soundfile
 from speechbrain.utils.logger import get_logger
 
+from trackformer_sb.inference.files import PARTIAL, name_of
 from trackformer_sb.inference.remix import (
     REMIX,
     check_outputs,
@@ -29,6 +30,9 @@ FORMATS = {
 
 # Sizes in a wav header are 32-bit numbers.
 MAX_WAV_BYTES = 2**32 - 2**16
+
+# libsndfile ends the process where it closes a Vorbis file of a higher rate.
+MAX_OGG_RATE = 200_000
 
 # Frames read or written in one go. libsndfile puts all that a Vorbis file is
 # given at once on the stack, and crashes on a song.
@@ -154,7 +158,7 @@ def write_sources(
     _check_format(file_format, reader)
     out_folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
-        prefix=".", suffix=".partial", dir=out_folder
+        prefix=".", suffix=PARTIAL, dir=out_folder
     ) as partial:
         partial = Path(partial)
         sources, energies = _write_streams(
@@ -184,7 +188,7 @@ def write_sources(
                 finished[-1],
                 _Mix(sources, [1.0] * num_spks).blocks,
                 {name: mix.blocks for name, mix in mixes.items()},
-                soundfile.info(sources[0]).frames,
+                soundfile.info(os.fsencode(sources[0])).frames,
                 reader.samplerate,
                 stem,
                 comment,
@@ -203,7 +207,7 @@ def _sound_file(path, file_format, reader, comment=""):
     if container == "WAV":
         container = _wav_format(reader.frames, reader.channels)
     file = soundfile.SoundFile(
-        path,
+        path if isinstance(path, io.BytesIO) else os.fsencode(path),
         "w",
         reader.samplerate,
         reader.channels,
@@ -242,14 +246,22 @@ def _check_format(file_format, reader):
     if file_format == "ogg" and reader.channels > 2:
         # it would take the last of six for the bass, and cut the rest of it
         raise ValueError(
-            f"{reader.name}: expected wav or flac for {reader.channels} "
+            f"{name_of(reader)}: expected wav or flac for {reader.channels} "
             "channels, as Vorbis has another order of loudspeakers, got ogg"
         )
+    if file_format == "ogg" and reader.samplerate > MAX_OGG_RATE:
+        raise ValueError(
+            f"{name_of(reader)}: expected wav or flac at {reader.samplerate} "
+            f"Hz, as Vorbis ends at {MAX_OGG_RATE} Hz, got ogg"
+        )
     try:
-        _sound_file(io.BytesIO(), file_format, reader).close()
+        with _sound_file(io.BytesIO(), file_format, reader) as file:
+            if file_format == "flac":
+                # it checks its rate no earlier
+                file.write(np.zeros((1, reader.channels), dtype="float32"))
     except soundfile.LibsndfileError as error:
         raise ValueError(
-            f"{reader.name}: {file_format} cannot hold {reader.channels} "
+            f"{name_of(reader)}: {file_format} cannot hold {reader.channels} "
             f"channels at {reader.samplerate} Hz ({error.error_string})"
         ) from error
 
@@ -295,7 +307,10 @@ class _Mix:
         parts = self.parts or [(self.template, 0.0)]
         with ExitStack() as stack:
             readers = [
-                (stack.enter_context(soundfile.SoundFile(path)), gain)
+                (
+                    stack.enter_context(soundfile.SoundFile(os.fsencode(path))),
+                    gain,
+                )
                 for path, gain in parts
             ]
             while True:
@@ -325,7 +340,7 @@ def _write_mixes(mixes, file_format, reader, comment, move=True):
         if peak > 1:
             gain = 1 / peak
             logger.warning(
-                f"{reader.name}: turned down by "
+                f"{name_of(reader)}: turned down by "
                 f"{20 * np.log10(peak):.1f} dB, as {file_format} ends at "
                 f"full scale: {', '.join(path.name for path in mixes)}"
             )
