@@ -10,16 +10,20 @@ settings: means are over runs whose names differ in the seed at their end.
 run's validation loss is for the first time at or below the reference's last
 one, read off the validations, between which nothing is assumed: train with
 --epoch_segments for more of them. The reference itself may be there before its
-end; of pairs both shares are shown, and means over those that got there. A run
-may have fewer epochs, and with them a schedule of its own. Losses of other
-data, seeds, splits or segment lengths cannot be compared and are refused.
+end; of pairs both shares are shown, and means over those that got there. Single
+trainings jump up and down from one validation to the next, so means over seeds
+are compared as well: "means reached after" goes by the mean loss of all
+references and of all runs at each validation. Differences of losses come with
+their standard error. A run may have fewer epochs, and with them a schedule of
+its own. Losses of other data, seeds, splits or segment lengths cannot be
+compared and are refused.
 """
 
 import argparse
 import json
 import pathlib
 import sys
-from statistics import mean
+from statistics import mean, stdev
 
 from common import Record, add_arguments, parse_args, say, table
 from real_music import plain_values, shown, training_command
@@ -65,6 +69,25 @@ def reached_after(history, reference):
     goal = loss_of(reference[-1])
     steps = [row["step"] for row in history if loss_of(row) <= goal]
     return steps[0] / reference[-1]["step"] if steps else None
+
+
+def mean_history(histories):
+    """The mean loss of several trainings at each validation."""
+    lengths = {tuple(row["step"] for row in rows) for rows in histories}
+    if len(lengths) > 1:
+        return None  # of other numbers of steps
+    return [
+        {"step": rows[0]["step"], "valid_loss": mean(map(loss_of, rows))}
+        for rows in zip(*histories)
+    ]
+
+
+def spread(values):
+    """A mean of differences and its standard error, as text."""
+    text = f"{mean(values):+.3f}"
+    if len(values) > 1:
+        text += f" ± {stdev(values) / len(values) ** 0.5:.3f}"
+    return text
 
 
 def check_same(first, values, name, other):
@@ -136,7 +159,8 @@ def pair_by_pair(runs):
         found = [loss_of(history[-1]) - loss_of(before[-1])]
         found += [difference(metrics[x], reference[x]) for x in MEASURES]
         group = name.removesuffix(f"_{values['seed']}")
-        groups.setdefault(group, []).append((own, share, found))
+        pair = own, share, found, before, history
+        groups.setdefault(group, []).append(pair)
         rows.append(
             [
                 f"{first}, {name}",
@@ -152,27 +176,32 @@ def pair_by_pair(runs):
         curves |= {first: before, name: history}
     means = []
     for group, pairs in groups.items():
-        owns, shares, founds = zip(*pairs, strict=True)
+        owns, shares, founds, befores, histories = zip(*pairs, strict=True)
         reached = [share for share in shares if share is not None]
         text = percent(mean(owns))
         text += f", {percent(mean(reached) if reached else None)}"
         if reached and len(reached) < len(pairs):
             text += f" ({len(pairs) - len(reached)} of {len(pairs)} never)"
-        columns = zip(*founds, strict=True)
-        loss, *measures = (
-            None if None in column else mean(column) for column in columns
-        )
+        losses, *columns = zip(*founds, strict=True)
+        measures = (None if None in x else mean(x) for x in columns)
+        before, history = mean_history(befores), mean_history(histories)
+        both = "-"
+        if before and history:
+            both = percent(reached_after(before, before))
+            both += f", {percent(reached_after(history, before))}"
         means.append(
             [
                 group,
                 len(pairs),
-                f"{loss:+.3f}",
+                spread(losses),
                 text,
+                both,
                 *("-" if x is None else f"{x:+.2f}" for x in measures),
             ]
         )
     header = ["pair", "steps", "last validation losses", "reached after"]
     mean_header = ["runs", "pairs", "validation loss", "reached after"]
+    mean_header.append("means reached after")
     return [
         table([*header, *MEASURES], rows),
         "## Mean differences to the references",
