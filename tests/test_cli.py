@@ -307,6 +307,15 @@ def test_what_a_killed_run_left_is_named(model, tmp_path, capsys):
     assert left.is_dir() and errors.count("may be deleted") == 1
 
 
+def test_raw_samples_are_no_audio_file(model, tmp_path, capsys):
+    (tmp_path / "a.raw").write_bytes(bytes(100))
+    song = write_noise(tmp_path / "song.wav")
+    files = [str(tmp_path / "a.raw"), song]
+    assert separate(model, files, tmp_path / "out") == 1
+    assert f"{files[0]}: no audio file" in capsys.readouterr().err
+    assert len(below(tmp_path / "out")) == 3
+
+
 def test_folder_without_audio(model, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     empty = str(tmp_path / "empty")

@@ -210,6 +210,15 @@ def test_past_the_end_is_silence(tmp_path, sample_rate):
     assert not read_segment(path, 7, 1.0, sample_rate).any()
 
 
+def test_samples_whose_sum_would_be_infinite(tmp_path):
+    sig = np.zeros((800, 2), dtype="float32")
+    sig[400] = 3e38
+    path = write(tmp_path / "loud.wav", sig, subtype="FLOAT")
+    assert read_segment(path, 0.0, 300 / RATE, RATE).isfinite().all()
+    with pytest.raises(UnreadableAudio, match=r"loud\.wav: samples beyond"):
+        read_segment(path, 0.0, 800 / RATE, RATE)
+
+
 @pytest.mark.parametrize("extension", ["wav", "flac", "ogg", "mp3"])
 def test_one_sample_file(tmp_path, extension):
     path = write(tmp_path / f"one.{extension}", [0.5])

@@ -328,6 +328,119 @@ def test_no_file_of_a_test_song_is_trained_on(tmp_path):
         catalogue(music, tmp_path / "again", **options)
 
 
+@pytest.mark.parametrize("dataset", ["mixtures", "stems"])
+def test_no_mixture_beside_stems_is_tested_on(tmp_path, dataset):
+    """Its stems are trained on, whatever stems the test has of it."""
+    music, tests = tmp_path / "music", tmp_path / "tests"
+    for i in range(8):
+        for j, name in enumerate(("drums", "rest")):
+            write(music / f"s{i}" / f"{name}.wav", noise(10 * i + j))
+        write(music / f"s{i}" / "mixture.wav", noise(200 + i))
+
+    def in_test(name, copy):
+        if dataset == "mixtures":
+            tests.mkdir(exist_ok=True)
+            copy(tests / f"{name}.wav")
+            return
+        for j, stem in enumerate(("kick", "all")):
+            write(tests / name / f"{stem}.wav", noise(len(name) * 30 + 300 + j))
+        copy(tests / name / "mixture.wav")
+
+    def catalogued():
+        what = {"test_folder": tests, "test_dataset": dataset}
+        out = tmp_path / "out"
+        return prepare(music, "stems", out, sample_rate=RATE, **what)
+
+    for i, name in enumerate(("x", "yy")):
+        path = music / f"s{i}" / "mixture.wav"
+        in_test(name, lambda to, path=path: shutil.copy(path, to))
+    report = catalogued()
+    assert [x["file"] for x in report["skipped"]] == [
+        str(music / name) for name in ("s0", "s1")
+    ]
+    assert all("of the test song" in x["reason"] for x in report["skipped"])
+    assert report["splits"]["test"]["songs"] == 2
+    # links to them are refused, as those to stems are
+    path = music / "s2" / "mixture.wav"
+    in_test("zzz", lambda to: to.symlink_to(path))
+    with pytest.raises(ValueError, match="must not be trained on"):
+        catalogued()
+
+
+def test_songs_that_share_a_file_are_kept_apart(tmp_path):
+    """Remixes: two songs of one folder with the same drums."""
+    for i in range(24):
+        song = tmp_path / "music" / f"s{i:02d}"
+        write(song / "drums.wav", noise(i // 2))
+        write(song / "rest.wav", noise(100 + i))
+        # which many songs have, and which is no music
+        write(song / "vocals.wav", np.zeros((6 * RATE, 1)))
+    report = prepare(
+        tmp_path / "music",
+        "stems",
+        tmp_path / "out",
+        sample_rate=RATE,
+        split_ratio=(50, 20, 30),
+    )
+    drums = {
+        name: {int(song[1:]) // 2 for song in part["song_names"]}
+        for name, part in report["splits"].items()
+    }
+    assert drums["train"].isdisjoint(drums["valid"] | drums["test"])
+    assert drums["valid"].isdisjoint(drums["test"])
+    kept = sum(part["songs"] for part in report["splits"].values())
+    assert report["splits"]["test"]["songs"] == 7
+    assert kept + len(report["skipped"]) == 24 and report["skipped"]
+    for entry in report["skipped"]:
+        pattern = r"it has music of the (test|valid) song .*/s\d\d"
+        assert re.fullmatch(pattern, entry["reason"])
+
+
+def test_too_few_songs_that_share_nothing(tmp_path):
+    for i in range(12):
+        song = tmp_path / "music" / f"s{i}"
+        write(song / "drums.wav", noise(0))
+        write(song / "rest.wav", noise(100 + i))
+    with pytest.raises(ValueError, match="0 songs of valid are left"):
+        prepare(tmp_path / "music", "stems", tmp_path / "o", sample_rate=RATE)
+
+
+def test_a_copy_does_not_take_the_place_of_a_test_song(tmp_path):
+    music = library_of(tmp_path / "music", songs=20)
+    before = catalogue(music, tmp_path / "out")["splits"]
+    for line in read_songs(tmp_path / "out", "test"):
+        path = line["tracks"]["mixture"]
+        shutil.copy(path, music / f"a copy of {line['song']}.wav")
+    after = catalogue(music, tmp_path / "out")
+    for split in SPLITS:
+        names = before[split]["song_names"]
+        assert after["splits"][split]["song_names"] == names
+    assert len(after["skipped"]) == len(before["test"]["song_names"])
+
+
+@pytest.mark.parametrize("subtype", ["FLOAT", "PCM_24"])
+def test_copies_of_high_resolution(tmp_path, subtype):
+    music = library_of(tmp_path / "music", songs=7)
+    for name in "ab":
+        path = music / f"{name}.wav"
+        with soundfile.SoundFile(path, "w", RATE, 1, subtype) as file:
+            file.title = name  # other bytes
+            file.write(noise(77))
+    (skipped,) = catalogue(music, tmp_path / "out")["skipped"]
+    assert skipped["reason"] == f"a copy of {music / 'a.wav'}"
+
+
+def test_long_names_become_names_of_files(tmp_path):
+    music = library_of(tmp_path / "music")
+    for i, name in enumerate(("first", "second")):
+        parts = ["Composer" * 16, "Orchestra" * 14, name + " movement" * 12]
+        write(music.joinpath(*parts[:2]) / f"{parts[2]}.wav", noise(90 + i))
+    catalogue(music, tmp_path / "out")
+    names = songs_in(tmp_path / "out")
+    assert len(names) == 10
+    assert sorted(map(len, names))[-2:] == [159, 159]
+
+
 def test_silent_songs_of_one_length_are_no_copies(tmp_path):
     music = library_of(tmp_path / "music")
     for i in range(2):
@@ -475,6 +588,16 @@ def test_split_from_a_file(tmp_path):
         ["song_4", "song_5"],
         ["song_6", "song_7"],
     ]
+    # a song that is left out is there, only not wanted
+    (music / "again").mkdir()
+    (music / "again" / "song 0.wav").symlink_to(music / "song 0.wav")
+    text = file.read_text()
+    file.write_text(text.replace("train:", "train:\n- again/song 0"))
+    catalogue(music, tmp_path / "out", **what)
+    file.write_text(text.replace("train:", "train:\n- again/song 1"))
+    with pytest.raises(ValueError, match="no song 'again/song 1'"):
+        catalogue(music, tmp_path / "out", **what)
+    shutil.rmtree(music / "again")
     # another content of the file is another split
     write_split(
         file,
@@ -635,6 +758,7 @@ def damaged(folder):
     sig = noise(77)
     sig[2000] = np.nan
     write(folder / "nan.wav", sig, subtype="FLOAT")
+    sig = noise(76)
     sig[2000] = np.inf
     write(folder / "inf.wav", sig, subtype="FLOAT")
     write(folder / "offset.wav", noise(78) + 0.3)

@@ -237,6 +237,13 @@ def test_songs_that_break_while_they_are_packed(tmp_path, caplog):
     assert not (tmp_path / "b" / "data_report.json").exists()
 
 
+def test_shards_do_not_become_test_songs(tmp_path):
+    music, test = write_stems(tmp_path / "a"), write_stems(tmp_path / "b", 2)
+    message = f"expected a folder outside of {test}"
+    with pytest.raises(ValueError, match=message):
+        pack(music, "stems", test / "packed", RATE, test_folder=test)
+
+
 @pytest.mark.parametrize("out", [".", "packed", "a/../packed/b"])
 def test_shards_do_not_become_songs(tmp_path, out):
     (tmp_path / "a").mkdir()

@@ -362,7 +362,10 @@ def test_failure_leaves_no_part_of_a_shard(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(webdataset.TarWriter, "write", fail)
     with pytest.raises(OSError, match="no space left"):
         make_shards(rows, tmp_path, "x", RATE)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    # and goes on when there is
+    monkeypatch.undo()
+    assert make_shards(rows, tmp_path, "x", RATE)["complete"]
 
 
 @pytest.mark.parametrize(
@@ -625,6 +628,28 @@ def test_one_song_has_no_partners(rows, tmp_path):
         list(dataset_of(tmp_path))
     # silence is a partner for everyone
     assert len(list(dataset_of(tmp_path, silent_share=1))) == SEGMENTS
+
+
+def test_shares_may_be_all_there_is(packed):
+    for silent, single in ((0.2, 0.8), (0.1, 0.9), (0.7, 0.3)):
+        dataset_of(packed, silent_share=silent, single_stem_share=single)
+
+
+def test_a_shard_is_not_read_as_its_index(packed, tmp_path, monkeypatch):
+    path = sorted(packed.glob("*.tar"))[0]
+    odd = shutil.copy(path, tmp_path / "music_0.tar")
+    opened, open_shard = [], shards_module.open_shard
+
+    def noting(url):
+        opened.append(url)
+        return open_shard(url)
+
+    monkeypatch.setattr(shards_module, "open_shard", noting)
+    assert shards_module.count_segments([str(odd), str(path)]) == [None, 6]
+    index = path.with_name(path.name.replace("-000000.tar", ".json"))
+    assert opened == [str(index)]
+    shards_module.count_segments(["/no/music-000000.tar?key=1"])
+    assert opened[1:] == ["/no/music.json"]
 
 
 def test_partner_comes_from_afar_if_a_shard_is_one_song(rows, tmp_path):

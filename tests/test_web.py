@@ -266,6 +266,27 @@ def test_bad_uploads(what, message, tmp_path):
     assert len(str(error.value)) < len(message) + 30
 
 
+def test_mp3_of_few_bits_is_decoded_as_a_whole(tmp_path, monkeypatch):
+    """After a seek, which soundfile makes after each read, it is wrong."""
+    rng = np.random.default_rng(0)
+    sig = rng.normal(0, 0.2, (6 * 44100, 2))
+    sig *= np.sin(np.linspace(0, 20, len(sig)))[:, None] ** 4
+    options = {"bitrate_mode": "VARIABLE", "compression_level": 0.9}
+    soundfile.write(tmp_path / "a.mp3", sig, 44100, **options)
+    monkeypatch.setattr(uploads, "BLOCK", 44100)
+    decode(tmp_path / "a.mp3", tmp_path / "o.wav", max_minutes=1)
+    found = soundfile.read(tmp_path / "o.wav")[0]
+    expected = soundfile.read(tmp_path / "a.mp3")[0]
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 1e-6
+
+
+def test_upload_that_only_its_name_calls_sound(tmp_path):
+    (tmp_path / "a.raw").write_bytes(bytes(100))
+    with pytest.raises(ValueError, match=r"a\.raw is no audio file"):
+        decode(tmp_path / "a.raw", tmp_path / "o.wav", max_minutes=1)
+
+
 def test_a_whole_minute_is_not_too_long(tmp_path):
     soundfile.write(tmp_path / "a.flac", np.zeros(60 * RATE), RATE)
     done = decode(tmp_path / "a.flac", tmp_path / "o.wav", max_minutes=1)

@@ -44,6 +44,9 @@ MP3_LEAD = 10 * 1152
 # at most 1024 samples: reading on from before that is right.
 OGG_LAST_PAGE = 255 * 1024
 
+# Of float files. What is beyond is no sound, and its sums would be infinite.
+LARGEST_SAMPLE = 1e30
+
 # libsndfile calls an .mp3 without one mp3 frame "not a regular file".
 NO_MP3_FRAME = 7
 
@@ -365,6 +368,8 @@ def _check_decoded(audio, path, first, count, frames):
         raise _unreadable(path, words)
     if not np.isfinite(frames).all():
         raise _unreadable(path, f"NaN or infinite samples {seconds}")
+    if len(frames) and np.abs(frames).max() > LARGEST_SAMPLE:
+        raise _unreadable(path, f"samples beyond {LARGEST_SAMPLE:g} {seconds}")
 
 
 def _unreadable(path, reason):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
 
-from trackformer_sb.data.copies import leave_out_copies
+from trackformer_sb.data.copies import keep_apart, leave_out_copies
 from trackformer_sb.data.findings import Findings
 from trackformer_sb.data.headers import FileCache, list_audio
 from trackformer_sb.data.library import (
@@ -233,7 +233,9 @@ def prepare(
         for key, source in sources.items()
     }
     if split == "from_file":
-        found["data_folder"] = read_split_file(split_file, found["data_folder"])
+        found["data_folder"] = read_split_file(
+            split_file, found["data_folder"], findings.below(data_folder)
+        )
     songs = name_songs(found)
     caches = {
         key: FileCache(folder, cache_folder)
@@ -261,7 +263,8 @@ def prepare(
     if test_folder:
         check_apart(songs["data_folder"], songs["test_folder"])
     fingerprints = fingerprint_files(libraries, listings, caches)
-    songs = leave_out_copies(songs, fingerprints, levels, findings)
+    known = _last_places(manifest_folder, settings)
+    songs = leave_out_copies(songs, fingerprints, levels, findings, known)
     splits = make_splits(
         songs,
         sources,
@@ -269,8 +272,9 @@ def prepare(
         split_ratio,
         seed,
         findings,
-        _last_places(manifest_folder, settings),
+        known,
     )
+    splits = keep_apart(splits, fingerprints, findings)
     segments, left_out = {}, 0
     for name, part in splits.items():
         segments[name], dropped = song_lines(
@@ -378,8 +382,7 @@ def _last_report(manifest_folder, fingerprint):
 def _write_manifests(manifest_folder, segments, report):
     """Writes the manifests, then the report that vouches for them."""
     manifest_folder.mkdir(parents=True, exist_ok=True)
-    # Killed halfway, none vouches for a mixture of old and new manifests, but
-    # the places of songs stay known.
+    # Killed halfway, none vouches for a mixture of old and new manifests.
     _write_json(manifest_folder / REPORT, report | {"fingerprint": None})
     for split in SPLITS:
         write_manifest(manifest_folder, split, segments[split])

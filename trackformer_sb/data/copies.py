@@ -2,7 +2,9 @@
 
 import numpy as np
 
+from trackformer_sb.data.headers import SILENT
 from trackformer_sb.data.levels import FLOOR_DB, POWERS, sum_levels
+from trackformer_sb.data.splits import MIN_SONGS, place_of
 
 # Measured on real music. The level curves of 34 songs and of their mp3, Opus,
 # 16 kHz, quieter and 50 ms later copies correlate by 0.977 and more and differ
@@ -74,7 +76,7 @@ def find_copies(songs, fingerprints, levels=None):
     return copies
 
 
-def leave_out_copies(songs, fingerprints, levels, findings):
+def leave_out_copies(songs, fingerprints, levels, findings, known=()):
     """Leaves out songs that are there twice, in favour of those to test on.
 
     Of another folder to test on, no file is trained on, be it the mixture or a
@@ -90,32 +92,39 @@ def leave_out_copies(songs, fingerprints, levels, findings):
         Path -> AudioLevels of all files, or empty.
     findings : Findings
         Takes the songs left out.
+    known : dict, optional
+        Where songs were in an earlier run, see ``splits.places_of``.
 
     Returns
     -------
     dict
         The same without copies.
     """
+
+    def rank(song):
+        place = song.split or place_of(song, dict(known))
+        return KEEP_FIRST.index(place)
+
     order = [
         (key, i)
         for key in sorted(songs, reverse=True)
         for i in sorted(
             range(len(songs[key])),
-            key=lambda i: KEEP_FIRST.index(songs[key][i].split),
+            key=lambda i: rank(songs[key][i]),
         )
     ]
     everything = [songs[key][i] for key, i in order]
     tested = {}
     for song in songs.get("test_folder", ()):
-        for path in filter(None, [*song.files, song.mixture]):
-            tested.setdefault(fingerprints[path], song.path)
+        for sound in _sounds(song, fingerprints):
+            tested.setdefault(sound, song.path)
     reasons = {}
     for copy, first in find_copies(everything, fingerprints, levels).items():
         which = "the test song " if order[first][0] == "test_folder" else ""
         reasons[copy] = f"a copy of {which}{everything[first].path}"
     for i, song in enumerate(everything):
-        files = {fingerprints[path] for path in song.files}
-        of = next((tested[x] for x in files if x in tested), None)
+        sounds = _sounds(song, fingerprints)
+        of = next((tested[x] for x in sounds if x in tested), None)
         if of and order[i][0] == "data_folder" and i not in reasons:
             reasons[i] = f"it has music of the test song {of}"
     for i, reason in sorted(reasons.items()):
@@ -125,6 +134,59 @@ def leave_out_copies(songs, fingerprints, levels, findings):
         key: [song for i, song in enumerate(group) if (key, i) not in gone]
         for key, group in songs.items()
     }
+
+
+def _sounds(song, fingerprints):
+    """Fingerprints of the files of a song that are not silent."""
+    found = (fingerprints[path] for path in song.sounds)
+    return [x for x in found if not x.startswith(SILENT)]
+
+
+def keep_apart(splits, fingerprints, findings):
+    """Leaves out songs that share a file with one that is held back.
+
+    As remixes do, or an instrumental version: no file of a test song is trained
+    on or validated on, and none of a validation song is trained on.
+
+    Arguments
+    ---------
+    splits : dict
+        Split -> list of Song.
+    fingerprints : dict
+        Path -> what is equal for files that sound alike.
+    findings : Findings
+        Takes the songs left out.
+
+    Returns
+    -------
+    dict
+        The same without those songs.
+
+    Raises
+    ------
+    ValueError
+        If fewer than two songs of a split are left.
+    """
+    held, apart = {}, {}
+    for name in sorted(splits, key=KEEP_FIRST.index):
+        apart[name] = []
+        for song in splits[name]:
+            sounds = _sounds(song, fingerprints)
+            of = next((held[x] for x in sounds if x in held), None)
+            if of is None:
+                apart[name].append(song)
+            else:
+                reason = "it has music of the {} song {}".format(*of)
+                findings.skip(song.path, reason, unwanted=True)
+        for song in apart[name]:
+            for sound in _sounds(song, fingerprints):
+                held.setdefault(sound, (name, song.path))
+        if len(apart[name]) < MIN_SONGS:
+            raise ValueError(
+                f"{len(apart[name])} songs of {name} are left, expected at "
+                f"least {MIN_SONGS}: others have music of songs to evaluate on"
+            )
+    return {name: apart[name] for name in splits}
 
 
 def _find_recordings(songs, levels, copies):

@@ -1,5 +1,6 @@
 """What a catalogue leaves out, and what looked odd."""
 
+import os
 import re
 from collections import Counter
 
@@ -58,6 +59,20 @@ class Findings:
         self.strict = strict
         self.skipped = []
         self.warnings = []
+
+    def below(self, folder):
+        """What was left out so far, relative to a folder.
+
+        Arguments
+        ---------
+        folder : str or Path
+            The folder.
+
+        Returns
+        -------
+        list of str
+        """
+        return [os.path.relpath(x["file"], folder) for x in self.skipped]
 
     def warn(self, message):
         """Logs and keeps a message."""

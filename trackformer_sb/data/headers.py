@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
+import numpy as np
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
@@ -49,6 +50,10 @@ def default_cache_folder():
     """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "trackformer_sb"
+
+
+# What the fingerprint of a silent file begins with.
+SILENT = "silent "
 
 
 def list_audio(key, folder, findings, expected):
@@ -177,7 +182,7 @@ class FileCache:
         parent = Path(cache_folder or default_cache_folder())
         self.path = parent / f"files-{name}.jsonl"
         # what was read -> path -> what the file was, and the value as of json
-        self._kept = {"header": {}, "levels": {}, "fingerprint": {}}
+        self._kept = {"header": {}, "levels": {}, "sound": {}}
         lines = 0
         try:
             with open(self.path, "rb") as file:
@@ -187,7 +192,8 @@ class FileCache:
         except OSError:
             return
         if lines > 2 * sum(map(len, self._kept.values())) + 1000:
-            self._rewrite()
+            with suppress(OSError):  # it may be for reading only
+                self._rewrite()
 
     def _take(self, line):
         """Keeps a line; the last one of a run that was killed may be cut."""
@@ -265,7 +271,7 @@ class FileCache:
             Path -> str, or the UnreadableAudio that it raised.
         """
         return self._known_or_read(
-            "fingerprint", listing, audio_fingerprint, str, str, progress
+            "sound", listing, audio_fingerprint, str, str, progress
         )
 
     def _opened(self):
@@ -331,7 +337,8 @@ def audio_fingerprint(path):
     -------
     str
         Hash of half a second of samples each at a fifth, a half and four
-        fifths of the file, in 16 bits; of the bytes of a file silent there.
+        fifths of the file, in 16 bits; ``SILENT`` and a hash of the bytes of a
+        file silent there.
 
     Raises
     ------
@@ -342,13 +349,17 @@ def audio_fingerprint(path):
     with open_audio(path) as audio:
         for share in (0.2, 0.5, 0.8):
             audio.seek(int(share * audio.frames))
-            block = audio.read(audio.samplerate // 2 + 1, dtype="int16")
+            block = audio.read(audio.samplerate // 2 + 1, dtype="float32")
+            # libsndfile would make integers of float files without scaling
+            block = np.rint(np.nan_to_num(block).clip(-1, 1) * 32767)
+            block = block.astype(np.int16)
             sounds = sounds or bool(block.any())
             digest.update(block.tobytes())
     if not sounds:
         with open(path, "rb") as file:
             while block := file.read(2**20):
                 digest.update(block)
+        return SILENT + digest.hexdigest()
     return digest.hexdigest()
 
 

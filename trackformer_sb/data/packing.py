@@ -71,11 +71,11 @@ def pack(
     """
     import_webdataset()
     out_folder = Path(out_folder)
-    if folder is not None:
-        music, out = Path(folder).resolve(), out_folder.resolve()
-        if music in (out, *out.parents):
+    for music in filter(None, (folder, options.get("test_folder"))):
+        out = out_folder.resolve()
+        if Path(music).resolve() in (out, *out.parents):
             raise ValueError(
-                f"{out_folder}: expected a folder outside of {folder}, or what "
+                f"{out_folder}: expected a folder outside of {music}, or what "
                 "is packed would be songs of it"
             )
     manifests = out_folder / MANIFESTS
@@ -94,7 +94,7 @@ def pack(
     )
     packed = report["splits"]["train"]
     packed["segments"], packed["songs"] = index["segments"], index["songs"]
-    del packed["song_paths"]
+    packed.pop("song_paths", None)
     skipped = [
         {"file": x["file"], "reason": f"{x['id']}: {x['reason']}"}
         for x in index["skipped"]
@@ -105,7 +105,7 @@ def pack(
         part = report["splits"][split]
         part["songs"] = len(lines)
         part["song_names"] = [line["song"] for line, _ in lines]
-        del part["song_paths"]
+        part.pop("song_paths", None)
         part["segments"] = sum(len(numbers) for _, numbers in lines)
         part["hours"] = sum(x["song_seconds"] for x, _ in lines) / 3600
     if options.get("strict") and skipped:

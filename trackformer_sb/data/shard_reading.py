@@ -129,7 +129,7 @@ class ShardedMixtures(torch.utils.data.IterableDataset):
             ("batch_size", batch_size, 1, math.inf),
             ("gain_db", gain_db, 0, math.inf),
             ("single_stem_share", single_stem_share, 0, 1),
-            ("silent_share", silent_share, 0, 1 - single_stem_share),
+            ("silent_share", silent_share, 0, round(1 - single_stem_share, 9)),
             ("buffer_segments", buffer_segments, 2, math.inf),
         ):
             if not low <= value <= high:

@@ -158,6 +158,7 @@ def make_shards(
     out_folder = Path(out_folder)
     out_folder.mkdir(parents=True, exist_ok=True)
     index = _last_index(out_folder, prefix, settings)
+    _write_index(out_folder, prefix, index)
     parts = np.array_split(
         np.random.default_rng(seed).permutation(len(rows)),
         min(math.ceil(audio_bytes / (shard_megabytes * 1e6)), len(rows)),
@@ -383,9 +384,9 @@ def open_shard(url):
 
 def count_segments(urls):
     """The number of segments of every shard, None if no index has it."""
-    indices, counts = {}, []
+    indices, counts = {url: {} for url in urls}, []  # no shard is an index
     for url in urls:
-        where = re.sub(r"-\d+\.tar$", ".json", url)
+        where = re.sub(r"-\d+\.tar(\?.*)?$", ".json", url)
         if where not in indices:
             indices[where] = {}
             with suppress(OSError, LookupError, TypeError, ValueError):

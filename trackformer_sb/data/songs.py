@@ -15,6 +15,9 @@ from trackformer_sb.data.audio import AUDIO_EXTENSIONS, UnreadableAudio
 
 MIXTURE_NAMES = ("mix", "mixture")
 
+# Longer names end in a hash, for folders and files are called after songs.
+LONGEST_NAME = 150
+
 # Songs whose stems differ are named up to this number: in some datasets all do.
 NAMED = 5
 
@@ -57,6 +60,11 @@ class Song(NamedTuple):
     def files(self):
         """The paths of all tracks, in their order."""
         return [path for paths in self.tracks.values() for path in paths]
+
+    @property
+    def sounds(self):
+        """The paths of all tracks, and of a mixture beside them."""
+        return [*self.files, *filter(None, [self.mixture])]
 
     @property
     def path(self):
@@ -155,8 +163,8 @@ def name_songs(songs):
     Returns
     -------
     dict
-        The same with new names; those that would be equal (case aside) end in
-        a hash of key and path.
+        The same with new names; those that would be equal (case aside), or
+        too long for the name of a file, end in a hash of key and path.
 
     Example
     -------
@@ -177,10 +185,11 @@ def name_songs(songs):
     named = {key: list(group) for key, group in songs.items()}
     for group in groups.values():
         for key, i, safe in group:
-            if len(group) > 1:
+            if len(group) > 1 or len(safe) > LONGEST_NAME:
                 # fsencode, because a path need not be valid UTF-8.
                 path = os.fsencode(f"{key}/{songs[key][i].name}")
-                safe += "_" + hashlib.sha256(path).hexdigest()[:8]
+                digest = hashlib.sha256(path).hexdigest()[:8]
+                safe = f"{safe[:LONGEST_NAME]}_{digest}"
             named[key][i] = songs[key][i]._replace(name=safe)
     return named
 

@@ -94,16 +94,33 @@ def places_of(report):
     }
 
 
+def place_of(song, known):
+    """The split that a song was in, "" if it is new.
+
+    Arguments
+    ---------
+    song : Song
+        The song.
+    known : dict
+        What ``places_of`` returned.
+
+    Returns
+    -------
+    str
+    """
+    # by its path first: another song may have got the name
+    keys = (("path", song.path), ("name", song.name))
+    return next((known[key] for key in keys if key in known), "")
+
+
 def _kept_split(songs, known, split_ratio):
     """The split of an earlier run, if enough of it is left."""
     if not known:
         return None
     splits = {name: [] for name in SPLITS[: len(split_ratio)]}
     for song in sorted(songs, key=lambda song: song.name):
-        # by its path first: another song may have got the name
-        keys = (("path", song.path), ("name", song.name))
-        places = [known[key] for key in keys if known.get(key) in splits]
-        splits[places[0] if places else "train"].append(song)
+        place = place_of(song, known)
+        splits[place if place in splits else "train"].append(song)
     if min(map(len, splits.values())) < MIN_SONGS:
         return None
     return splits
@@ -210,7 +227,7 @@ def own_splits(where, songs, findings, tested_elsewhere=False):
     return splits
 
 
-def read_split_file(path, songs):
+def read_split_file(path, songs, left_out=()):
     """Gives songs the splits that a file lists.
 
     Arguments
@@ -221,6 +238,9 @@ def read_split_file(path, songs):
         or patterns of them with ``*``.
     songs : list of Song
         Named by their path relative to the data folder.
+    left_out : collection of str
+        Paths of what else there is, relative to the data folder: named in the
+        file, they are no error.
 
     Returns
     -------
@@ -258,6 +278,7 @@ def read_split_file(path, songs):
     for i, song in enumerate(songs):
         for name in {song.name, os.path.splitext(song.name)[0]}:
             by_name[name].append(i)
+    without = {*left_out, *(os.path.splitext(x)[0] for x in left_out)}
     found = {}
     for split, names in lists.items():
         for name in map(str, names):
@@ -267,7 +288,7 @@ def read_split_file(path, songs):
                 if fnmatch.fnmatchcase(known, name)
                 for i in numbers
             ]
-            if not matches:
+            if not matches and not fnmatch.filter(without, name):
                 raise ValueError(f"{where}: no song {name!r} ({split})")
             for i in matches:
                 if found.setdefault(i, split) != split:
@@ -295,9 +316,9 @@ def check_apart(songs, test_songs):
     ValueError
         If one and the same file is in both.
     """
-    real_paths = {real_path(p) for song in songs for p in song.files}
+    real_paths = {real_path(p) for song in songs for p in song.sounds}
     for song in test_songs:
-        for path in filter(None, [*song.files, song.mixture]):
+        for path in song.sounds:
             if real_path(path) in real_paths:
                 raise ValueError(
                     f"{path} of test_folder is in data_folder as well: a test "

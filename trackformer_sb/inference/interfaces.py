@@ -257,7 +257,11 @@ class PerformerSeparation(StrictPretrained):
                 return paths
         with ExitStack() as stack:
             # names need not be valid UTF-8
-            reader = stack.enter_context(soundfile.SoundFile(os.fsencode(path)))
+            try:
+                reader = soundfile.SoundFile(os.fsencode(path))
+            except TypeError as error:  # soundfile's own, of a .raw file
+                raise ValueError(f"{path}: no audio file ({error})") from error
+            stack.enter_context(reader)
             known = reader.frames != UNKNOWN_FRAMES
             seconds = reader.frames / reader.samplerate if known else None
             bar = tqdm(

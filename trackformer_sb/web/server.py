@@ -17,7 +17,8 @@ from trackformer_sb.web.page import build_page, import_gradio
 def _check_port(host, port):
     """Refuses a port on which another program listens."""
     try:
-        with socket.create_server((host, port)):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family):
             pass
     except OSError as error:
         raise OSError(

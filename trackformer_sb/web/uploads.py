@@ -64,7 +64,7 @@ def decode(path, wav_path, max_minutes):
         raise ValueError(f"{path.name} is empty")
     try:
         reader = soundfile.SoundFile(path)
-    except soundfile.LibsndfileError as error:
+    except (soundfile.LibsndfileError, TypeError) as error:  # one of a .raw
         raise ValueError(
             f"{path.name} is no audio file that can be read ({READABLE})"
         ) from error
@@ -72,6 +72,8 @@ def decode(path, wav_path, max_minutes):
     if cut is not None and cut.certain:
         reader.close()
         raise ValueError(f"{path.name} is not whole: {cut.reason}")
+    # soundfile seeks after each read, and after that some mp3 files are wrong
+    reader.seekable = lambda: False
     frames, energy = 0, 0.0
     rate, channels = reader.samplerate, reader.channels
     with (
@@ -82,7 +84,8 @@ def decode(path, wav_path, max_minutes):
     ):
         while True:
             try:
-                sig = reader.read(BLOCK, "float32", always_2d=True)
+                block = min(BLOCK, reader.frames - frames)
+                sig = reader.read(block, "float32", always_2d=True)
             except soundfile.LibsndfileError as error:
                 raise ValueError(f"{path.name} is damaged") from error
             if len(sig) == 0:
