@@ -216,7 +216,8 @@ def test_fields_of_run_opts_that_are_no_options_are_not_dropped(hparams_file):
         ("batch_size=0", "a whole number from 1, got 0"),
         ("batch_size=True", "a whole number from 1, got True"),
         ("num_layers=0", "a whole number from 1, got 0"),
-        ("num_spks=2.5", "a whole number from 1, got 2.5"),
+        ("num_spks=2.5", "a whole number from 2, got 2.5"),
+        ("num_spks=1", "a whole number from 2, got 1"),
         ("sample_rate=8000.0", "a whole number from 1, got 8000.0"),
         ("epoch_segments=-3", "a whole number from 1, got -3"),
         ("grad_accumulation_factor=0", "a whole number from 1, got 0"),
@@ -231,6 +232,7 @@ def test_fields_of_run_opts_that_are_no_options_are_not_dropped(hparams_file):
         ("lr=0", "a number above 0, got 0"),
         ("segment_seconds=.inf", "a number above 0, got inf"),
         ("weight_decay=.inf", "a number, got inf"),
+        ("max_grad_norm=0", "a number above 0, or below .*, got 0.0"),
         ("silent_share=abc", "a number, got 'abc'"),
         ("speed_percent=null", "a number, got None"),
         ("dropout=False", "a number, got False"),
@@ -254,6 +256,18 @@ def test_values_that_may_be_null_or_infinite():
     hparams = load_hparams(path, overrides)
     assert hparams["assign_by"] is hparams["epoch_segments"] is None
     assert hparams["snr_max"] == float("inf")
+
+
+@pytest.mark.parametrize("name", ["2024", "2024-05-01", "1e3", "true", "3.5"])
+def test_folders_may_be_called_like_numbers(name):
+    keys = ("data_folder", "output_folder", "split_file", "pretrained_encoder")
+    words = [f"--{key}={name}" for key in keys]
+    path, _, overrides = parse_arguments([str(RECIPE), *words])
+    hparams = load_hparams(path, overrides)
+    assert [hparams[key] for key in keys] == [name] * 4
+    assert hparams["save_folder"] == f"{name}/save"
+    path, _, overrides = parse_arguments([str(RECIPE), "--data_folder=null"])
+    assert load_hparams(path, overrides)["data_folder"] is None
 
 
 @pytest.mark.parametrize("key", ["assign_by", "mixit_objective"])

@@ -168,6 +168,20 @@ def test_masks_do_not_depend_on_the_phase():
     )
 
 
+@pytest.mark.parametrize("spec_norm", ["zscore", "band_zscore", "minmax"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("level", [0.0, 1e-4, 300.0])
+def test_normalisation_in_half_precision(spec_norm, dtype, level):
+    """Squares of what a learned encoder gives may be 0 or infinite there."""
+    x = level * torch.rand(2, 5, 40)
+    x = x.to(dtype)
+    found = normalise_spectrogram(x, spec_norm)
+    assert found.isfinite().all()
+    assert found.dtype == dtype
+    expected = normalise_spectrogram(x.float(), spec_norm)
+    torch.testing.assert_close(found, expected.to(dtype))
+
+
 def test_normalisation_leaves_a_constant_at_zero():
     x = torch.full((1, 3, 4), 7.0)
     assert not normalise_spectrogram(x, "zscore").any()

@@ -172,6 +172,34 @@ def test_every_parameter_stays_in_one_group_and_in_order(chosen):
     assert [id(p) for p in first] == [id(before[i]) for i in rest]
 
 
+def test_separate_group_of_several_groups():
+    """SpeechBrain's ``remove_vector_weight_decay`` makes two."""
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(4)]
+    vectors, matrices = parameters[:2], parameters[2:]
+    optimizer = torch.optim.AdamW(
+        [{"params": vectors, "weight_decay": 0.0}, {"params": matrices}],
+        weight_decay=0.5,
+        lr=0.1,
+    )
+    chosen = [vectors[0], matrices[0]]
+    separate_group(optimizer, chosen, freeze_steps=2)
+    decays = [x["weight_decay"] for x in optimizer.param_groups]
+    assert decays == [0.0, 0.5, 0.0, 0.5]
+    schedule = cosine_schedule(optimizer, lr_final=0.01, num_steps=4)
+    clip_all_groups(optimizer, 1e-3)
+    for step in range(4):
+        for parameter in parameters:
+            parameter.grad = torch.full((1,), 7.0)
+        before = [parameter.item() for parameter in parameters]
+        optimizer.step()
+        schedule.step()
+        moved = [p.item() != x for p, x in zip(parameters, before)]
+        assert moved == [step >= 2, True, step >= 2, True]
+        # clipped together, whatever group they are in
+        norm = torch.stack([p.grad for p, m in zip(parameters, moved) if m])
+        assert norm.norm() == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_separate_group_keeps_the_options_of_the_optimizer():
     optimizer = torch.optim.AdamW(
         parameters(1, 2, 3), lr=0.5, weight_decay=0.125, betas=(0.5, 0.75)

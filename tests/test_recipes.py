@@ -174,8 +174,9 @@ def weights(out):
     return torch.load(out / "separator" / "masknet.ckpt", weights_only=True)
 
 
+@pytest.mark.parametrize(("batches_per_step", "stop_at"), [(1, 14), (2, 5)])
 def test_resumed_run_equals_uninterrupted_one(
-    songs, tmp_path, monkeypatch, quick
+    batches_per_step, stop_at, songs, tmp_path, monkeypatch, quick
 ):
     def command(out):
         return tiny(
@@ -183,20 +184,21 @@ def test_resumed_run_equals_uninterrupted_one(
             songs,
             out,
             number_of_epochs=3,
-            dropout=0.0,
+            dropout=0.3,
             redraw_interval=3,
+            grad_accumulation_factor=batches_per_step,
             ckpt_interval_minutes=0,
             ckpt_interval_steps=1,
         )
 
     recipe.main(command(tmp_path / "whole"))
-    # 5 songs of 4 segments in batches of 2: 6 steps an epoch
+    # 3 songs of 4 segments in batches of 2: 6 batches an epoch
     interrupted(
         recipe.main,
         recipe.Separation,
         command(tmp_path / "cut"),
         monkeypatch,
-        stop_at=14,
+        stop_at=stop_at,
     )
     recipe.main(command(tmp_path / "cut"))
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
@@ -252,6 +254,38 @@ def test_kill_in_a_validation_costs_nothing(
     metrics = read_results(tmp_path)[2]
     assert [x["epoch"] for x in metrics["history"]] == [1, 2]
     assert metrics["steps"] == 12
+
+
+def test_fewer_epochs_do_not_end_a_training_by_themselves(
+    songs, tmp_path, monkeypatch, quick
+):
+    """What was not judged in the warm-up of many epochs is no failure."""
+    argv = tiny("performer_mixit_mae.yaml", songs, tmp_path)
+    argv += ["--pretrained_encoder=null", "--early_stop_epochs=2"]
+    longer = [*argv, "--number_of_epochs=40"]
+    # 6 steps an epoch, and 4 epochs of warm-up
+    interrupted(recipe.main, recipe.Separation, longer, monkeypatch, stop_at=20)
+    recipe.main([*argv, "--number_of_epochs=5"])
+    assert len(read_results(tmp_path)[2]["history"]) >= 4
+
+
+def test_data_parallel_is_refused(songs, tmp_path):
+    argv = tiny("performer_mixit.yaml", songs, tmp_path / "run")
+    with pytest.raises(ValueError, match="--data_parallel_backend: .*torchrun"):
+        recipe.main([*argv, "--data_parallel_backend"])
+    assert not list(tmp_path.glob("run/*.yaml"))
+
+
+def test_another_number_of_processes_is_said(songs, tmp_path, quick):
+    argv = tiny("performer_mixit.yaml", songs, tmp_path)
+    recipe.main(argv)
+    (path,) = (tmp_path / "save").glob("CKPT*/brain.ckpt")
+    text = path.read_text()
+    assert "processes: 1\n" in text
+    path.write_text(text.replace("processes: 1\n", "processes: 4\n"))
+    recipe.main([*argv, "--number_of_epochs=2"])
+    log = (tmp_path / "log.txt").read_text("utf-8")
+    assert "begun on 4 processes, now 1: the learning rate follows" in log
 
 
 def test_longer_patience_goes_on(songs, tmp_path, quick):
@@ -569,6 +603,23 @@ def test_run_of_before_its_options_were_recorded_goes_on(
     path.write_text(text, "utf-8")
     recipe.main([*argv, "--number_of_epochs=2"])
     assert len(read_results(tmp_path)[2]["history"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("begun", "goes_on"),
+    [
+        ("lr=1e-4", "lr=0.0001"),
+        ("lr=0.0001", "lr=1e-4"),
+        ("gain_db=3", "gain_db=3.0"),
+    ],
+)
+def test_numbers_have_many_spellings(begun, goes_on, songs, tmp_path, quick):
+    argv = tiny("performer_mixit.yaml", songs, tmp_path)
+    recipe.main([*argv, f"--{begun}"])
+    recipe.main([*argv, f"--{goes_on}", "--number_of_epochs=2"])
+    assert len(read_results(tmp_path)[2]["history"]) == 2
+    with pytest.raises(ValueError, match=r"lr was .*, now 0\.5"):
+        recipe.main([*argv, "--lr=0.5"])
 
 
 def test_moved_results_and_other_spellings_go_on(

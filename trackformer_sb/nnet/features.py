@@ -79,6 +79,11 @@ def normalise_spectrogram(x, spec_norm, key_padding_mask=None, reference=None):
     """
     if spec_norm == "none":
         return x
+    if x.dtype in (torch.float16, torch.bfloat16):
+        # squares of small values would be 0 and of large ones infinite
+        reference = None if reference is None else reference.float()
+        norm = spec_norm, key_padding_mask, reference
+        return normalise_spectrogram(x.float(), *norm).to(x.dtype)
     dims = -1 if spec_norm == "band_zscore" else (-2, -1)
     ref = x if reference is None else reference
     if key_padding_mask is None:

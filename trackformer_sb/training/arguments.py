@@ -24,6 +24,10 @@ _OPTIONS = HELP_TEXTS.keys() | {"jit_module_keys", "compile_module_keys"}
 _FLAGS = {name for name in _OPTIONS if RunOptions()[name] is False}
 
 
+# Keys whose values are paths, be they called 2024 or 2024-05-01.
+PATHS = ("_folder", "_file", "_log", "pretrained_encoder", "shard_urls")
+
+
 def _as_yaml(key, value):
     """One line of overrides; what is no plain yaml value is quoted."""
     try:
@@ -33,8 +37,13 @@ def _as_yaml(key, value):
     else:
         # of a text yaml may drop a part: " #" starts a comment, "&" a name
         cut = isinstance(read, str) and read != value and value[0] not in "'\""
+        path = read is not None and not isinstance(read, list)
+        path = path and key.endswith(PATHS) and value[0] not in "'\""
         plain = not (
-            cut or isinstance(read, dict) or value.startswith(("#", "- "))
+            cut
+            or path
+            or isinstance(read, dict)
+            or value.startswith(("#", "- "))
         )
     return f"{key}: {value if plain else json.dumps(value)}"
 

@@ -21,8 +21,10 @@ from speechbrain.utils.logger import get_logger
 from trackformer_sb.memory import peak_memory_mb
 from trackformer_sb.objectives.metrics import SILENT_ENERGY
 from trackformer_sb.training import figures
+from trackformer_sb.training.costs import training_costs
 from trackformer_sb.training.optimization import (
     clip_all_groups,
+    frozen_epochs,
     separate_layers,
 )
 
@@ -114,13 +116,12 @@ class MusicBrain(sb.Brain):
     def save_progress(self, path):
         """What SpeechBrain saves, and the time that the epoch took so far."""
         super()._save(path)
+        spent = {"processes": self.num_processes}
         if self.step:
-            spent = {
-                "seconds": time.monotonic() - self.started,
-                "waiting": self.waiting,
-            }
-            with open(path, "a", encoding="utf-8") as file:
-                yaml.safe_dump(spent, file)
+            spent["seconds"] = time.monotonic() - self.started
+            spent["waiting"] = self.waiting
+        with open(path, "a", encoding="utf-8") as file:
+            yaml.safe_dump(spent, file)
 
     @mark_as_loader
     def load_progress(self, path, end_of_epoch=True):
@@ -132,10 +133,17 @@ class MusicBrain(sb.Brain):
         """Recovers, and judges anew whether training stops early."""
         self.spent = {}
         super().on_fit_start()
+        before = self.spent.get("processes", self.num_processes)
+        if before != self.num_processes:
+            logger.warning(
+                f"begun on {before} processes, now {self.num_processes}: the "
+                "learning rate follows the number of steps, which is another"
+            )
         counter = self.hparams.epoch_counter
-        # what it recovered was judged by the patience of then
+        # what it recovered was judged by the patience of then; 0 is not judged
         counter.should_stop = (
             counter.current > counter.limit_warmup
+            and counter.best_limit > 0
             and counter.current - counter.best_limit >= counter.limit_to_stop
         )
 
@@ -176,9 +184,19 @@ class MusicBrain(sb.Brain):
             self.not_finite += not torch.isfinite(loss)
         return super().update_average(loss, avg_loss)
 
+    def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
+        """Not between optimizer steps: a checkpoint has no gradients."""
+        if self.step % self.grad_accumulation_factor:
+            return False
+        return super()._should_save_intra_epoch_ckpt(
+            last_ckpt_time, steps_since_ckpt
+        )
+
     def on_fit_batch_start(self, batch, should_step):
-        """Adds up the time the step waited for its data."""
+        """Adds up the wait for data; seeds dropout, to go on with its own."""
         self.waiting += time.monotonic() - self.last_batch_end
+        epoch = self.hparams.epoch_counter.current
+        torch.manual_seed(self.draw_seed(self.pairs.rank, epoch, self.step))
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Steps the schedule, redraws random features, logs the losses."""
@@ -196,12 +214,15 @@ class MusicBrain(sb.Brain):
         self.step_seconds.append(now - self.last_batch_end)
         self.last_batch_end = now
 
+    def draw_seed(self, *place):
+        """A seed for a place in the training."""
+        seeds = np.random.SeedSequence([self.hparams.seed, *place])
+        return int(seeds.generate_state(1)[0])
+
     def redraw_projections(self):
         """New random features, the same on all ranks and after a resume."""
-        seed = np.random.SeedSequence(
-            [self.hparams.seed, self.optimizer_step]
-        ).generate_state(1)
-        generator = torch.Generator().manual_seed(int(seed[0]))
+        seed = self.draw_seed(self.optimizer_step)
+        generator = torch.Generator().manual_seed(seed)
         self.redrawn.redraw_projections(generator)
 
     def init_optimizers(self):
@@ -215,6 +236,12 @@ class MusicBrain(sb.Brain):
                 self.hparams.pretrained_freeze_steps,
                 self.hparams.pretrained_layer_decay,
             )
+            counter = self.hparams.epoch_counter
+            counter.limit_warmup = max(
+                counter.limit_warmup,
+                frozen_epochs(self.optimizer, self.num_steps, counter.limit),
+            )
+        if len(self.optimizer.param_groups) > 1:
             # SpeechBrain clips the first group only
             clip_all_groups(self.optimizer, self.max_grad_norm)
             self.max_grad_norm = float("inf")
@@ -359,7 +386,7 @@ class MusicBrain(sb.Brain):
             "test_loss": test_loss,
             "test_items": len(self.rows),
             **self.more_results(),
-            **self.costs(),
+            **training_costs(self),
         }
         text = json.dumps(results, indent=2)
         (folder / "metrics.json").write_text(text, encoding="utf-8")
@@ -369,32 +396,3 @@ class MusicBrain(sb.Brain):
         )
         if self.picture is not None:
             self.write_figures(folder / "figures")
-
-    def costs(self):
-        """What the training took, and its history, for metrics.json."""
-        history = self.hparams.history
-        _, epoch_seconds = history.series("epoch_seconds")
-        _, step_seconds = history.series("step_seconds")
-        _, steps = history.series("step")
-        # of a training in several parts
-        _, peaks = history.series("peak_memory_mb")
-        return {
-            "unreadable_segments": sum(self.skipped.values()),
-            "epochs": len(history.epochs),
-            "batches": self.num_batches,
-            "steps": int(steps[-1]) if steps else None,
-            "step_seconds": (
-                statistics.median(step_seconds) if step_seconds else None
-            ),
-            "epoch_seconds": (
-                float(np.mean(epoch_seconds)) if epoch_seconds else None
-            ),
-            "total_seconds": (
-                history.total("epoch_seconds") + history.total("valid_seconds")
-            ),
-            "waiting_for_data_seconds": history.total("waiting_seconds"),
-            "peak_memory_mb": max([peak_memory_mb(self.device), *peaks]),
-            "device": self.device,
-            "num_parameters": sum(p.numel() for p in self.modules.parameters()),
-            "history": history.epochs,
-        }

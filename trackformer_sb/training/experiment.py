@@ -73,6 +73,11 @@ def load_experiment(argv, selection_metrics):
     device = run_opts.device or ""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device}: torch finds no CUDA device")
+    if run_opts.data_parallel_backend:
+        raise ValueError(
+            "--data_parallel_backend: expected torchrun for several GPUs, for "
+            "masks have the batch in their second dimension"
+        )
     hparams = BEFORE | load_hparams(hparams_file, overrides)
     if hparams["selection_metric"] not in selection_metrics:
         raise ValueError(
@@ -175,8 +180,14 @@ def check_same(hparams_file, overrides, output_folder):
 
 
 def _one_spelling(value):
-    """Paths to one place have many: a/b, ./a/b/ and /home/me/a/b."""
-    return os.path.abspath(value) if isinstance(value, str) else value
+    """Numbers have many, as 1e-4 and 0.0001, and paths, as a/b and ./a/b."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return os.path.abspath(value)
+    number = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if number else value
 
 
 def make_brain(brain_class, experiment):
@@ -229,6 +240,7 @@ def make_brain(brain_class, experiment):
     datasets, brain.pairs = dataio_prep(hparams, rank)
     brain.skipped, brain.silent_songs, brain.sounding = {}, set(), {}
     brain.results_folder = pathlib.Path(hparams["output_folder"])
+    brain.num_processes = _world_size(brain)
     if brain.debug and not brain.debug_persistently:
         # a few batches must not replace the results of a training, and all
         # ranks need the same of SpeechBrain's temporary folders

@@ -101,7 +101,7 @@ def separate_group(optimizer, parameters, lr_scale=1.0, freeze_steps=0):
     Arguments
     ---------
     optimizer : torch.optim.Optimizer
-        With one group, which has the parameters.
+        Whose groups have the parameters.
     parameters : iterable of torch.nn.Parameter
         What to separate.
     lr_scale : float
@@ -117,17 +117,20 @@ def separate_group(optimizer, parameters, lr_scale=1.0, freeze_steps=0):
     """
     check_groups(lr_scale, freeze_steps)
     chosen = {id(parameter) for parameter in parameters}
-    first = optimizer.param_groups[0]
-    apart = [p for p in first["params"] if id(p) in chosen]
-    first["params"] = [p for p in first["params"] if id(p) not in chosen]
-    optimizer.add_param_group(
-        {
-            **first,
-            "params": apart,
-            "lr_scale": lr_scale,
-            "freeze_steps": freeze_steps,
-        }
-    )
+    # there are two where vectors have no weight decay
+    for group in list(optimizer.param_groups):
+        apart = [p for p in group["params"] if id(p) in chosen]
+        if not apart:
+            continue
+        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        optimizer.add_param_group(
+            {
+                **group,
+                "params": apart,
+                "lr_scale": lr_scale,
+                "freeze_steps": freeze_steps,
+            }
+        )
 
 
 def separate_layers(
@@ -143,7 +146,7 @@ def separate_layers(
     Arguments
     ---------
     optimizer : torch.optim.Optimizer
-        With one group, which has the parameters.
+        Whose groups have the parameters.
     layers : list of lists of torch.nn.Parameter
         From the input up.
     lr_scale, freeze_steps
@@ -162,6 +165,33 @@ def separate_layers(
     for below, layer in enumerate(reversed(layers), 1):
         scale = lr_scale * layer_decay**below
         separate_group(optimizer, layer, scale, freeze_steps)
+
+
+def frozen_epochs(optimizer, num_steps, num_epochs):
+    """Epochs that begin while a group is frozen.
+
+    Arguments
+    ---------
+    optimizer : torch.optim.Optimizer
+        See ``separate_group``.
+    num_steps, num_epochs : int
+        Of the training.
+
+    Returns
+    -------
+    int
+
+    Example
+    -------
+    >>> optimizer = torch.optim.SGD([torch.zeros(1), torch.zeros(1)], lr=1.0)
+    >>> parameters = optimizer.param_groups[0]["params"]
+    >>> separate_group(optimizer, parameters[:1], freeze_steps=0.25)
+    >>> frozen_epochs(optimizer, num_steps=100, num_epochs=10)
+    3
+    """
+    steps = max(x.get("freeze_steps", 0) for x in optimizer.param_groups)
+    share = steps if steps < 1 else steps / num_steps
+    return math.ceil(share * num_epochs)
 
 
 def clip_all_groups(optimizer, max_norm):

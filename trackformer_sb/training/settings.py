@@ -23,7 +23,6 @@ COUNTS = (
     "nhead",
     "num_channels",
     "num_layers",
-    "num_spks",
     "number_of_epochs",
     "sample_rate",
 )
@@ -36,6 +35,7 @@ COUNTS_FROM_ZERO = (
     "seed",
 )
 NUMBERS = (
+    "ckpt_interval_minutes",
     "dropout",
     "gain_db",
     "lambda_diversity",
@@ -84,6 +84,7 @@ def _as_number(value, built):
 
 # Keys, what they hold, and how to tell.
 RULES = (
+    (("num_spks",), "a whole number from 2", lambda x: _is_count(x) and x >= 2),
     (COUNTS, "a whole number from 1", lambda x: _is_count(x) and x >= 1),
     (
         COUNTS_FROM_ZERO,
@@ -95,6 +96,11 @@ RULES = (
 # The same for numbers, NaN being none.
 NUMBER_RULES = (
     (("snr_max",), "a number", lambda x: not math.isnan(x)),
+    (
+        ("max_grad_norm",),
+        "a number above 0, or below it for no limit",
+        lambda x: x != 0 and not math.isnan(x),
+    ),
     (("lr", "segment_seconds"), "a number above 0", lambda x: 0 < x < math.inf),
     (NUMBERS, "a number", math.isfinite),
 )
