@@ -271,7 +271,7 @@ def test_fewer_epochs_do_not_end_a_training_by_themselves(
 
 def test_data_parallel_is_refused(songs, tmp_path):
     argv = tiny("performer_mixit.yaml", songs, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"--data_parallel_backend: .*torchrun"):
+    with pytest.raises(ValueError, match="--data_parallel_backend: expected"):
         recipe.main([*argv, "--data_parallel_backend"])
     assert not list(tmp_path.glob("run/*.yaml"))
 
