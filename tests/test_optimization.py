@@ -166,7 +166,9 @@ def test_every_parameter_stays_in_one_group_and_in_order(chosen):
     before = list(optimizer.param_groups[0]["params"])
     # in any order, and from a generator
     separate_group(optimizer, (before[i] for i in sorted(chosen)[::-1]))
-    first, second = (group["params"] for group in optimizer.param_groups)
+    groups = [group["params"] for group in optimizer.param_groups]
+    # none for nothing
+    first, second = groups if chosen else (*groups, [])
     assert [id(p) for p in second] == [id(before[i]) for i in sorted(chosen)]
     rest = [i for i in range(6) if i not in chosen]
     assert [id(p) for p in first] == [id(before[i]) for i in rest]
