@@ -176,7 +176,7 @@ def pair_by_pair(runs):
         curves |= {first: before, name: history}
     means = []
     for group, pairs in groups.items():
-        owns, shares, founds, befores, histories = zip(*pairs, strict=True)
+        owns, shares, founds, firsts, histories = zip(*pairs, strict=True)
         reached = [share for share in shares if share is not None]
         text = percent(mean(owns))
         text += f", {percent(mean(reached) if reached else None)}"
@@ -184,7 +184,7 @@ def pair_by_pair(runs):
             text += f" ({len(pairs) - len(reached)} of {len(pairs)} never)"
         losses, *columns = zip(*founds, strict=True)
         measures = (None if None in x else mean(x) for x in columns)
-        before, history = mean_history(befores), mean_history(histories)
+        before, history = mean_history(firsts), mean_history(histories)
         both = "-"
         if before and history:
             both = percent(reached_after(before, before))

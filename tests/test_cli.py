@@ -259,7 +259,7 @@ def test_links_to_folders_are_followed(model, tmp_path, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
-@pytest.mark.parametrize("name", [b"caf\xe9", "caf\u00e9".encode()])
+@pytest.mark.parametrize("name", [b"x\xe9", "x\u00e9".encode()])
 def test_names_need_not_be_utf8(model, tmp_path, name):
     folder = tmp_path / os.fsdecode(b"\xff")
     folder.mkdir()
