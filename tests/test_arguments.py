@@ -108,7 +108,8 @@ def test_texts_arrive_as_they_are(text, split, hparams_file):
     ),
 )
 def test_values_have_the_types_of_yaml(text, value, hparams_file):
-    read = load(hparams_file, f"--data_folder={text}")["data_folder"]
+    # paths are texts, see below
+    read = load(hparams_file, f"--split_ratio={text}")["split_ratio"]
     assert read == value and type(read) is type(value)
 
 
