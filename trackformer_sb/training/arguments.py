@@ -37,8 +37,9 @@ def _as_yaml(key, value):
     else:
         # of a text yaml may drop a part: " #" starts a comment, "&" a name
         cut = isinstance(read, str) and read != value and value[0] not in "'\""
-        path = read is not None and not isinstance(read, list)
-        path = path and key.endswith(PATHS) and value[0] not in "'\""
+        number = re.fullmatch(r"[-+.\w]*\d[-+.\w]*", value)
+        other = not isinstance(read, (str, list, type(None)))
+        path = key.endswith(PATHS) and (number or other)
         plain = not (
             cut
             or path

@@ -43,6 +43,7 @@ class MusicBrain(sb.Brain):
 
     # of test_results.csv, and what else is averaged
     columns, more_averages = (), ()
+    num_processes = 1
     # panels of the training curves
     curves = figures.CURVES
     # layers of parameters that were pre-trained and are trained apart
@@ -184,19 +185,19 @@ class MusicBrain(sb.Brain):
             self.not_finite += not torch.isfinite(loss)
         return super().update_average(loss, avg_loss)
 
-    def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
+    def _should_save_intra_epoch_ckpt(self, *args):
         """Not between optimizer steps: a checkpoint has no gradients."""
-        if self.step % self.grad_accumulation_factor:
-            return False
-        return super()._should_save_intra_epoch_ckpt(
-            last_ckpt_time, steps_since_ckpt
-        )
+        whole = self.step % self.grad_accumulation_factor == 0
+        return whole and super()._should_save_intra_epoch_ckpt(*args)
 
     def on_fit_batch_start(self, batch, should_step):
         """Adds up the wait for data; seeds dropout, to go on with its own."""
         self.waiting += time.monotonic() - self.last_batch_end
-        epoch = self.hparams.epoch_counter.current
-        torch.manual_seed(self.draw_seed(self.pairs.rank, epoch, self.step))
+        rank, epoch = (
+            getattr(self, "rank", 0),
+            self.hparams.epoch_counter.current,
+        )
+        torch.manual_seed(self.draw_seed(rank, epoch, self.step))
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Steps the schedule, redraws random features, logs the losses."""
