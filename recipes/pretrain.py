@@ -20,7 +20,6 @@ import pathlib
 # 2 busy CPU cores training was 7 times slower. Takes effect before torch loads.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 import speechbrain as sb
 import torch
 from speechbrain.utils.distributed import run_on_main
@@ -75,9 +74,8 @@ class Pretraining(MusicBrain):
             if stage == sb.Stage.TRAIN
             else (0, len(self.rows))
         )
-        seed = np.random.SeedSequence((self.hparams.seed, *place))
         generator = torch.Generator(spectrum.device)
-        generator.manual_seed(int(seed.generate_state(1)[0]))
+        generator.manual_seed(self.draw_seed(*place))
         return self.modules.mae(spectrum, generator, cover)
 
     def compute_objectives(self, predictions, batch, stage):

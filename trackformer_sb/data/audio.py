@@ -44,8 +44,7 @@ MP3_LEAD = 10 * 1152
 # at most 1024 samples: reading on from before that is right.
 OGG_LAST_PAGE = 255 * 1024
 
-# Of float files. What is beyond is no sound, and its sums would be infinite.
-LARGEST_SAMPLE = 1e30
+LARGEST_SAMPLE = 1e30  # of float files; sums of larger ones would be infinite
 
 # libsndfile calls an .mp3 without one mp3 frame "not a regular file".
 NO_MP3_FRAME = 7
@@ -366,9 +365,10 @@ def _check_decoded(audio, path, first, count, frames):
     if len(frames) < min(count, certain - first):
         words = f"truncated, {len(frames)} of {count} samples {seconds}"
         raise _unreadable(path, words)
-    if not np.isfinite(frames).all():
+    peak = np.abs(frames).max(initial=0.0)  # NaN if there is one
+    if not np.isfinite(peak):
         raise _unreadable(path, f"NaN or infinite samples {seconds}")
-    if len(frames) and np.abs(frames).max() > LARGEST_SAMPLE:
+    if peak > LARGEST_SAMPLE:
         raise _unreadable(path, f"samples beyond {LARGEST_SAMPLE:g} {seconds}")
 
 

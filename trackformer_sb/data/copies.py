@@ -76,7 +76,7 @@ def find_copies(songs, fingerprints, levels=None):
     return copies
 
 
-def leave_out_copies(songs, fingerprints, levels, findings, known=()):
+def leave_out_copies(songs, fingerprints, levels, findings, known=None):
     """Leaves out songs that are there twice, in favour of those to test on.
 
     Of another folder to test on, no file is trained on, be it the mixture or a
@@ -102,8 +102,7 @@ def leave_out_copies(songs, fingerprints, levels, findings, known=()):
     """
 
     def rank(song):
-        place = song.split or place_of(song, dict(known))
-        return KEEP_FIRST.index(place)
+        return KEEP_FIRST.index(song.split or place_of(song, known or {}))
 
     order = [
         (key, i)

@@ -193,11 +193,8 @@ class MusicBrain(sb.Brain):
     def on_fit_batch_start(self, batch, should_step):
         """Adds up the wait for data; seeds dropout, to go on with its own."""
         self.waiting += time.monotonic() - self.last_batch_end
-        rank, epoch = (
-            getattr(self, "rank", 0),
-            self.hparams.epoch_counter.current,
-        )
-        torch.manual_seed(self.draw_seed(rank, epoch, self.step))
+        place = getattr(self, "rank", 0), self.hparams.epoch_counter.current
+        torch.manual_seed(self.draw_seed(*place, self.step))
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Steps the schedule, redraws random features, logs the losses."""

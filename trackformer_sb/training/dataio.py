@@ -14,6 +14,7 @@ from trackformer_sb.data.augment import Augmentation
 from trackformer_sb.data.catalogue import REPORT, prepare
 from trackformer_sb.data.manifest import MappedManifest
 from trackformer_sb.data.mixtures import MixtureOfMixtures
+from trackformer_sb.training.keys import SONG_KEYS
 from trackformer_sb.training.settings import check_values
 
 # Keys of the yaml that ``prepare`` takes.
@@ -22,20 +23,11 @@ DATA_KEYS = (
     "dataset",
     "segment_seconds",
     "segment_hop_seconds",
-    "split_ratio",
     "seed",
     "sample_rate",
     "test_folder",
     "test_dataset",
-    "split",
-    "split_file",
-    "stem_groups",
-    "max_stems",
-    "audio_check",
-    "min_active_share",
-    "min_level_db",
-    "strict",
-    "cache_folder",
+    *SONG_KEYS,
 )
 
 # Those that say how training pairs are made, and how they are augmented.

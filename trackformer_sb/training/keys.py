@@ -33,9 +33,8 @@ RUN_OPTIONS = (
     "ckpt_interval_minutes",
     "noprogressbar",
 )
-# What a pre-training has in common with the separators that take its encoder:
-# the songs that are held back, and all that its weights depend on.
-SHARED_KEYS = (
+# What decides which songs there are, and which are held back.
+SONG_KEYS = (
     "split_ratio",
     "split",
     "split_file",
@@ -46,6 +45,11 @@ SHARED_KEYS = (
     "min_level_db",
     "strict",
     "cache_folder",
+)
+# What a pre-training has in common with the separators that take its encoder:
+# the songs, and all that its weights depend on.
+SHARED_KEYS = (
+    *SONG_KEYS,
     "channel",
     "num_workers",
     "matmul_precision",
