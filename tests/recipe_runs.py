@@ -16,6 +16,7 @@ import speechbrain as sb
 from speechbrain.utils.run_opts import RunOptions
 
 from trackformer_sb.training import figures
+from trackformer_sb.training.dataio import DATA_KEYS
 
 ROOT = pathlib.Path(__file__).parents[1]
 RATE = 8000
@@ -132,6 +133,7 @@ def unused_keys(yaml_name, recipe_path):
         if f"<{key}>" not in text
         and f'"{key}"' not in source
         and f"hparams.{key}" not in source
+        and key not in DATA_KEYS
         and key not in used_elsewhere
         and not key.startswith("__")
         and not key.startswith("lambda_")
