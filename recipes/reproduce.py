@@ -72,8 +72,8 @@ def make_parser():
     parser = argparse.ArgumentParser(
         description="Runs the paper's experiment and writes its five tables.",
         epilog="--key=value goes to all cells, --performer.key=value and "
-        "--convtasnet.key=value to those models, --mae.key=value to the "
-        "pre-training.",
+        "--convtasnet.key=value or --asteroid_convtasnet.key=value to those "
+        "models, --mae.key=value to the pre-training.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -86,7 +86,7 @@ def make_parser():
     add("--test_dataset", choices=grid.DATASETS[1:])
     add("--output_folder", default=_folder("results/reproduce"), **folder)
     for name, default, options in (
-        ("models", grid.MODELS, {"choices": grid.MODELS}),
+        ("models", grid.PAPER_MODELS, {"choices": tuple(grid.YAMLS)}),
         ("lengths", grid.LENGTHS, {"type": _positive(float)}),
         ("losses", grid.LOSSES, {"choices": grid.LOSSES}),
         ("devices", None, {"help": DEVICES_HELP}),

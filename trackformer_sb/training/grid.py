@@ -11,7 +11,7 @@ import re
 import sys
 from typing import NamedTuple
 
-from trackformer_sb.training.grid_tables import LOSSES, MODELS
+from trackformer_sb.training.grid_tables import LOSSES, PAPER_MODELS
 from trackformer_sb.training.keys import RUN_OPTIONS, SHARED_KEYS
 
 # of each model its yaml, and the overrides it takes beside the plain ones
@@ -19,10 +19,13 @@ YAMLS = {
     "performer_mae": ("performer_mixit_mae.yaml", "performer"),
     "performer": ("performer_mixit.yaml", "performer"),
     "convtasnet": ("convtasnet_mixit.yaml", "convtasnet"),
+    "asteroid_convtasnet": (
+        *("asteroid_convtasnet_mixit.yaml", "asteroid_convtasnet"),
+    ),
 }
 PRETRAIN_YAML = "audio_mae_blocks.yaml"
 # whom overrides are for; "": all cells
-GROUPS = ("", "performer", "convtasnet", "mae")
+GROUPS = ("", "performer", "convtasnet", "asteroid_convtasnet", "mae")
 LENGTHS = (3.0, 5.0, 10.0, 30.0)  # seconds
 # with the auxiliary losses the weights are those of the yaml
 LOSS_KEYS = {
@@ -191,7 +194,7 @@ class Grid:
         folder,
         recipes,
         data,
-        models=MODELS,
+        models=PAPER_MODELS,
         lengths=LENGTHS,
         losses=LOSSES,
         budget=("epochs", 100),

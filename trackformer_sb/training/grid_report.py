@@ -35,7 +35,7 @@ FIGURES = {
     ),
 }
 LOG_SCALE = ("epoch_seconds", "peak_memory_mb")
-COLOURS = dict(zip(MODELS, ("tab:blue", "tab:green", "tab:red")))
+COLOURS = dict(zip(MODELS, ("tab:blue", "tab:green", "tab:red", "tab:brown")))
 LINES = dict(zip(LOSSES, ("--", "-")))
 
 
