@@ -251,6 +251,21 @@ def test_values_of_a_wrong_kind_are_named(option, expected):
         load_hparams(path, overrides)
 
 
+@pytest.mark.parametrize(
+    ("words", "lr", "lr_final"),
+    (
+        (["--lr=1e-6"], "1e-06", "1e-05"),
+        (["--lr=1e-3", "--lr_final=2e-3"], "0.001", "0.002"),
+        (["--lr_final=-1e-6"], "0.0001", "-1e-06"),
+    ),
+)
+def test_learning_rates_do_not_rise(words, lr, lr_final):
+    path, _, overrides = parse_arguments([str(RECIPE), *words])
+    expected = f"0 to lr, which is {lr}, got {lr_final}$"
+    with pytest.raises(ValueError, match=f"^lr_final: .*{expected}"):
+        load_hparams(path, overrides)
+
+
 def test_values_that_may_be_null_or_infinite():
     words = "--assign_by=null", "--epoch_segments=null", "--snr_max=.inf"
     path, _, overrides = parse_arguments([str(RECIPE), *words])

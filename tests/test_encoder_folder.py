@@ -463,6 +463,16 @@ def test_does_not_replace_another_folder(tmp_path):
     assert (tmp_path / "music" / "song.wav").read_bytes() == b"precious"
 
 
+def test_what_file_managers_leave_is_no_other_folder(tmp_path):
+    path, modules = trained(tmp_path / "experiment")
+    folder = tmp_path / "new"
+    for _ in "new", "again":
+        folder.mkdir(exist_ok=True)
+        (folder / ".DS_Store").write_bytes(b"icons")
+        export_encoder(path, modules, folder)
+        assert (folder / "hyperparams.yaml").is_file()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     (

@@ -385,6 +385,16 @@ def test_does_not_replace_another_folder(tmp_path):
     assert (tmp_path / "music" / "song.wav").read_bytes() == b"precious"
 
 
+def test_what_file_managers_leave_is_no_other_folder(tmp_path):
+    path, modules = trained(tmp_path / "experiment")
+    folder = tmp_path / "new"
+    for _ in "new", "again":
+        folder.mkdir(exist_ok=True)
+        (folder / ".DS_Store").write_bytes(b"icons")
+        export_separator(path, modules, folder)
+        assert (folder / "hyperparams.yaml").is_file()
+
+
 def test_yaml_that_does_not_fit_the_modules(tmp_path):
     path, modules = trained(tmp_path / "experiment")
     path.write_text(path.read_text().replace("d_model: 16", "d_model: 32"))

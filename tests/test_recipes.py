@@ -28,6 +28,7 @@ from recipe_runs import (
     without_pictures,
     write_songs,
 )
+from speechbrain.dataio.sampler import DistributedSamplerWrapper
 from tensorboard.backend.event_processing.event_accumulator import (
     EventAccumulator,
 )
@@ -711,6 +712,30 @@ def test_batches_are_pinned_for_a_gpu(device_type, songs, tmp_path):
     for options in ("train_loader_options", "eval_loader_options"):
         pinned = experiment.hparams[options]["pin_memory"]
         assert pinned == (device_type == "cuda")
+
+
+def test_order_of_all_ranks_goes_by_the_seed(songs, tmp_path):
+    def order(seed):
+        out = tmp_path / f"run {seed}"
+        argv = tiny("performer_mixit.yaml", songs, out, seed=seed)
+        experiment = load_experiment(argv, recipe.SELECTION_METRICS)
+        prepare_data(experiment.hparams)
+        make_brain(recipe.Separation, experiment)
+        options = experiment.hparams["train_loader_options"]
+        assert "shuffle" not in options
+        # as SpeechBrain shares a sampler among ranks
+        ranks = [
+            DistributedSamplerWrapper(
+                options["sampler"], num_replicas=2, rank=x, shuffle=False
+            )
+            for x in range(2)
+        ]
+        return list(map(list, ranks)), len(options["sampler"])
+
+    (one, other), length = order(1)
+    assert sorted({*one, *other}) == list(range(length))
+    assert order(1)[0] == [one, other]
+    assert order(2)[0] != [one, other]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ CONFIG_FILE = "config.json"
 SAFETENSORS_FILE = "model.safetensors"
 # Asteroid asks the hub for this name and no other.
 ASTEROID_FILE = "pytorch_model.bin"
+# what file managers leave in any folder
+DESKTOP_FILES = {".DS_Store", "Thumbs.db", "desktop.ini"}
 KNOWN_FILES = (
     "hyperparams.yaml",
     "README.md",
@@ -174,7 +176,7 @@ def _check_replaceable(folder, what, nodes):
     if not folder.exists():
         return
     known = {*KNOWN_FILES, *(f"{name}{WEIGHTS_ENDING}" for name in nodes)}
-    found = sorted(path.name for path in folder.iterdir())
+    found = sorted({path.name for path in folder.iterdir()} - DESKTOP_FILES)
     foreign = [name for name in found if name not in known]
     if found and "hyperparams.yaml" not in found:
         foreign = foreign or found

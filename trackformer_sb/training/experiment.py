@@ -254,13 +254,14 @@ def make_brain(brain_class, experiment):
     if hparams["dataset"] == "shards":
         # what this rank reads; all ranks read as much
         segments *= _world_size(brain)
-    elif hparams["epoch_segments"] and hparams["epoch_segments"] < segments:
-        segments = hparams["epoch_segments"]
-        # a set of its own in each epoch
+    else:
+        segments = min(segments, hparams["epoch_segments"] or segments)
+        # an order, and with fewer a set, of its own in each epoch; that of
+        # SpeechBrain is the same for all seeds on several processes
         brain.train_sampler = ReproducibleRandomSampler(
             datasets["train"], seed=hparams["seed"], num_samples=segments
         )
-        del hparams["train_loader_options"]["shuffle"]
+        hparams["train_loader_options"].pop("shuffle", None)
         hparams["train_loader_options"]["sampler"] = brain.train_sampler
     brain.num_batches, brain.num_steps = _count_steps(brain, hparams, segments)
     # ranks start from equal weights but draw their own dropout

@@ -140,6 +140,12 @@ def check_values(values, built=True):
                     raise ValueError(
                         f"{key}: expected {expected}, got {values[key]!r}"
                     )
+    lr, lr_final = numbers.get("lr"), numbers.get("lr_final")
+    if None not in (lr, lr_final) and not 0 <= lr_final <= lr:
+        raise ValueError(
+            f"lr_final: expected a number from 0 to lr, which is "
+            f"{lr:g}, got {lr_final:g}"
+        )
     for key, known in CHOICES.items():
         value = values.get(key)
         if value is not None and value not in known:
