@@ -154,6 +154,21 @@ def check_all_hidden():
         assert result.isfinite().all() and not result[0].any()
 
 
+def check_masks():
+    # one mask serves all items, what is no mask is refused
+    inputs, projection = make((3, 1, 20, 16))
+    hidden = torch.arange(20)[None] > 11
+    output = favor_attention_triton(*inputs, projection, hidden)
+    every = favor_attention_triton(*inputs, projection, hidden.repeat(3, 1))
+    assert torch.equal(output, every)
+    try:
+        favor_attention_triton(*inputs, projection, hidden.long())
+    except ValueError as error:
+        assert "expected torch.bool, got torch.int64" in str(error)
+    else:
+        raise AssertionError("a mask of numbers was taken")
+
+
 def check_not_a_number():
     # a query with NaN has no output; the others do not notice
     (query, key, value), projection = make((1, 1, 40, 16))

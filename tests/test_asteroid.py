@@ -350,6 +350,8 @@ def test_folder_loads_in_their_class(tmp_path, activation, saved_by):
         again = PerformerSeparatorModel.from_pretrained(source)
         assert torch.equal(again(mix), expected)
         assert again.get_model_args() == model.get_model_args()
+        placed = PerformerSeparatorModel.from_pretrained(source, device="meta")
+        assert {x.device.type for x in placed.parameters()} == {"meta"}
 
 
 def test_python_of_the_readme_runs(tmp_path, monkeypatch):

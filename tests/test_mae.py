@@ -551,7 +551,7 @@ def test_redraw_reaches_encoder_and_decoder():
             "expected decoder_layers from 1 with mask_mode drop, got 0",
         ),
         ({"decoder_layers": -1}, "expected decoder_layers from 0 .* got -1"),
-        ({"decoder_nhead": 3}, "got nhead=3 with d_model=8"),
+        ({"decoder_nhead": 3}, "got decoder_nhead=3 with d_decoder=8"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -149,6 +149,21 @@ def test_silent_stems_are_left_out_and_counted(measure):
 
 
 @pytest.mark.parametrize("measure", [si_snri, si_snri_grouped])
+def test_a_mean_is_no_sound(measure):
+    """SI-SNR takes it out, and would be -120 dB of what is left."""
+    est_source, stems, mix = item(4, 2)
+    offset = torch.tensor([[1e-3], [-0.4]])
+    expected = measure(est_source, stems, mix)[0]
+    steady = offset.expand(2, 80)
+    found, num_silent = measure(est_source, torch.cat([stems, steady]), mix)
+    assert (found, num_silent) == (pytest.approx(expected), 2)
+    # nor does it make a stem the loudest
+    soft = torch.stack([stems[0] + 500.0, stems[1]])
+    found, num_silent = measure(est_source, soft, mix)
+    assert (found, num_silent) == (pytest.approx(expected, abs=1e-2), 0)
+
+
+@pytest.mark.parametrize("measure", [si_snri, si_snri_grouped])
 def test_stems_without_a_source_improve_by_nothing(measure):
     stems = torch.randn(4, 300)
     mix = stems.sum(0)
@@ -271,6 +286,8 @@ def test_sources_that_are_not_finite_are_refused(measure, value):
     mix = [] if measure is sdr else [stems.sum(0)]
     with pytest.raises(ValueError, match="finite sources, got NaN or infin"):
         measure(est_source, stems, *mix)
+    with pytest.raises(ValueError, match="finite stems, got NaN or infin"):
+        measure(stems, est_source, *mix)
 
 
 def test_mixture_si_snr_does_not_depend_on_any_order():
@@ -288,6 +305,8 @@ def test_mixture_si_snr_leaves_silent_mixtures_out():
     sources = torch.randn(1, 3, 100)
     mixtures = torch.stack([sources.sum(1), torch.zeros(1, 100)], 1)
     expected = si_snr(sources.sum(1), mixtures[:, 0])
+    torch.testing.assert_close(mixture_si_snr(sources, mixtures), expected)
+    mixtures[:, 1] = 1e-3
     torch.testing.assert_close(mixture_si_snr(sources, mixtures), expected)
     # nothing to compare with: documented, and for the item only
     mixtures = torch.cat([torch.zeros(1, 2, 100), torch.randn(1, 2, 100)])

@@ -649,6 +649,16 @@ def test_regularized_loss_takes_any_loss_of_the_recipe(base):
     torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_what_has_no_weight_is_not_asked_for():
+    """Diversity is of two masks or more."""
+    masknet = PerformerMaskNet(65, 1, **SIZES)
+    loss = RegularizedLoss(get_mixit, masknet, 0.0, 0.0)
+    masknet(torch.randn(2, 65, 20, dtype=torch.complex64))
+    targets, predictions = torch.randn(2, 400, 2), torch.randn(2, 400, 1)
+    expected = get_mixit(targets, predictions)
+    assert torch.equal(loss(targets, predictions), expected)
+
+
 def test_masks_end_with_their_step():
     masknet = PerformerMaskNet(65, 3, **SIZES)
     loss = RegularizedLoss(get_mixit, masknet)

@@ -190,8 +190,8 @@ def _model_class():
                 What ``serialize`` returned, a file of it, the folder of an
                 exported separator, or its id on the hub.
             **kwargs : dict
-                ``revision``, ``token`` and so on for the hub, see
-                ``PerformerSeparator.from_pretrained``.
+                ``device``, and ``revision``, ``token`` and so on for the hub,
+                see ``PerformerSeparator.from_pretrained``.
 
             Returns
             -------
@@ -205,6 +205,7 @@ def _model_class():
             ValueError
                 If something else is in it, or the weights do not fit exactly.
             """
+            device = kwargs.pop("device", "cpu")
             if not isinstance(source, dict) and not os.path.isfile(source):
                 separator = PerformerSeparator.from_pretrained(source, **kwargs)
                 model = _built(separator.config, source)
@@ -225,7 +226,7 @@ def _model_class():
                 model = _built(conf["model_args"], source)
                 state = conf["state_dict"]
             load_state(model, state, source)
-            return model.eval()
+            return model.to(device).eval()
 
     def _built(model_args, source):
         try:

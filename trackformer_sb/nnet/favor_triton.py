@@ -122,6 +122,12 @@ class _FavorAttention(torch.autograd.Function):
         projection = projection.detach().to(product).contiguous()
         hidden = key_padding_mask
         if hidden is not None:
+            if hidden.dtype != torch.bool:
+                raise ValueError(
+                    f"key_padding_mask: expected torch.bool, got {hidden.dtype}"
+                )
+            # the kernels would read beyond the end of a smaller one
+            hidden = hidden.expand(key.shape[0], key.shape[2])
             hidden = hidden.contiguous().view(torch.uint8)
         ctx.options = launch_options(projection, value.shape[-1])
         with torch.cuda.device_of(query):

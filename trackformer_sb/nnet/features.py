@@ -46,7 +46,7 @@ def log_magnitude(spectrum, key_padding_mask=None, reference=None):
         mean = level.mean((-2, -1), keepdim=True)
     else:
         padding = key_padding_mask.unsqueeze(1)
-        count = (~padding).sum((-2, -1), True) * level.shape[1]
+        count = (~padding).sum((-2, -1), True).clamp(min=1) * level.shape[1]
         mean = level.masked_fill(padding, 0.0).sum((-2, -1), True) / count
     return (magnitude + LOG_FLOOR * mean + SILENT_MAGNITUDE).log()
 
@@ -70,7 +70,8 @@ def normalise_spectrogram(x, spec_norm, key_padding_mask=None, reference=None):
     Returns
     -------
     torch.Tensor
-        [batch, channels, frames]; a constant item becomes zero.
+        [batch, channels, frames]; a constant item becomes zero, but for
+        rounding.
 
     Example
     -------
@@ -92,17 +93,19 @@ def normalise_spectrogram(x, spec_norm, key_padding_mask=None, reference=None):
         variance = (ref - mean).square().mean(dims, True)
     else:
         padding = key_padding_mask.unsqueeze(1)
+        count = (~padding).expand_as(ref).sum(dims, True).clamp(min=1)
+        hidden = padding.all(-1, True)
         low = ref.masked_fill(padding, torch.inf).amin(dims, True)
         high = ref.masked_fill(padding, -torch.inf).amax(dims, True)
-        count = (~padding).expand_as(ref).sum(dims, True)
+        low, high = low.masked_fill(hidden, 0.0), high.masked_fill(hidden, 0.0)
         mean = ref.masked_fill(padding, 0.0).sum(dims, True) / count
         variance = (ref - mean).masked_fill(padding, 0.0).square()
         variance = variance.sum(dims, True) / count
     if spec_norm == "minmax":
         return (x - low) / (high - low).clamp(min=1e-5)
-    # clamped before the root, whose slope at zero is infinite; a steady band
-    # is left steady rather than blown up to noise
-    least = 1e-2 if spec_norm == "band_zscore" else 1e-10
+    # clamped before the root, whose slope at zero is infinite; what is steady
+    # is left so, rather than its rounding blown up to noise
+    least = 1e-2 if spec_norm == "band_zscore" else 1e-6
     return (x - mean) / variance.clamp(min=least).sqrt()
 
 

@@ -196,6 +196,11 @@ class AudioMAE(nn.Module):
                 "expected an even d_decoder and an encoder with layers, got "
                 f"{d_decoder} and {len(features.encoder.layers)} layers"
             )
+        if d_decoder % decoder_nhead:
+            raise ValueError(
+                "decoder_nhead must divide d_decoder, got decoder_nhead="
+                f"{decoder_nhead} with d_decoder={d_decoder}"
+            )
         self.features = features
         self.mask_ratio = mask_ratio
         self.mask_mode = mask_mode

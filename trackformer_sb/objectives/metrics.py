@@ -14,9 +14,9 @@ from trackformer_sb.objectives.regularizers import (
     mask_gram,
 )
 
-# Signals below this energy per sample (-80 dB of full scale) count as silent,
-# and so do stems this far below the loudest (-40 dB): where a stem is alone,
-# the mixture scores higher than any estimate.
+# Signals below this energy per sample (-80 dB of full scale) about their mean
+# count as silent, and so do stems this far below the loudest (-40 dB): where a
+# stem is alone, the mixture scores higher than any estimate.
 SILENT_ENERGY = 1e-8
 RELATIVE_SILENCE = 1e-4
 
@@ -73,21 +73,24 @@ def _si_snr_from_products(product, estimate_energy, target_energy):
     return 10 * np.log10(np.clip(ratio, 1 / limit, limit))
 
 
+def _energy(sig, name):
+    """Mean energy without means, which SI-SNR does not count."""
+    energy = sig.double().var(-1, correction=0)
+    if not energy.isfinite().all():
+        raise ValueError(f"expected finite {name}, got NaN or infinite samples")
+    return energy
+
+
 def _active(stems):
     """Which stems sound, [stems, time] -> [stems]."""
-    energy = stems.square().mean(-1)
-    if not len(stems):
-        return energy.bool()
-    return energy > (RELATIVE_SILENCE * energy.max()).clamp(min=SILENT_ENERGY)
+    energy = _energy(stems, "stems")
+    loudest = max(energy.tolist(), default=0.0)
+    return energy > max(RELATIVE_SILENCE * loudest, SILENT_ENERGY)
 
 
 def _sounding(est_source):
     """Leaves out sources of silence, however quiet the others are."""
-    sig = est_source.double()
-    energy = sig.var(-1, correction=0)
-    if not energy.isfinite().all():
-        raise ValueError("expected finite sources, got NaN or infinite samples")
-    return est_source[energy > 1e-20]
+    return est_source[_energy(est_source, "sources") > 1e-20]
 
 
 def _check_item(est_source, stems, mix):
@@ -151,7 +154,7 @@ def si_snri(est_source, stems, mix):
     Raises
     ------
     ValueError
-        If the shapes do not fit, or for sources that are not finite.
+        If the shapes do not fit, or for samples that are not finite.
 
     Example
     -------
@@ -161,9 +164,8 @@ def si_snri(est_source, stems, mix):
     (True, 0)
     """
     _check_item(est_source, stems, mix)
-    active = _active(stems)
-    num_silent = int((~active).sum())
-    stems = stems[active]
+    num_stems, stems = len(stems), stems[_active(stems)]
+    num_silent = num_stems - len(stems)
     if len(stems) < 2:
         return None, num_silent
     est_source = _sounding(est_source)
@@ -220,7 +222,7 @@ def si_snri_grouped(est_source, stems, mix):
     Raises
     ------
     ValueError
-        For shapes that do not fit, over 12 sources, or some not finite.
+        For shapes that do not fit, over 12 sources, or NaN or infinity.
 
     Example
     -------
@@ -235,9 +237,8 @@ def si_snri_grouped(est_source, stems, mix):
         raise ValueError(
             f"expected at most {MAX_GROUPED} sources, got {len(est_source)}"
         )
-    active = _active(stems)
-    num_silent = int((~active).sum())
-    stems = stems[active]
+    num_stems, stems = len(stems), stems[_active(stems)]
+    num_silent = num_stems - len(stems)
     if len(stems) < 2:
         return None, num_silent
     est_source = _sounding(est_source)
@@ -340,7 +341,7 @@ def mixture_si_snr(est_source, mixtures):
     # in double precision, which autocast and TF32 leave alone
     remix = torch.matmul(assignment.double(), est_source.double())
     value = si_snr(remix, mixtures.double()).to(est_source.dtype)
-    active = mixtures.square().mean(-1) > SILENT_ENERGY
+    active = mixtures.double().var(-1, correction=0) > SILENT_ENERGY
     return (value * active).sum(1) / active.sum(1)
 
 

@@ -101,9 +101,11 @@ class RegularizedLoss:
         # not kept: the graph of a step ends with the step
         masks, self._masks = self._masks, None
         masks = masks.transpose(0, 1)
-        sparsity = sparsity_loss(predictions.transpose(1, 2), targets.sum(-1))
-        loss = loss + self.lambda_diversity * diversity_loss(masks)
-        loss = loss + self.lambda_sparsity * sparsity
+        if self.lambda_diversity:
+            loss = loss + self.lambda_diversity * diversity_loss(masks)
+        if self.lambda_sparsity:
+            est_source, mix = predictions.transpose(1, 2), targets.sum(-1)
+            loss = loss + self.lambda_sparsity * sparsity_loss(est_source, mix)
         if self.lambda_mask_count:
             loss = loss + self.lambda_mask_count * mask_count_loss(masks)
         return loss

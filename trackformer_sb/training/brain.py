@@ -72,7 +72,7 @@ class MusicBrain(sb.Brain):
                 if path not in self.skipped:
                     logger.warning(f"segments are skipped: {reason}")
                 self.skipped[path] = self.skipped.get(path, 0) + 1
-        energy = batch.mixtures.data[:, 0].square().mean(-1)
+        energy = batch.mixtures.data[:, 0].var(-1, correction=0)
         for song, value in zip(batch.song, energy.tolist()):
             sounds = value > SILENT_ENERGY
             self.sounding[song] = self.sounding.get(song, False) or sounds
