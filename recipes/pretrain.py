@@ -89,7 +89,7 @@ class Pretraining(MusicBrain):
 
     def measure(self, predictions, batch):
         """Measures one item: a row of test_results.csv."""
-        if batch.skipped[0]:
+        if batch.lost[0]:
             # another segment took the place of the unreadable one
             return {"id": batch.id[0]}
         hidden = predictions.hidden[0]

@@ -131,7 +131,9 @@ class Separation(MusicBrain):
             self.losses = {k: v.detach() for k, v in parts.items()}
         else:
             row = self.measure(predictions, batch, stage)
-            self.rows.append({**row, "mixit_loss": parts["mixit"].item()})
+            if not batch.lost[0]:
+                row["mixit_loss"] = parts["mixit"].item()
+            self.rows.append(row)
         return sum(
             loss * getattr(self.hparams, f"lambda_{name}", 1.0)
             for name, loss in parts.items()
@@ -141,7 +143,7 @@ class Separation(MusicBrain):
         """Measures one item: a row of test_results.csv."""
         mixtures, stems = batch.mixtures.data, batch.stems.data[0]
         est_source, est_mask = predictions
-        if batch.skipped[0] or not est_source.isfinite().all():
+        if batch.lost[0] or not est_source.isfinite().all():
             # another segment took the place of the unreadable one, or the
             # separator failed
             return {"id": batch.id[0]}

@@ -275,7 +275,8 @@ def test_values_that_may_be_null_or_infinite():
 
 
 @pytest.mark.parametrize("name", ["2024", "2024-05-01", "1e3", "true", "3.5"])
-def test_folders_may_be_called_like_numbers(name):
+def test_folders_may_be_called_like_numbers(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the folder of checkpoints is made
     keys = ("data_folder", "output_folder", "split_file", "pretrained_encoder")
     words = [f"--{key}={name}" for key in keys]
     path, _, overrides = parse_arguments([str(RECIPE), *words])

@@ -17,6 +17,7 @@ from recipe_runs import (
 from trackformer_sb.data.audio import UnreadableAudio
 from trackformer_sb.data.packing import pack
 from trackformer_sb.training import dataio
+from trackformer_sb.training.experiment import load_experiment
 
 recipe = load_recipe("train")
 
@@ -49,7 +50,15 @@ def run(songs, out, **more):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_training_on_shards(packed, tmp_path, num_workers):
+def test_training_on_shards(packed, tmp_path, num_workers, monkeypatch):
+    lengths = set()
+    note_input = recipe.Separation.note_input
+
+    def noting(brain, batch):
+        lengths.add(batch.mixtures.data.shape[-1])
+        note_input(brain, batch)
+
+    monkeypatch.setattr(recipe.Separation, "note_input", noting)
     rows, _, metrics = run(
         packed,
         tmp_path / "run",
@@ -62,6 +71,20 @@ def test_training_on_shards(packed, tmp_path, num_workers):
     assert len(rows) == 2 * 3
     assert np.isfinite(metrics["si_snri"])
     assert not (tmp_path / "run" / "manifests").exists()
+    # evaluated as trained: on 0.3 s of the 0.4 s that were packed
+    assert lengths == {round(0.3 * RATE)}
+
+
+@pytest.mark.parametrize(("percent", "warned"), [(30, False), (40, True)])
+def test_shards_of_too_little_music_for_other_speeds(
+    packed, tmp_path, percent, warned, caplog
+):
+    more = {"dataset": "shards", "speed_percent": percent}
+    argv = tiny("performer_mixit.yaml", packed, tmp_path / "run", **more)
+    experiment = load_experiment(argv, recipe.SELECTION_METRICS)
+    dataio.prepare_data(experiment.hparams)
+    words = "no more than 0.4 s of each; those of 0.42 s would not"
+    assert (words in caplog.text) == warned
 
 
 def test_a_stopped_training_on_shards_goes_on_in_its_epoch(
@@ -182,6 +205,7 @@ def test_switches_reach_the_training_pairs_only(songs, tmp_path, monkeypatch):
     assert train.channel == "left" and train.equal_levels
     assert train.max_failures == 1
     for pairs in (valid, test):
+        assert pairs.max_failures == 1
         assert pairs.augmentation.is_off and pairs.channel == "mean"
         assert not pairs.equal_levels and pairs.with_stems
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from trackformer_sb.training.optimization import (
     clip_all_groups,
     cosine_schedule,
+    frozen_epochs,
     separate_group,
     separate_layers,
 )
@@ -392,3 +393,16 @@ def test_resumed_schedule_gives_the_same_rates(stop_at):
     schedule.load_state_dict(first[1].state_dict())
     rest = rates(optimizer, schedule, 12 - stop_at)
     assert rest == [group[stop_at:] for group in whole]
+
+
+# --- epochs that are frozen --------------------------------------------------
+
+
+@pytest.mark.parametrize("freeze", [0.1, 500])
+def test_frozen_epochs_of_a_training_that_a_limit_ends(freeze):
+    optimizer = adamw()
+    separate_group(
+        optimizer, optimizer.param_groups[0]["params"][:2], 1.0, freeze
+    )
+    # half an epoch, however many epochs the yaml has
+    assert frozen_epochs(optimizer, 5000, epoch_steps=1000) == 1

@@ -38,6 +38,7 @@ from trackformer_sb.inference.interfaces import PerformerSeparation
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 from trackformer_sb.training import experiment as experiments
+from trackformer_sb.training.costs import of_all_ranks
 from trackformer_sb.training.dataio import prepare_data
 from trackformer_sb.training.experiment import load_experiment, make_brain
 
@@ -507,8 +508,13 @@ def test_debug_leaves_the_results_of_a_training(songs, tmp_path):
     argv = tiny("performer_mixit.yaml", songs, out)
     recipe.main(argv)
     before = (out / "test_results.csv").read_bytes(), weights(out)
+    log = (out / "train_log.txt").read_bytes()
+    curves = sorted((out / "tensorboard").rglob("*"))
     recipe.main([*argv, "--debug"])
     assert (out / "test_results.csv").read_bytes() == before[0]
+    assert (out / "train_log.txt").read_bytes() == log
+    assert sorted((out / "tensorboard").rglob("*")) == curves
+    assert (out / "debug" / "train_log.txt").read_bytes() not in (b"", log)
     for key, value in weights(out).items():
         assert torch.equal(value, before[1][key])
     assert (out / "debug" / "metrics.json").is_file()
@@ -522,12 +528,28 @@ def test_unreadable_test_item_has_an_empty_row(tmp_path, quick):
     soundfile.write(broken, np.full_like(sig, np.nan), RATE, "FLOAT")
     out = tmp_path / "run"
     recipe.main(tiny("performer_mixit.yaml", music, out, test_folder=stems))
-    rows, average, _ = read_results(out)
-    for row in rows:
-        if "song_2" in row["id"]:
-            assert set(row.values()) == {row["id"], ""}
+    rows, average, metrics = read_results(out)
+    lost = [row for row in rows if "song_2" in row["id"]]
+    for row in lost:
+        assert set(row.values()) == {row["id"], ""}
     assert np.isfinite(float(average["si_snri"]))
-    assert any(row["si_snri"] for row in rows)
+    # it was a partner as well, whose place another one can take
+    assert metrics["unreadable_segments"] > len(lost) > 0
+    for row in rows:
+        if row not in lost:
+            assert row["si_snri"] and row["mixture_si_snr"]
+
+
+def test_ranks_count_unreadable_segments_together(monkeypatch):
+    def gather(values, value):
+        values[:] = [value, {"b.wav": 2}]
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    brain = types.SimpleNamespace(distributed_launch=False)
+    assert of_all_ranks(brain, {"a.wav": 1}) == [{"a.wav": 1}]
+    brain.distributed_launch = True
+    assert of_all_ranks(brain, {"a.wav": 1}) == [{"a.wav": 1}, {"b.wav": 2}]
 
 
 def test_all_files_failing_stops(tmp_path, quick):

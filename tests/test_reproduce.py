@@ -486,6 +486,23 @@ def test_resumed_cell_keeps_the_steps_of_its_probe(repository):
     assert keys_of(call)["optimizer_step_limit"] == "240"
 
 
+@pytest.mark.parametrize(
+    ("budget", "steps"), (("--minutes=6", "1440"), ("--epochs=5", None))
+)
+def test_a_cell_stopped_early_takes_another_budget(budget, steps, repository):
+    more = ("--lengths", "3", "--losses", "mixit", "--models", "performer")
+    run(repository, *more, "--minutes=1")
+    path = repository / "out/performer/3s/mixit/cell.json"
+    found = json.loads(path.read_text()) | {"status": "running"}
+    path.write_text(json.dumps(found))
+    run(repository, *more, budget)
+    limit = keys_of(calls(repository)[-1]).get("optimizer_step_limit")
+    assert limit == steps
+    assert record(repository, "performer/3s/mixit").get("steps") == (
+        steps and int(steps)
+    )
+
+
 def test_failed_cell_of_another_network_is_probed_again(repository):
     more = ("--minutes=1", "--lengths", "3", "--losses", "mixit")
     more = (*more, "--models", "performer")

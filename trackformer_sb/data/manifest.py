@@ -7,6 +7,7 @@ into memory, so a loader worker holds the pages it reads, and those are shared.
 """
 
 import json
+import math
 import mmap
 import os
 from collections.abc import Mapping, Sequence
@@ -95,6 +96,8 @@ class MappedManifest(Manifest):
         Where the files are; relative paths of tracks are relative to it.
     split : str
         Their name without ending.
+    longest : float, optional
+        Of longer segments only the first so many seconds are given.
 
     Raises
     ------
@@ -113,8 +116,9 @@ class MappedManifest(Manifest):
     ('a_0002', 6.0)
     """
 
-    def __init__(self, folder, split):
+    def __init__(self, folder, split, longest=math.inf):
         self.folder, self.split = os.path.abspath(folder), split
+        self.longest = longest
         self._open()
 
     def _open(self):
@@ -126,10 +130,10 @@ class MappedManifest(Manifest):
         self.ids = _Ids(self)
 
     def __getstate__(self):
-        return self.folder, self.split
+        return self.folder, self.split, self.longest
 
     def __setstate__(self, state):
-        self.folder, self.split = state
+        self.folder, self.split, self.longest = state
         self._open()
 
     def _line(self, index):
@@ -165,6 +169,7 @@ class MappedManifest(Manifest):
         line = self._line(index)
         hop = line.pop("hop")
         line["start"] = round(int(self._numbers[index]) * hop, 6)
+        line["duration"] = min(line["duration"], self.longest)
         tracks = line["tracks"]
         for name, files in tracks.items():
             whole = [

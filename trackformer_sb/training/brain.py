@@ -1,6 +1,7 @@
 """The Brain that the recipes share: data, schedule, history, costs."""
 
 import csv
+import itertools
 import json
 import pathlib
 import statistics
@@ -21,7 +22,7 @@ from speechbrain.utils.logger import get_logger
 from trackformer_sb.memory import peak_memory_mb
 from trackformer_sb.objectives.metrics import SILENT_ENERGY
 from trackformer_sb.training import figures
-from trackformer_sb.training.costs import training_costs
+from trackformer_sb.training.costs import of_all_ranks, training_costs
 from trackformer_sb.training.optimization import (
     clip_all_groups,
     frozen_epochs,
@@ -67,11 +68,13 @@ class MusicBrain(sb.Brain):
 
     def note_input(self, batch):
         """Names each unreadable file once, counts, and notes silent songs."""
-        for skipped in batch.skipped:
-            for path, reason in skipped:
-                if path not in self.skipped:
-                    logger.warning(f"segments are skipped: {reason}")
-                self.skipped[path] = self.skipped.get(path, 0) + 1
+        # a rank trains on segments of its own, but evaluates all
+        counts = self.modules.training or if_main_process()
+        for path, reason in itertools.chain(*batch.skipped) if counts else ():
+            if path not in self.skipped:
+                words = f"segments are skipped: {reason}"
+                logger.warning(words, main_process_only=False)
+            self.skipped[path] = self.skipped.get(path, 0) + 1
         energy = batch.mixtures.data[:, 0].var(-1, correction=0)
         for song, value in zip(batch.song, energy.tolist()):
             sounds = value > SILENT_ENERGY
@@ -90,13 +93,9 @@ class MusicBrain(sb.Brain):
         if not whole and (self.debug or self.steps_before):
             # a few segments may all be rests
             return
-        heard = [self.sounding]
-        if self.distributed_launch:
-            # all ranks must come to the same end
-            heard = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(heard, self.sounding)
         songs = {}
-        for sounding in heard:
+        # all ranks must come to the same end
+        for sounding in of_all_ranks(self, self.sounding):
             for song, sounds in sounding.items():
                 songs[song] = songs.get(song, False) or sounds
         if not any(songs.values()):
@@ -235,9 +234,10 @@ class MusicBrain(sb.Brain):
                 self.hparams.pretrained_layer_decay,
             )
             counter = self.hparams.epoch_counter
+            epoch_steps = self.num_batches // self.grad_accumulation_factor
             counter.limit_warmup = max(
                 counter.limit_warmup,
-                frozen_epochs(self.optimizer, self.num_steps, counter.limit),
+                frozen_epochs(self.optimizer, self.num_steps, epoch_steps),
             )
         if len(self.optimizer.param_groups) > 1:
             # SpeechBrain clips the first group only
@@ -364,6 +364,8 @@ class MusicBrain(sb.Brain):
             {"epochs": len(self.hparams.history.epochs)},
             test_stats={"loss": test_loss, **self.known_averages()},
         )
+        skipped = of_all_ranks(self, self.skipped)
+        self.unreadable_segments = sum(sum(x.values()) for x in skipped)
         if if_main_process():
             self.write_results(test_loss)
 

@@ -2,7 +2,30 @@
 
 import statistics
 
+import torch
+
 from trackformer_sb.memory import peak_memory_mb
+
+
+def of_all_ranks(brain, value):
+    """A value of each rank; all ranks have to call it.
+
+    Arguments
+    ---------
+    brain : MusicBrain
+        Says whether there are several.
+    value : object
+        This rank's, to be pickled.
+
+    Returns
+    -------
+    list
+    """
+    values = [value]
+    if brain.distributed_launch:
+        values *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def training_costs(brain):
@@ -25,7 +48,7 @@ def training_costs(brain):
     # of a training in several parts
     _, peaks = history.series("peak_memory_mb")
     return {
-        "unreadable_segments": sum(brain.skipped.values()),
+        "unreadable_segments": brain.unreadable_segments,
         "epochs": len(history.epochs),
         "batches": brain.num_batches,
         "steps": int(steps[-1]) if steps else None,

@@ -9,6 +9,7 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.data_pipeline import DataPipeline
 from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.logger import get_logger
 
 from trackformer_sb.data.augment import Augmentation
 from trackformer_sb.data.catalogue import REPORT, prepare
@@ -16,6 +17,8 @@ from trackformer_sb.data.manifest import MappedManifest
 from trackformer_sb.data.mixtures import MixtureOfMixtures
 from trackformer_sb.training.keys import SONG_KEYS
 from trackformer_sb.training.settings import check_values
+
+logger = get_logger(__name__)
 
 # Keys of the yaml that ``prepare`` takes.
 DATA_KEYS = (
@@ -148,6 +151,16 @@ def _check_packed(hparams):
             f"segment_seconds: expected up to {packed['segment_seconds']}, the "
             f"length packed in {where}, got {hparams['segment_seconds']}"
         )
+    faster = 1.0
+    for key in ("speed_percent", "time_stretch_percent"):
+        faster *= 1 + hparams[key] / 100
+    if packed["segment_seconds"] < hparams["segment_seconds"] * faster:
+        logger.warning(
+            "speed_percent, time_stretch_percent: segments that are played "
+            "faster end with silence, for the shards hold no more than "
+            f"{packed['segment_seconds']:g} s of each; those of "
+            f"{hparams['segment_seconds'] * faster:g} s would not"
+        )
     if hparams["test_folder"]:
         raise ValueError(
             "test_folder: shards bring their own test songs, expected null, "
@@ -177,6 +190,14 @@ def _sharded(hparams, training):
     return dataset
 
 
+def _lost(tracks, skipped):
+    """Whether a segment was itself replaced, and not just its partner."""
+    files = set()
+    for paths in tracks.values():
+        files |= {paths} if isinstance(paths, str) else {*paths}
+    return any(path in files for path, _ in skipped)
+
+
 def dataio_prep(hparams, rank):
     """Datasets of pairs of mixtures from the prepared manifests.
 
@@ -189,34 +210,38 @@ def dataio_prep(hparams, rank):
     """
     folder = manifest_folder(hparams)
     training = {key: hparams[key] for key in PAIR_KEYS}
+    evaluation = {"with_stems": True}
     training["rank"] = rank
     training["augmentation"] = Augmentation(
         **{key: hparams[key] for key in AUGMENTATION_KEYS}
     )
     if hparams["strict"]:
-        training["max_failures"] = 1
+        training["max_failures"] = evaluation["max_failures"] = 1
     datasets, train_pairs = {}, None
     for split in ("train", "valid", "test"):
         if split == "train" and hparams["dataset"] == "shards":
             datasets[split] = train_pairs = _sharded(hparams, training)
             continue
-        rows = MappedManifest(folder, split)
+        rows = MappedManifest(folder, split, hparams["segment_seconds"])
         dataset = SegmentDataset(rows)
         pairs = MixtureOfMixtures(
             rows,
             hparams["sample_rate"],
             hparams["seed"],
-            **(training if split == "train" else {"with_stems": True}),
+            **(training if split == "train" else evaluation),
         )
         dataset.add_dynamic_item(
             pairs, takes="id", provides=["mixtures", "stems", "skipped"]
         )
         dataset.add_dynamic_item(list, takes="tracks", provides="names")
+        dataset.add_dynamic_item(
+            _lost, takes=["tracks", "skipped"], provides="lost"
+        )
         keys = ["id", "song", "mixtures", "skipped"]
         if split == "train":
             train_pairs = pairs
         else:
-            keys += ["stems", "names"]
+            keys += ["stems", "names", "lost"]
         dataset.set_output_keys(keys)
         datasets[split] = dataset
     return datasets, train_pairs

@@ -46,7 +46,7 @@ class Experiment(NamedTuple):
 
 
 def load_experiment(argv, selection_metrics):
-    """Reads the command line and the yaml; writes nothing.
+    """Reads the command line and the yaml; writes no file.
 
     Sets the precision of float32 matrix products of this process, the yaml's
     ``matmul_precision`` (``torch.set_float32_matmul_precision``).
@@ -240,7 +240,7 @@ def make_brain(brain_class, experiment):
     datasets, brain.pairs = dataio_prep(hparams, rank)
     brain.skipped, brain.silent_songs, brain.sounding = {}, set(), {}
     brain.results_folder = pathlib.Path(hparams["output_folder"])
-    brain.num_processes = _world_size(brain)
+    brain.num_processes, curves = _world_size(brain), {}
     if brain.debug and not brain.debug_persistently:
         # a few batches must not replace the results of a training, and all
         # ranks need the same of SpeechBrain's temporary folders
@@ -249,7 +249,10 @@ def make_brain(brain_class, experiment):
             ddp_broadcast(str(brain.checkpointer.checkpoints_dir))
         )
         brain.results_folder.mkdir(exist_ok=True)
-    brain.tensorboard = hparams["tensorboard_logger"]()
+        log = brain.results_folder / "train_log.txt"
+        hparams["train_logger"].save_file = str(log)
+        curves = {"save_dir": str(brain.results_folder / "tensorboard")}
+    brain.tensorboard = hparams["tensorboard_logger"](**curves)
     segments = len(datasets["train"])
     if hparams["dataset"] == "shards":
         # what this rank reads; all ranks read as much

@@ -103,6 +103,12 @@ class Runner:
         dict
             What there is to add to its record.
         """
+        budget = list(job.budget)
+        if record.get("budget", budget) != budget:
+            # it was stopped before it was begun with another one
+            for name in ("steps", "probe"):
+                record.pop(name, None)
+        record["budget"] = budget
         if job.budget[0] == "steps":
             record["steps"] = job.budget[1]
         elif job.budget[0] == "minutes" and not self.knows_steps(job, record):

@@ -167,15 +167,15 @@ def separate_layers(
         separate_group(optimizer, layer, scale, freeze_steps)
 
 
-def frozen_epochs(optimizer, num_steps, num_epochs):
+def frozen_epochs(optimizer, num_steps, epoch_steps):
     """Epochs that begin while a group is frozen.
 
     Arguments
     ---------
     optimizer : torch.optim.Optimizer
         See ``separate_group``.
-    num_steps, num_epochs : int
-        Of the training.
+    num_steps, epoch_steps : int
+        Of the training, and of an epoch.
 
     Returns
     -------
@@ -186,12 +186,12 @@ def frozen_epochs(optimizer, num_steps, num_epochs):
     >>> optimizer = torch.optim.SGD([torch.zeros(1), torch.zeros(1)], lr=1.0)
     >>> parameters = optimizer.param_groups[0]["params"]
     >>> separate_group(optimizer, parameters[:1], freeze_steps=0.25)
-    >>> frozen_epochs(optimizer, num_steps=100, num_epochs=10)
+    >>> frozen_epochs(optimizer, num_steps=100, epoch_steps=10)
     3
     """
     steps = max(x.get("freeze_steps", 0) for x in optimizer.param_groups)
-    share = steps if steps < 1 else steps / num_steps
-    return math.ceil(share * num_epochs)
+    steps *= num_steps if steps < 1 else 1
+    return math.ceil(steps / epoch_steps)
 
 
 def clip_all_groups(optimizer, max_norm):
