@@ -240,6 +240,41 @@ def test_globs_and_files_named_twice(model, tmp_path, capsys):
     assert f"{nothing}: no such audio file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("pattern", ["**/*", "**/*.wav", "*"])
+def test_a_pattern_does_not_take_its_own_results(model, tmp_path, pattern):
+    music = tmp_path / "music"
+    music.mkdir()
+    write_noise(music / "a.wav")
+    out = music / "sources"
+    pattern = str(music / pattern)
+    for outputs in ("0", "x=0+1"):
+        more = ("--skip-existing", "--outputs", outputs)
+        assert separate(model, [pattern], out, *more) == 0
+    assert below(out) == ["a_source0.wav", "a_x.wav"]
+
+
+def test_a_pattern_of_the_folder_of_results(model, tmp_path, capsys):
+    write_noise(tmp_path / "a.wav")
+    assert separate(model, [str(tmp_path / "*.wav")], tmp_path) == 2
+    assert "expected another folder than that of" in capsys.readouterr().err
+    # one by one they are what was meant
+    assert separate(model, [str(tmp_path / "a.wav")], tmp_path) == 0
+
+
+def test_results_that_cannot_be_written(model, tmp_path, capsys):
+    """Said before anything is separated; other files are not stopped."""
+    blocked, other = (write_noise(tmp_path / x) for x in ("a.wav", "b.wav"))
+    long = write_noise(tmp_path / f"{'c' * 249}.wav")
+    out = tmp_path / "out"
+    (out / "a_source1.wav").mkdir(parents=True)
+    assert separate(model, [blocked, long, other], out) == 1
+    errors = capsys.readouterr().err
+    assert f"{out / 'a_source1.wav'}: expected no folder there" in errors
+    assert "File name too long" in errors
+    assert [x for x in below(out) if x.startswith(("a", "c"))] == []
+    assert len([x for x in below(out) if x.startswith("b")]) == 3
+
+
 def test_links_to_folders_are_followed(model, tmp_path, capsys):
     music = tmp_path / "music"
     (music / "in").mkdir(parents=True)
@@ -307,7 +342,11 @@ def test_what_a_killed_run_left_is_named(model, tmp_path, capsys):
     assert left.is_dir() and errors.count("may be deleted") == 1
 
 
-def test_raw_samples_are_no_audio_file(model, tmp_path, capsys):
+@pytest.mark.parametrize("terminal", [False, True])
+def test_raw_samples_are_no_audio_file(
+    model, tmp_path, capsys, monkeypatch, terminal
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     (tmp_path / "a.raw").write_bytes(bytes(100))
     song = write_noise(tmp_path / "song.wav")
     files = [str(tmp_path / "a.raw"), song]

@@ -197,6 +197,28 @@ def resize(folder):
     path.write_text(path.read_text().replace("d_model: 16", "d_model: 32"))
 
 
+def rename_argument(folder):
+    path = folder / "hyperparams.yaml"
+    path.write_text(path.read_text().replace("d_model: 16", "d_modle: 16"))
+
+
+def repeat_key(folder):
+    path = folder / "hyperparams.yaml"
+    path.write_text(path.read_text() + "\nnum_spks: 3\n")
+
+
+def no_keys(folder):
+    (folder / "hyperparams.yaml").write_text("")
+
+
+def cut_checkpoint(folder):
+    (folder / "save" / "CKPT+epoch2" / "CKPT.yaml").write_text("{end")
+
+
+def empty_checkpoint(folder):
+    (folder / "save" / "CKPT+epoch2" / "CKPT.yaml").write_text("")
+
+
 def no_metrics(folder):
     (folder / "metrics.json").write_text("[]")
 
@@ -207,6 +229,12 @@ def no_metrics(folder):
         (damage, (), "masknet.ckpt: no readable file of weights"),
         (lose, (), "epoch2: no weights of the masknet"),
         (resize, (), "does not fit PerformerMaskNet"),
+        (rename_argument, (), "Invalid argument to class"),
+        (repeat_key, (), "hyperparams.yaml: "),
+        (no_keys, (), "hyperparams.yaml: no keys in it"),
+        (cut_checkpoint, (), "save: a CKPT.yaml in it is damaged"),
+        (empty_checkpoint, (), "save: a CKPT.yaml in it is damaged"),
+        (cut_checkpoint, ("--checkpoint", "CKPT+epoch1"), "is damaged"),
         (no_metrics, (), "metrics.json"),
         (lambda f: shutil.rmtree(f / "save"), (), "no checkpoint of a finish"),
         (
@@ -420,6 +448,29 @@ def test_info_that_fails(
     assert printed.out == ""
     assert printed.err.startswith("trackformer info: ")
     assert message in printed.err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("d_model:", "d_modle:"), "Invalid argument"),
+        (lambda text: text.replace("n_fft: 256", "n_fft: many"), "no usable"),
+        (lambda text: text + "  - [", "no usable yaml"),
+        (lambda text: "", "no usable yaml"),
+        (lambda text: "- one", "no usable yaml"),
+    ],
+)
+def test_info_on_a_damaged_yaml(exported, tmp_path, capsys, change, message):
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    (folder / "config.json").unlink()
+    path = folder / "hyperparams.yaml"
+    text = path.read_text()
+    path.write_text(change(text))
+    assert path.read_text() != text
+    assert command("info", folder) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1].startswith("trackformer info: ")
+    assert f"{path}: no usable yaml" in printed.err and message in printed.err
 
 
 def test_nothing_heavy_is_imported_for_help():

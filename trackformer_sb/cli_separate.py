@@ -192,6 +192,11 @@ def _prepare(args):
                 "music, whose results would be separated next time"
             )
     files = find_files(args.files, args.out, AUDIO_EXTENSIONS)
+    if not files:
+        raise ValueError(
+            f"--out {args.out}: expected another folder than that of the "
+            "music, all that was found is below it"
+        )
     separator, _ = load_separator(args.model, args.device, args.trust_yaml)
     wanted = {
         "file_format": args.format,
@@ -264,7 +269,7 @@ class _Bars:
 
         try:
             info = soundfile.info(os.fsencode(path))
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError, TypeError):  # the last of a .raw file
             return 0.0  # separate_file says what is wrong
         return 0.0 if info.frames == UNKNOWN_FRAMES else info.duration
 

@@ -17,7 +17,8 @@ def find_files(arguments, out, endings):
         Files, folders, and globs that the shell has not expanded. What does
         not exist is returned as it is.
     out : str
-        Folder of the results, left out below the folders.
+        Folder of the results, left out below the folders, and of what globs
+        stand for.
     endings : tuple of str
         Of audio files, in lower case; files named one by one may have others.
 
@@ -36,6 +37,8 @@ def find_files(arguments, out, endings):
     found = {}
     for argument in arguments:
         for path in _expand(argument, endings):
+            if path != argument and _is_below(path, out):
+                continue
             below = [path]
             if os.path.isdir(path):
                 below = _below(path, out, endings)
@@ -44,6 +47,12 @@ def find_files(arguments, out, endings):
             for one in below:
                 found.setdefault(os.path.realpath(one), one)
     return list(found.values())
+
+
+def _is_below(path, folder):
+    """Whether a path is inside of a folder that has no links in its name."""
+    parent = os.path.dirname(os.path.realpath(path))
+    return os.path.commonpath([parent, folder]) == folder
 
 
 def _expand(argument, endings):

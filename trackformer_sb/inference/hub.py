@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from ruamel.yaml.error import YAMLError
 from speechbrain.inference.interfaces import Pretrained
 from speechbrain.utils.fetching import (
     FetchConfig,
@@ -148,7 +149,7 @@ def load_strictly(
     FileNotFoundError
         If the folder, its yaml or its weights do not exist.
     ValueError
-        If the weights are damaged or do not fit the modules exactly.
+        If the yaml or the weights are damaged, or do not fit each other.
     """
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
@@ -158,8 +159,12 @@ def load_strictly(
         "fetch_config": fetch_config or FetchConfig(),
     }
     path = fetched_file(source, hparams_file, what, collect_in, **how)
-    with open(path, encoding="utf-8") as file:
-        hparams = load_hyperpyyaml(file, overrides, overrides_must_match)
+    try:
+        with open(path, encoding="utf-8") as file:
+            hparams = load_hyperpyyaml(file, overrides, overrides_must_match)
+    except (YAMLError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: no usable yaml ({reason})") from error
     for key in ("modules", "pretrainer"):
         if key not in hparams:
             inner = os.path.join(source, "separator")

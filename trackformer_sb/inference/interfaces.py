@@ -22,6 +22,7 @@ from trackformer_sb.inference.remix import (
 )
 from trackformer_sb.inference.separation import separate
 from trackformer_sb.inference.writing import (
+    check_paths,
     output_paths,
     write_sources,
 )
@@ -255,6 +256,7 @@ class PerformerSeparation(StrictPretrained):
             )
             if skip_existing and up_to_date(path, paths, comment):
                 return paths
+            check_paths(paths)
         with ExitStack() as stack:
             # names need not be valid UTF-8
             try:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -10,6 +11,7 @@ from huggingface_hub import HfApi, errors
 from huggingface_hub.errors import HTTPError
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from speechbrain.utils.checkpoints import Checkpointer
 
 from trackformer_sb.inference.export import export_separator
@@ -23,6 +25,19 @@ SCORE = "score"
 
 # What the card says of the yaml, as the recipe does.
 TRAINING_KEYS = ("dataset", "segment_seconds", "seed", "selection_metric")
+
+
+@contextmanager
+def _readable(save):
+    """SpeechBrain reads what a checkpoint says of itself, whole or not."""
+    try:
+        yield
+    except (yaml.YAMLError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{save}: a CKPT.yaml in it is damaged, take its checkpoint out "
+            f"({reason})"
+        ) from error
 
 
 def best_checkpoint(run):
@@ -44,15 +59,18 @@ def best_checkpoint(run):
     ------
     FileNotFoundError
         If there is none.
+    ValueError
+        If one is damaged.
     """
     save = Path(run) / "save"
     if save.is_dir():
         checkpointer = Checkpointer(save)
-        best = checkpointer.find_checkpoint(max_key=SCORE)
-        if best is not None:
+        with _readable(save):
+            best = checkpointer.find_checkpoint(max_key=SCORE)
             newest = checkpointer.find_checkpoint(
                 ckpt_predicate=lambda checkpoint: SCORE in checkpoint.meta
             )
+        if best is not None:
             return best, newest
     raise FileNotFoundError(
         f"{save}: no checkpoint of a finished epoch; expected the folder of a "
@@ -79,17 +97,17 @@ def named_checkpoint(run, checkpoint):
     ------
     FileNotFoundError
         If there is none in that folder.
+    ValueError
+        If it, or one beside it, is damaged.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
         folder = Path(run) / "save" / checkpoint
     found = []
     if folder.is_dir():
-        found = [
-            one
-            for one in Checkpointer(folder.parent).list_checkpoints()
-            if one.path.resolve() == folder.resolve()
-        ]
+        with _readable(folder.parent):
+            checkpoints = Checkpointer(folder.parent).list_checkpoints()
+        found = [x for x in checkpoints if x.path.resolve() == folder.resolve()]
     if not found:
         raise FileNotFoundError(
             f"{checkpoint}: no checkpoint; expected a folder CKPT+... with "
@@ -101,12 +119,16 @@ def named_checkpoint(run, checkpoint):
 
 def _trained_modules(hparams_file, checkpoint):
     """Builds the modules of a yaml and loads their weights."""
-    hparams = read_nodes(hparams_file, SETTINGS, NODES)
     text = io.StringIO()
-    # of all that the yaml says only the modules are built
-    nodes = {key: bare_node(hparams[key], key) for key in NODES.values()}
-    YAML().dump(nodes, text)
-    built = load_hyperpyyaml(text.getvalue())
+    try:
+        hparams = read_nodes(hparams_file, SETTINGS, NODES)
+        # of all that the yaml says only the modules are built
+        nodes = {key: bare_node(hparams[key], key) for key in NODES.values()}
+        YAML().dump(nodes, text)
+        built = load_hyperpyyaml(text.getvalue())
+    except (YAMLError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{hparams_file}: {reason}") from error
     modules = {name: built[key] for name, key in NODES.items()}
     for name, module in modules.items():
         if name in checkpoint.paramfiles:
@@ -208,6 +230,8 @@ def export_run(run, folder, checkpoint=None):
         settings = plain_values(hparams_file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{hparams_file}: no readable yaml") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{hparams_file}: no keys in it")
     metadata = {"Training": _training(settings, chosen)}
     if tested and metrics:
         metadata["Measured on the test songs"] = {

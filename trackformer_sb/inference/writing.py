@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import stat
 import tempfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -99,6 +100,28 @@ def output_paths(
     if not names:
         raise ValueError("expected an output, a remix or a figure to write")
     return [Path(out_folder) / name for name in names]
+
+
+def check_paths(paths):
+    """Finds out before a separation where its results cannot go.
+
+    Arguments
+    ---------
+    paths : list of Path
+        See ``output_paths``.
+
+    Raises
+    ------
+    OSError
+        If there is a folder in the place of one, or a name is too long.
+    """
+    for path in paths:
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError:
+            continue
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(f"{path}: expected no folder there")
 
 
 def write_sources(
