@@ -129,6 +129,13 @@ def test_a_stopped_training_on_shards_goes_on_in_its_epoch(
         ({"segment_seconds": 1}, ValueError, "segment_seconds: expected up to"),
         ({"test_folder": "/music"}, ValueError, "test_folder: shards bring"),
         ({"channel": "left"}, ValueError, "channel"),
+        ({"max_stems": 1}, ValueError, "max_stems: expected None, with which"),
+        ({"split": "from_file"}, ValueError, "split: expected auto, with"),
+        (
+            {"stem_groups": "{all: ['*']}"},
+            ValueError,
+            r"stem_groups: expected None, with which .*, got \{'all'",
+        ),
         ({"shard_urls": "/no/{0..3}.tar"}, FileNotFoundError, "/no/"),
     ],
 )

@@ -1,5 +1,6 @@
 """From the data keys of a yaml to datasets, for all recipes."""
 
+import inspect
 import json
 import pathlib
 
@@ -47,6 +48,16 @@ AUGMENTATION_KEYS = (
     "speed_percent",
     "time_stretch_percent",
     "pitch_shift_semitones",
+)
+
+# Settled when shards are packed.
+PACKED_KEYS = (
+    "split",
+    "split_ratio",
+    "stem_groups",
+    "max_stems",
+    "min_active_share",
+    "min_level_db",
 )
 
 
@@ -104,17 +115,22 @@ def prepare_data(hparams):
             f"{hparams['dataset']}"
         )
     options = {key: hparams[key] for key in DATA_KEYS}
-    if isinstance(options["stem_groups"], str):
-        # a mapping on the command line arrives as a text
-        try:
-            options["stem_groups"] = yaml.safe_load(options["stem_groups"])
-        except yaml.YAMLError as error:
-            raise ValueError(
-                "stem_groups: expected {group: [pattern, ...]}, got "
-                f"{options['stem_groups']!r}"
-            ) from error
+    options["stem_groups"] = _stem_groups(hparams)
     options["manifest_folder"] = manifest_folder(hparams)
     run_on_main(prepare, kwargs=options)
+
+
+def _stem_groups(hparams):
+    """The groups; a mapping on the command line arrives as a text."""
+    groups = hparams["stem_groups"]
+    if not isinstance(groups, str):
+        return groups
+    try:
+        return yaml.safe_load(groups)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"stem_groups: expected {{group: [pattern, ...]}}, got {groups!r}"
+        ) from error
 
 
 def manifest_folder(hparams):
@@ -151,6 +167,17 @@ def _check_packed(hparams):
             f"segment_seconds: expected up to {packed['segment_seconds']}, the "
             f"length packed in {where}, got {hparams['segment_seconds']}"
         )
+    asked = {**hparams, "stem_groups": _stem_groups(hparams)}
+    for key in PACKED_KEYS:
+        value = asked[key]
+        value = list(value) if isinstance(value, tuple) else value
+        default = inspect.signature(prepare).parameters[key].default
+        default = list(default) if isinstance(default, tuple) else default
+        if value not in (packed[key], default):
+            raise ValueError(
+                f"{key}: expected {packed[key]}, with which {where} was "
+                f"packed, got {value}"
+            )
     faster = 1.0
     for key in ("speed_percent", "time_stretch_percent"):
         faster *= 1 + hparams[key] / 100
