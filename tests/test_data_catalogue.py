@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import sys
 import types
@@ -547,6 +548,24 @@ def test_impossible_settings(tmp_path, options, match):
 
 
 # ------------------------------------------------------------ run after run
+
+
+@pytest.mark.parametrize(
+    ("names", "warned"),
+    [
+        (("Vocals", "mixture"), True),
+        (("drums", "bass"), True),
+        (("drums", "solo"), False),
+    ],
+)
+def test_stems_that_would_be_songs_are_warned_of(tmp_path, names, warned):
+    write_mixtures(tmp_path / "music")
+    for song in "ab":
+        write_stems(tmp_path / "music" / song, 1, names)
+    report = prepare(tmp_path / "music", "mixtures", tmp_path / "manifests")
+    words = "2 folders in data_folder=.* look like songs with stems"
+    found = [x for x in report["warnings"] if re.match(words, x)]
+    assert len(found) == warned
 
 
 def write_times(folder):

@@ -8,12 +8,13 @@ import functools
 import hashlib
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 from trackformer_sb.data.audio import AUDIO_EXTENSIONS, UnreadableAudio
 
 MIXTURE_NAMES = ("mix", "mixture")
+STEM_NAMES = (*MIXTURE_NAMES, "bass", "drums", "other", "vocals")
 
 # Longer names end in a hash, for folders and files are called after songs.
 LONGEST_NAME = 150
@@ -101,11 +102,29 @@ def find_songs(key, folder, dataset, listing, findings):
     """
     top = os.path.abspath(folder)
     if dataset == "mixtures":
+        _warn_of_stems(f"{key}={folder}", listing, findings)
         return [
             Song(path[len(top) :].lstrip(os.sep), {"mixture": (path,)}, False)
             for path in listing
         ]
     return _stem_songs(f"{key}={folder}", top, listing, findings)
+
+
+def _warn_of_stems(where, listing, findings):
+    """Warns of folders of stems, each of which would be a song."""
+    counts = Counter(
+        os.path.dirname(path)
+        for path in listing
+        if os.path.splitext(os.path.basename(path))[0].lower() in STEM_NAMES
+    )
+    folders = sorted(folder for folder, count in counts.items() if count > 1)
+    if folders:
+        findings.warn(
+            f"{len(folders)} folders in {where} look like songs with stems, "
+            f"{folders[0]} first: with dataset: mixtures each file is a song, "
+            "so that a song may be trained on and tested on; expected dataset: "
+            "stems"
+        )
 
 
 def _stem_songs(where, top, listing, findings):
