@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import re
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -515,7 +517,27 @@ def test_songs_keep_their_split_when_their_names_change(tmp_path):
     names = songs_in(tmp_path / "out", "test")
     assert splits().get(held) is None
     soundfile.write(held, sig, rate)
-    assert splits()[held] == "train"  # gone in between, it is new
+    assert splits()[held] == "test"
+
+
+def test_songs_that_were_gone_for_a_while_keep_their_split(tmp_path):
+    """What was trained on must not come back as a test song."""
+    music = library_of(tmp_path / "music", songs=40)
+    before = catalogue(music, tmp_path / "out")["splits"]
+    gone = [before[x]["song_paths"][0] for x in SPLITS]
+    for path in gone:
+        os.rename(path, f"{path}.off")
+    for _ in range(2):
+        between = catalogue(music, tmp_path / "out")
+        write(music / "another.wav", noise(100))
+    assert between["splits"]["test"]["songs"] == before["test"]["songs"] - 1
+    for path in gone:
+        os.rename(f"{path}.off", path)
+    after = catalogue(music, tmp_path / "out")
+    for split in ("valid", "test"):
+        assert after["splits"][split] == before[split]
+    assert gone[0] in after["splits"]["train"]["song_paths"]
+    assert after["absent"] == {}
 
 
 def test_a_song_in_another_format_keeps_its_split(tmp_path):
@@ -611,6 +633,49 @@ def test_split_from_a_file(tmp_path):
     assert left_out == {str(music / f"song {i}.wav") for i in (4, 5)}
 
 
+def test_names_in_a_split_file_are_as_they_are_written(tmp_path):
+    # 010 is 8 in yaml, and macOS takes letters apart
+    music, apart = tmp_path / "music", unicodedata.normalize("NFD", "é")
+    names = ["01", "2", "8", "010", "no", "2024-05-01", f"{apart} 1", "[live]"]
+    for i, name in enumerate(names):
+        write(music / f"{name}.wav", noise(i))
+    file = tmp_path / "split.yaml"
+    lists = (
+        "train: [01, 2]\nvalid: [010, no, '[live]']\ntest: [2024-05-01, é 1]"
+    )
+    file.write_text(lists, encoding="utf-8")
+    what = {"split": "from_file", "split_file": file}
+    splits = catalogue(music, tmp_path / "out", **what)["splits"]
+    assert [splits[s]["song_names"] for s in SPLITS] == [
+        ["01", "2"],
+        ["010", "_live_", "no"],
+        ["2024-05-01", splits["test"]["song_names"][1]],
+    ]
+    assert f"{apart} 1.wav" in splits["test"]["song_paths"][1]
+    # what is left out is known by such names too
+    (music / "[live].wav").unlink()
+    write(music / "[live].wav", noise(9)[:10])
+    splits = catalogue(music, tmp_path / "out", **what)["splits"]
+    assert splits["valid"]["song_names"] == ["010", "no"]
+
+
+def test_a_split_file_may_name_a_song_that_lacks_a_file(tmp_path):
+    music = tmp_path / "music"
+    for i, part in enumerate(["train"] * 5 + ["test"] * 2):
+        for j, stem in enumerate(("bass", "drums", "other", "vocals")):
+            write(music / part / f"A - {i}" / f"{stem}.wav", noise(10 * i + j))
+    (music / "train" / "A - 0" / "bass.wav").unlink()
+    file = write_split(
+        tmp_path / "split.yaml",
+        train=["train/A - 0", "train/A - 1", "train/A - 2"],
+        valid=["train/A - 3", "train/A - 4"],
+        test=["test/*"],
+    )
+    what = {"split": "from_file", "split_file": file, "sample_rate": RATE}
+    report = prepare(music, "musdb18hq", tmp_path / "out", **what)
+    assert [report["splits"][split]["songs"] for split in SPLITS] == [2, 2, 2]
+
+
 @pytest.mark.parametrize(
     ("lists", "match"),
     [
@@ -619,6 +684,8 @@ def test_split_from_a_file(tmp_path):
         ({"training": ["song 1"]}, "lists of songs under train, valid, test"),
         ({"train": "song 1"}, "lists of songs"),
         ({"train": ["song 1"]}, "found 1 train songs"),
+        # nothing is left to chance
+        ({"train": [], "valid": [], "test": []}, "found 0 train songs"),
     ],
 )
 def test_wrong_split_files(tmp_path, lists, match):

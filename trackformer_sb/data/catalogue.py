@@ -32,6 +32,7 @@ from trackformer_sb.data.songs import name_songs
 from trackformer_sb.data.splits import (
     MIN_SONGS,
     SPLITS,
+    absent_places,
     check_apart,
     make_splits,
     places_of,
@@ -266,13 +267,7 @@ def prepare(
     known = _last_places(manifest_folder, settings)
     songs = leave_out_copies(songs, fingerprints, levels, findings, known)
     splits = make_splits(
-        songs,
-        sources,
-        split == "by_song",
-        split_ratio,
-        seed,
-        findings,
-        known,
+        songs, sources, split, split_ratio, seed, findings, known
     )
     splits = keep_apart(splits, fingerprints, findings)
     segments, left_out = {}, 0
@@ -304,6 +299,7 @@ def prepare(
             }
             for name, part in splits.items()
         },
+        "absent": absent_places(known, splits),
         "segments_left_out": left_out,
         **describe_files(splits, libraries),
         "skipped": findings.skipped,

@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+import unicodedata
 from collections import defaultdict
 
 import numpy as np
@@ -15,9 +16,7 @@ SPLITS = ("train", "valid", "test")
 MIN_SONGS = 2
 
 
-def make_splits(
-    songs, sources, at_random, split_ratio, seed, findings, known=None
-):
+def make_splits(songs, sources, split, split_ratio, seed, findings, known=None):
     """Train, valid and test, as the dataset says or at random.
 
     Arguments
@@ -26,8 +25,9 @@ def make_splits(
         "data_folder", and "test_folder" if there is one -> list of usable Song.
     sources : dict
         The same keys -> (folder, dataset), for messages.
-    at_random : bool
-        Whether to split at random what has splits of its own.
+    split : str
+        auto, by_song or from_file: as the dataset or the file says, where auto
+        splits at random what has no splits, by_song everything.
     split_ratio, seed
         See ``split_songs``.
     findings : Findings
@@ -48,7 +48,8 @@ def make_splits(
     """
     where = f"data_folder={sources['data_folder'][0]}"
     to_split, tests = songs["data_folder"], songs.get("test_folder")
-    if at_random or not any(song.split for song in to_split):
+    own = split == "from_file" or any(song.split for song in to_split)
+    if split == "by_song" or not own:
         splits = _kept_split(to_split, known, split_ratio)
         if splits is None:
             if known:
@@ -87,11 +88,43 @@ def places_of(report):
     """
     return {
         (kind, value): split
-        for split, part in report.get("splits", {}).items()
+        # reports of earlier versions have no paths, and none that are absent
+        for key in ("absent", "splits")
+        for split, part in report.get(key, {}).items()
         for kind in ("name", "path")
-        # reports of earlier versions have no paths
         for value in part.get(f"song_{kind}s", ())
     }
+
+
+def absent_places(known, splits):
+    """Where songs were that are not there now, and may come back.
+
+    Arguments
+    ---------
+    known : dict
+        What ``places_of`` returned.
+    splits : dict
+        Split -> list of Song now.
+
+    Returns
+    -------
+    dict
+        Split -> {"song_names": [...], "song_paths": [...]}, for a report.
+    """
+    there = {
+        place
+        for part in splits.values()
+        for song in part
+        for place in (("name", song.name), ("path", song.path))
+    }
+    absent = {}
+    for (kind, value), split in known.items():
+        if (kind, value) not in there:
+            part = absent.setdefault(
+                split, {"song_names": [], "song_paths": []}
+            )
+            part[f"song_{kind}s"].append(value)
+    return absent
 
 
 def place_of(song, known):
@@ -227,6 +260,11 @@ def own_splits(where, songs, findings, tested_elsewhere=False):
     return splits
 
 
+def _composed(name):
+    """A name in the letters that most systems use; macOS takes some apart."""
+    return unicodedata.normalize("NFC", name)
+
+
 def read_split_file(path, songs, left_out=()):
     """Gives songs the splits that a file lists.
 
@@ -263,7 +301,8 @@ def read_split_file(path, songs, left_out=()):
         )
     with open(path, encoding="utf-8") as file:
         try:
-            lists = yaml.safe_load(file)
+            # names stay as they are written, 010 and no as well
+            lists = yaml.load(file, yaml.BaseLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{where} is no yaml: {error}") from error
     if (
@@ -277,18 +316,24 @@ def read_split_file(path, songs, left_out=()):
     by_name = defaultdict(list)
     for i, song in enumerate(songs):
         for name in {song.name, os.path.splitext(song.name)[0]}:
-            by_name[name].append(i)
-    without = {*left_out, *(os.path.splitext(x)[0] for x in left_out)}
+            by_name[_composed(name)].append(i)
+    # a file may be why its folder is no song
+    without = {
+        _composed(part)
+        for x in left_out
+        for part in (x, os.path.splitext(x)[0], os.path.dirname(x))
+    }
     found = {}
     for split, names in lists.items():
-        for name in map(str, names):
+        for name in map(_composed, map(str, names)):
             matches = by_name.get(name) or [
                 i
                 for known, numbers in by_name.items()
                 if fnmatch.fnmatchcase(known, name)
                 for i in numbers
             ]
-            if not matches and not fnmatch.filter(without, name):
+            gone = name in without or fnmatch.filter(without, name)
+            if not matches and not gone:
                 raise ValueError(f"{where}: no song {name!r} ({split})")
             for i in matches:
                 if found.setdefault(i, split) != split:
