@@ -173,9 +173,11 @@ def _check_packed(hparams):
         value = list(value) if isinstance(value, tuple) else value
         default = inspect.signature(prepare).parameters[key].default
         default = list(default) if isinstance(default, tuple) else default
-        if value not in (packed[key], default):
+        # of earlier packings not all are known
+        known = packed.get(key, default)
+        if value not in (known, default):
             raise ValueError(
-                f"{key}: expected {packed[key]}, with which {where} was "
+                f"{key}: expected {known}, with which {where} was "
                 f"packed, got {value}"
             )
     faster = 1.0
