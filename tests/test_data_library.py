@@ -484,7 +484,10 @@ def test_a_library_that_has_grown_keeps_its_split(tmp_path):
     for split in ("valid", "test"):
         assert after[split]["song_names"] == before[split]["song_names"]
     assert after["train"]["songs"] == before["train"]["songs"] + 5
-    # other settings are another experiment
+    # what is left out does not split anew
+    fewer = catalogue(music, tmp_path / "out", min_level_db=-90)["splits"]
+    assert fewer == after
+    # other settings of the split do
     other = catalogue(music, tmp_path / "out", seed=3)["splits"]
     assert other["test"]["song_names"] != before["test"]["song_names"]
 
@@ -631,6 +634,72 @@ def test_split_from_a_file(tmp_path):
     assert report["splits"]["valid"]["song_names"] == ["song_2", "song_3"]
     left_out = {entry["file"] for entry in report["skipped"]}
     assert left_out == {str(music / f"song {i}.wav") for i in (4, 5)}
+
+
+def test_a_test_song_that_links_to_a_training_song(tmp_path):
+    music = library_of(tmp_path / "music")
+    (music / "link.wav").symlink_to(music / "song 0.wav")
+    file = write_split(
+        tmp_path / "split.yaml",
+        train=["song 0", "song 1", "song 2"],
+        valid=["song 3", "song 4"],
+        test=["song 5", "link"],
+    )
+    what = {"split": "from_file", "split_file": file}
+    splits = catalogue(music, tmp_path / "out", **what)["splits"]
+    assert splits["test"]["song_names"] == ["link", "song_5"]
+    assert splits["train"]["song_names"] == ["song_1", "song_2"]
+
+
+def test_a_song_in_two_formats_side_by_side_is_one(tmp_path):
+    music = library_of(tmp_path / "music", songs=12)
+    for path in sorted(music.glob("*.wav")):
+        sig, _ = soundfile.read(path)
+        # as a lossy format, no copy by its samples
+        write(path.with_suffix(".mp3"), 0.9 * sig)
+        write(path.parent / "more" / path.with_suffix(".flac").name, sig[::-1])
+    report = catalogue(music, tmp_path / "out")
+    assert sum(x["songs"] for x in report["splits"].values()) == 24
+    reasons = [x["reason"] for x in report["skipped"]]
+    assert len(reasons) == 12
+    assert all(re.match("the same song as .*wav", x) for x in reasons)
+
+
+def test_mended_metadata_is_read_again(tmp_path):
+    music = tmp_path / "MoisesDB" / "moisesdb_v0.1"
+    for i in range(8):
+        tracks = [{"id": "t", "extension": "wav"}]
+        stems = [{"stemName": x, "tracks": tracks} for x in ("bass", "vocals")]
+        for j, stem in enumerate(("bass", "vocals")):
+            write(music / f"uuid {i}" / stem / "t.wav", noise(10 * i + j))
+        path = music / f"uuid {i}" / "data.json"
+        path.write_text(json.dumps({"stems": stems}))
+
+    def songs():
+        what = music.parent, "moisesdb", tmp_path / "out"
+        report = prepare(*what, sample_rate=RATE)
+        return sum(part["songs"] for part in report["splits"].values())
+
+    text = path.read_text()
+    path.write_text(text[:20])
+    assert songs() == songs() == 7
+    path.write_text(text)
+    assert songs() == 8
+
+
+def test_groups_of_stems_beside_mixtures_are_known(tmp_path):
+    music, stems = library_of(tmp_path / "music"), tmp_path / "stems"
+    for i in range(3):
+        for j, stem in enumerate(("bass", "drums", "keys")):
+            write(stems / f"song {i}" / f"{stem}.wav", noise(10 * i + j + 50))
+    report = catalogue(
+        music,
+        tmp_path / "out",
+        test_folder=stems,
+        stem_groups={"band": ["bass", "drums"]},
+    )
+    assert report["stems"] == {"band": 3, "keys": 3}
+    assert report["warnings"] == []
 
 
 def test_names_in_a_split_file_are_as_they_are_written(tmp_path):
@@ -833,7 +902,7 @@ def damaged(folder):
     path = write(folder / "cut.flac", noise(80))
     path.write_bytes(path.read_bytes()[:-4000])
     for seed, extension in ((81, "ogg"), (82, "mp3")):
-        path = write(folder / f"cut.{extension}", noise(seed))
+        path = write(folder / f"cut_{extension}.{extension}", noise(seed))
         path.write_bytes(path.read_bytes()[:-4000])
     return folder
 
@@ -844,8 +913,8 @@ KINDS = {
     "offset.wav": "a DC offset of 0.30",
     "clipped.wav": "clipped, .* % of it is at full scale",
     "cut.flac": "truncated",
-    "cut.ogg": r"truncated, \d+ of at least \d+ bytes",
-    "cut.mp3": r"truncated, \d+ of \d+ bytes",
+    "cut_ogg.ogg": r"truncated, \d+ of at least \d+ bytes",
+    "cut_mp3.mp3": r"truncated, \d+ of \d+ bytes",
 }
 
 

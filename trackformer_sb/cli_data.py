@@ -147,7 +147,8 @@ def add_data(commands):
     """
     parser = commands.add_parser(
         "data",
-        help="what a training would see in a folder of music",
+        help="what a training would see in a folder of music, with "
+        "audio_check: full",
         description=(
             "Prints songs, hours, rates, stems and what is left out and why, "
             "and draws lengths, levels and activity."
@@ -162,8 +163,8 @@ def add_data(commands):
     parser.add_argument(
         "--headers_only",
         action="store_true",
-        help="do not decode the files: no levels, no activity, and damage "
-        "stays unseen",
+        help="do not decode the files, as a training with audio_check: header: "
+        "no levels, no activity, and damage stays unseen",
     )
     parser.set_defaults(run=_data)
 

@@ -25,10 +25,11 @@ from trackformer_sb.data.library import (
     fingerprint_files,
     list_songs,
     read_library,
+    stat_metadata,
 )
 from trackformer_sb.data.manifest import write_manifest
 from trackformer_sb.data.segments import SegmentFilter, song_lines
-from trackformer_sb.data.songs import name_songs
+from trackformer_sb.data.songs import name_songs, same_files_once
 from trackformer_sb.data.splits import (
     MIN_SONGS,
     SPLITS,
@@ -219,8 +220,9 @@ def prepare(
         key: list_audio(key, folder, findings, EXPECTED_IN[kind])
         for key, (folder, kind) in sources.items()
     }
+    described = [stat_metadata(*source) for source in sources.values()]
     fingerprint = hashlib.sha256(
-        json.dumps([settings, listings]).encode()
+        json.dumps([settings, listings, described]).encode()
     ).hexdigest()
     report = _last_report(manifest_folder, fingerprint)
     if report is not None:
@@ -237,6 +239,8 @@ def prepare(
         found["data_folder"] = read_split_file(
             split_file, found["data_folder"], findings.below(data_folder)
         )
+    for key in found:
+        found[key] = same_files_once(found[key], findings)
     songs = name_songs(found)
     caches = {
         key: FileCache(folder, cache_folder)
@@ -264,7 +268,7 @@ def prepare(
     if test_folder:
         check_apart(songs["data_folder"], songs["test_folder"])
     fingerprints = fingerprint_files(libraries, listings, caches)
-    known = _last_places(manifest_folder, settings)
+    known = places_of(_read_report(manifest_folder), settings)
     songs = leave_out_copies(songs, fingerprints, levels, findings, known)
     splits = make_splits(
         songs, sources, split, split_ratio, seed, findings, known
@@ -351,15 +355,6 @@ def _read_report(manifest_folder):
     except (OSError, ValueError):
         return {}
     return report if isinstance(report, dict) else {}
-
-
-def _last_places(manifest_folder, settings):
-    """Where songs were in the last run, if only the music has changed."""
-    report = _read_report(manifest_folder)
-    asked = json.loads(json.dumps(settings))
-    # strict does not change what goes where
-    before = {**report.get("settings", {}), "strict": settings["strict"]}
-    return places_of(report) if before == asked else {}
 
 
 def _last_report(manifest_folder, fingerprint):

@@ -4,6 +4,7 @@ import numpy as np
 
 from trackformer_sb.data.headers import SILENT
 from trackformer_sb.data.levels import FLOOR_DB, POWERS, sum_levels
+from trackformer_sb.data.songs import KEEP_FIRST
 from trackformer_sb.data.splits import MIN_SONGS, place_of
 
 # Measured on real music. The level curves of 34 songs and of their mp3, Opus,
@@ -32,9 +33,6 @@ LENGTH_TOLERANCE = 0.5  # seconds
 # Of other excerpts of one song, which repeat themselves, the curves of 11 of
 # 621 agreed at 5 s, of 3 of 389 at 8 s, and of none at 10 s.
 MIN_CURVE_SECONDS = 10.0
-
-# Of a song in two splits of its dataset, the one that is tested on stays.
-KEEP_FIRST = ("test", "valid", "train", "")
 
 
 def find_copies(songs, fingerprints, levels=None):

@@ -361,7 +361,8 @@ def _search(dataset, folder, listing):
     marker = LAYOUTS[dataset][0]
     top = os.path.abspath(folder)
     # An archive unpacks to moisesdb_v0.1, musdb18hq or slakh2100_flac_redux.
-    inner = sorted(glob.glob(f"{dataset[:5]}*/", root_dir=top))
+    names = glob.glob("*/", root_dir=top)
+    inner = sorted(x for x in names if x.lower().startswith(dataset[:5]))
     for root in (os.path.join(top, name) for name in ("", *inner)):
         below = {p[len(root) :]: p for p in listing if p.startswith(root)}
         marked = glob.glob(marker, root_dir=root)

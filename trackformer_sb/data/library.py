@@ -1,5 +1,7 @@
 """A folder of music from its listing to songs that can be used."""
 
+import glob
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
@@ -8,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from trackformer_sb.data.audio import UnreadableAudio, read_segment
-from trackformer_sb.data.headers import THREADS
+from trackformer_sb.data.headers import THREADS, file_stat
 from trackformer_sb.data.layouts import (
     LAYOUTS,
     group_stems,
@@ -20,7 +22,6 @@ from trackformer_sb.data.layouts import (
 from trackformer_sb.data.songs import (
     EXPECTED,
     find_songs,
-    same_files_once,
     skip_unreadable,
     usable_songs,
 )
@@ -61,6 +62,29 @@ class Library(NamedTuple):
     levels: dict
 
 
+def stat_metadata(folder, dataset):
+    """What tells whether the files that describe songs have changed.
+
+    Arguments
+    ---------
+    folder : str or Path
+        The folder.
+    dataset : str
+        See ``list_songs``.
+
+    Returns
+    -------
+    dict
+        Path -> ``headers.file_stat``; empty where only audio counts.
+    """
+    marker, *_ = LAYOUTS.get(dataset, ("",))
+    if not marker.endswith((".json", ".yaml")):
+        return {}
+    patterns = marker, os.path.join("*", marker)
+    paths = [x for part in patterns for x in glob.glob(part, root_dir=folder)]
+    return {x: file_stat(os.path.join(folder, x)) for x in sorted(paths)}
+
+
 def list_songs(
     key, folder, dataset, listing, findings, stem_groups=None, max_stems=None
 ):
@@ -96,7 +120,9 @@ def list_songs(
         songs = FINDERS[dataset](folder, listing, findings)
     else:
         songs = find_songs(key, folder, dataset, listing, findings)
-    stems = sorted({track for song in songs for track in song.tracks})
+    stems = sorted(
+        {track for song in songs if song.has_stems for track in song.tracks}
+    )
     songs = group_stems(songs, stem_groups)
     unused = [
         pattern
@@ -104,13 +130,12 @@ def list_songs(
         for pattern in patterns
         if not any(fnmatchcase(stem.lower(), pattern.lower()) for stem in stems)
     ]
-    if unused:
+    if unused and stems:
         findings.warn(
             f"stem_groups: no stem is like {', '.join(unused)}; there are "
             f"{', '.join(stems[:20])}"
         )
-    songs = keep_few_stems(songs, max_stems, findings)
-    return same_files_once(songs, findings)
+    return keep_few_stems(songs, max_stems, findings)
 
 
 def read_library(

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from trackformer_sb.data.audio import AUDIO_EXTENSIONS, UnreadableAudio
 
+# Of songs that are one, that which is tested on stays.
+KEEP_FIRST = ("test", "valid", "train", "")
 MIXTURE_NAMES = ("mix", "mixture")
 STEM_NAMES = (*MIXTURE_NAMES, "bass", "drums", "other", "vocals")
 
@@ -103,9 +105,15 @@ def find_songs(key, folder, dataset, listing, findings):
     top = os.path.abspath(folder)
     if dataset == "mixtures":
         _warn_of_stems(f"{key}={folder}", listing, findings)
+        best = {}
+        for path in sorted(listing, key=_format_rank):
+            first = best.setdefault(os.path.splitext(path)[0], path)
+            if first != path:
+                reason = f"the same song as {first}"
+                findings.skip(path, reason, unwanted=True)
         return [
             Song(path[len(top) :].lstrip(os.sep), {"mixture": (path,)}, False)
-            for path in listing
+            for path in sorted(best.values())
         ]
     return _stem_songs(f"{key}={folder}", top, listing, findings)
 
@@ -249,10 +257,10 @@ def same_files_once(songs, findings):
     Returns
     -------
     list of Song
-        The first song of each set of files.
+        One song of each set of files, that of a test split first.
     """
     first_with, unique = {}, []
-    for song in songs:
+    for song in sorted(songs, key=lambda song: KEEP_FIRST.index(song.split)):
         files = frozenset(map(real_path, song.files))
         if files in first_with:
             reason = f"the same as {first_with[files]}"

@@ -1,6 +1,7 @@
 """Train, valid and test: no song is in two of them."""
 
 import fnmatch
+import json
 import os
 import unicodedata
 from collections import defaultdict
@@ -11,6 +12,12 @@ import yaml
 from trackformer_sb.data.songs import real_path
 
 SPLITS = ("train", "valid", "test")
+
+# Settings that splits go by; others leave out songs, or segments of them.
+SPLIT_KEYS = (
+    *("data_folder", "dataset", "test_folder", "test_dataset"),
+    *("split", "split_file", "split_ratio", "seed"),
+)
 
 # MixIT mixes segments of two songs: a split of one song has no pairs.
 MIN_SONGS = 2
@@ -72,20 +79,26 @@ def make_splits(songs, sources, split, split_ratio, seed, findings, known=None):
     return splits
 
 
-def places_of(report):
+def places_of(report, settings):
     """Where songs were in an earlier run.
 
     Arguments
     ---------
     report : dict
         Of that run, see ``catalogue.prepare``.
+    settings : dict
+        Those of now.
 
     Returns
     -------
     dict
         ("path" or "name", that of a song) -> split. A song whose file has got
-        another format since is known by its name alone.
+        another format since is known by its name alone. Empty if a setting
+        that splits go by is another one.
     """
+    asked, before = json.loads(json.dumps(settings)), report.get("settings", {})
+    if any(before.get(key) != asked.get(key) for key in SPLIT_KEYS):
+        return {}
     return {
         (kind, value): split
         # reports of earlier versions have no paths, and none that are absent
