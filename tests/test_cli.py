@@ -261,6 +261,17 @@ def test_a_pattern_of_the_folder_of_results(model, tmp_path, capsys):
     assert separate(model, [str(tmp_path / "a.wav")], tmp_path) == 0
 
 
+def test_a_pattern_below_the_folder_of_results(model, tmp_path, monkeypatch):
+    (tmp_path / "songs").mkdir()
+    write_noise(tmp_path / "songs" / "a.wav")
+    write_noise(tmp_path / "b.wav")
+    monkeypatch.chdir(tmp_path)
+    files = ["songs/*.wav", "b.wav"]
+    assert separate(model, files, ".", "--outputs", "0") == 0
+    assert (tmp_path / "a_source0.wav").is_file()
+    assert separate(model, ["*.wav", "songs/a.wav"], ".") == 2
+
+
 def test_results_that_cannot_be_written(model, tmp_path, capsys):
     """Said before anything is separated; other files are not stopped."""
     blocked, other = (write_noise(tmp_path / x) for x in ("a.wav", "b.wav"))

@@ -215,6 +215,11 @@ def cut_checkpoint(folder):
     (folder / "save" / "CKPT+epoch2" / "CKPT.yaml").write_text("{end")
 
 
+def end_checkpoint(folder):
+    path = folder / "save" / "CKPT+epoch2" / "CKPT.yaml"
+    path.write_text("end-of-epoch: true\nepoch: 2\nscore: -1.0\n")
+
+
 def empty_checkpoint(folder):
     (folder / "save" / "CKPT+epoch2" / "CKPT.yaml").write_text("")
 
@@ -234,6 +239,7 @@ def no_metrics(folder):
         (no_keys, (), "hyperparams.yaml: no keys in it"),
         (cut_checkpoint, (), "save: a CKPT.yaml in it is damaged"),
         (empty_checkpoint, (), "save: a CKPT.yaml in it is damaged"),
+        (end_checkpoint, (), "save: a CKPT.yaml in it is damaged"),
         (cut_checkpoint, ("--checkpoint", "CKPT+epoch1"), "is damaged"),
         (no_metrics, (), "metrics.json"),
         (lambda f: shutil.rmtree(f / "save"), (), "no checkpoint of a finish"),

@@ -556,6 +556,7 @@ def test_impossible_settings(tmp_path, options, match):
         (("Vocals", "mixture"), True),
         (("drums", "bass"), True),
         (("drums", "solo"), False),
+        (("mix", "mixture"), False),
     ],
 )
 def test_stems_that_would_be_songs_are_warned_of(tmp_path, names, warned):

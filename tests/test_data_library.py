@@ -743,6 +743,10 @@ def test_a_split_file_may_name_a_song_that_lacks_a_file(tmp_path):
     what = {"split": "from_file", "split_file": file, "sample_rate": RATE}
     report = prepare(music, "musdb18hq", tmp_path / "out", **what)
     assert [report["splits"][split]["songs"] for split in SPLITS] == [2, 2, 2]
+    # a folder of songs is none, whatever was left out in it
+    file.write_text(file.read_text().replace("- train/A - 0", "- train"))
+    with pytest.raises(ValueError, match="no song 'train'"):
+        prepare(music, "musdb18hq", tmp_path / "out", **what)
 
 
 @pytest.mark.parametrize(

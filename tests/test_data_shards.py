@@ -34,6 +34,7 @@ from trackformer_sb.data.audio import UnreadableAudio
 from trackformer_sb.data.augment import Augmentation
 from trackformer_sb.data.shard_reading import ShardedMixtures
 from trackformer_sb.data.shards import list_shards, make_shards
+from trackformer_sb.training import brain as brain_module
 from trackformer_sb.training.brain import MusicBrain
 
 webdataset = pytest.importorskip("webdataset")
@@ -1168,13 +1169,14 @@ def test_rank_without_a_readable_shard_reads_others(shards, num_workers):
         assert set(seen) <= left
 
 
-def test_training_names_damage_once(shards, caplog):
+def test_training_names_damage_once(shards, caplog, monkeypatch):
     for i in (1, 2):
         path = shards / f"train-00000{i}.tar"
         key = next(iter(members(path))).partition(".")[0]
         rewrite(path, lambda x, key=key: flip(x, f"{key}.flac"))
     (shards / "train-000003.tar").write_bytes(b"")
     brain = types.SimpleNamespace(skipped={}, sounding={})
+    brain.modules = types.SimpleNamespace(training=True)
     dataset = dataset_of(shards, batch_size=4)
     loader = torch.utils.data.DataLoader(
         dataset, 4, num_workers=2, collate_fn=PaddedBatch
@@ -1185,6 +1187,17 @@ def test_training_names_damage_once(shards, caplog):
             for batch in loader:
                 MusicBrain.note_input(brain, batch)
     assert len(brain.skipped) == 3
+    # all ranks train on segments of their own, and evaluate the same ones
+    before = dict(brain.skipped)
+    batch.skipped[0].append(("a.wav", "a.wav is damaged"))
+    brain.modules.training = False
+    monkeypatch.setattr(brain_module, "if_main_process", lambda: False)
+    MusicBrain.note_input(brain, batch)
+    assert brain.skipped == before
+    brain.modules.training = True
+    MusicBrain.note_input(brain, batch)
+    assert brain.skipped.pop("a.wav") == 1
+    caplog.records.pop()
     named = [x for x in caplog.messages if x.startswith("segments are skipped")]
     assert len(named) == 3
 

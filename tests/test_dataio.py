@@ -75,7 +75,10 @@ def test_training_on_shards(packed, tmp_path, num_workers, monkeypatch):
     assert lengths == {round(0.3 * RATE)}
 
 
-@pytest.mark.parametrize(("percent", "warned"), [(30, False), (40, True)])
+@pytest.mark.parametrize(
+    ("percent", "warned"),
+    [(30, False), ("33.333333333333336", False), (40, True)],
+)
 def test_shards_of_too_little_music_for_other_speeds(
     packed, tmp_path, percent, warned, caplog
 ):

@@ -540,6 +540,20 @@ def test_unreadable_test_item_has_an_empty_row(tmp_path, quick):
             assert row["si_snri"] and row["mixture_si_snr"]
 
 
+def test_a_test_song_without_a_partner_has_an_empty_row(tmp_path, quick):
+    """Alone it would be separated by 120 dB."""
+    music = write_songs(tmp_path / "music")
+    stems = write_songs(tmp_path / "stems", num_songs=2, seconds=1.3)
+    broken = stems / "song 1" / "tone.wav"
+    sig, _ = soundfile.read(broken)
+    soundfile.write(broken, np.full_like(sig, np.nan), RATE, "FLOAT")
+    out = tmp_path / "run"
+    recipe.main(tiny("performer_mixit.yaml", music, out, test_folder=stems))
+    rows, _, metrics = read_results(out)
+    assert {row["mixture_si_snr"] for row in rows} == {""}
+    assert metrics["mixit_loss"] is metrics["mixture_si_snr"] is None
+
+
 def test_ranks_count_unreadable_segments_together(monkeypatch):
     def gather(values, value):
         values[:] = [value, {"b.wav": 2}]

@@ -495,6 +495,7 @@ def test_a_cell_stopped_early_takes_another_budget(budget, steps, repository):
     path = repository / "out/performer/3s/mixit/cell.json"
     found = json.loads(path.read_text()) | {"status": "running"}
     path.write_text(json.dumps(found))
+    behave(repository, step_seconds=50.0)
     run(repository, *more, budget)
     limit = keys_of(calls(repository)[-1]).get("optimizer_step_limit")
     assert limit == steps

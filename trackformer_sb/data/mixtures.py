@@ -250,7 +250,7 @@ class MixtureOfMixtures:
                     skipped,
                 )
             except UnreadableAudio:
-                if not self.with_stems:
+                if not self.with_stems or self.max_failures == 1:
                     raise
                 # an evaluation goes on with the song alone, and tells
                 return mixtures, stems * gains[0], skipped

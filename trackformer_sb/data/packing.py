@@ -95,6 +95,7 @@ def pack(
     packed = report["splits"]["train"]
     packed["segments"], packed["songs"] = index["segments"], index["songs"]
     packed.pop("song_paths", None)
+    report.pop("absent", None)  # more of them
     skipped = [
         {"file": x["file"], "reason": f"{x['id']}: {x['reason']}"}
         for x in index["skipped"]

@@ -8,15 +8,15 @@ import functools
 import hashlib
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import NamedTuple
 
 from trackformer_sb.data.audio import AUDIO_EXTENSIONS, UnreadableAudio
 
 # Of songs that are one, that which is tested on stays.
 KEEP_FIRST = ("test", "valid", "train", "")
-MIXTURE_NAMES = ("mix", "mixture")
-STEM_NAMES = (*MIXTURE_NAMES, "bass", "drums", "other", "vocals")
+MIXTURE_NAMES = {"mix", "mixture"}
+STEM_NAMES = MIXTURE_NAMES | {"bass", "drums", "other", "vocals"}
 
 # Longer names end in a hash, for folders and files are called after songs.
 LONGEST_NAME = 150
@@ -120,12 +120,15 @@ def find_songs(key, folder, dataset, listing, findings):
 
 def _warn_of_stems(where, listing, findings):
     """Warns of folders of stems, each of which would be a song."""
-    counts = Counter(
-        os.path.dirname(path)
-        for path in listing
-        if os.path.splitext(os.path.basename(path))[0].lower() in STEM_NAMES
+    names = defaultdict(set)
+    for path in listing:
+        folder, name = os.path.split(path)
+        names[folder].add(os.path.splitext(name)[0].lower())
+    folders = sorted(
+        folder
+        for folder, found in names.items()
+        if len(found & STEM_NAMES) > 1 and found & STEM_NAMES - MIXTURE_NAMES
     )
-    folders = sorted(folder for folder, count in counts.items() if count > 1)
     if folders:
         findings.warn(
             f"{len(folders)} folders in {where} look like songs with stems, "

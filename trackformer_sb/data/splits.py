@@ -278,6 +278,13 @@ def _composed(name):
     return unicodedata.normalize("NFC", name)
 
 
+def _ways_to_name(path):
+    """A path, without its ending, and the folders that it is in."""
+    yield from (path, os.path.splitext(path)[0])
+    while path := os.path.dirname(path):
+        yield path
+
+
 def read_split_file(path, songs, left_out=()):
     """Gives songs the splits that a file lists.
 
@@ -330,11 +337,10 @@ def read_split_file(path, songs, left_out=()):
     for i, song in enumerate(songs):
         for name in {song.name, os.path.splitext(song.name)[0]}:
             by_name[_composed(name)].append(i)
-    # a file may be why its folder is no song
-    without = {
-        _composed(part)
-        for x in left_out
-        for part in (x, os.path.splitext(x)[0], os.path.dirname(x))
+    # a file may be why a folder above it is no song
+    without = {_composed(part) for x in left_out for part in _ways_to_name(x)}
+    without -= {
+        _composed(x) for song in songs for x in _ways_to_name(song.name)
     }
     found = {}
     for split, names in lists.items():

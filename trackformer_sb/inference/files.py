@@ -36,8 +36,10 @@ def find_files(arguments, out, endings):
     out = os.path.realpath(out)
     found = {}
     for argument in arguments:
+        # a pattern that begins below them asks for no results
+        results = not _is_below(_before_pattern(argument), out)
         for path in _expand(argument, endings):
-            if path != argument and _is_below(path, out):
+            if path != argument and results and _is_below(path, out):
                 continue
             below = [path]
             if os.path.isdir(path):
@@ -53,6 +55,14 @@ def _is_below(path, folder):
     """Whether a path is inside of a folder that has no links in its name."""
     parent = os.path.dirname(os.path.realpath(path))
     return os.path.commonpath([parent, folder]) == folder
+
+
+def _before_pattern(argument):
+    """The folder in which a pattern begins."""
+    folder = argument
+    while glob.has_magic(folder):
+        folder = os.path.dirname(folder)
+    return folder or os.curdir
 
 
 def _expand(argument, endings):

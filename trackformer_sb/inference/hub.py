@@ -162,7 +162,7 @@ def load_strictly(
     try:
         with open(path, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, overrides, overrides_must_match)
-    except (YAMLError, TypeError, AttributeError) as error:
+    except (YAMLError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: no usable yaml ({reason})") from error
     for key in ("modules", "pretrainer"):

@@ -32,7 +32,7 @@ def _readable(save):
     """SpeechBrain reads what a checkpoint says of itself, whole or not."""
     try:
         yield
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{save}: a CKPT.yaml in it is damaged, take its checkpoint out "
@@ -126,7 +126,7 @@ def _trained_modules(hparams_file, checkpoint):
         nodes = {key: bare_node(hparams[key], key) for key in NODES.values()}
         YAML().dump(nodes, text)
         built = load_hyperpyyaml(text.getvalue())
-    except (YAMLError, TypeError, AttributeError) as error:
+    except (YAMLError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{hparams_file}: {reason}") from error
     modules = {name: built[key] for name, key in NODES.items()}

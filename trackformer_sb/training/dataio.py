@@ -1,5 +1,6 @@
 """From the data keys of a yaml to datasets, for all recipes."""
 
+import functools
 import inspect
 import json
 import pathlib
@@ -169,12 +170,13 @@ def _check_packed(hparams):
         )
     asked = {**hparams, "stem_groups": _stem_groups(hparams)}
     for key in PACKED_KEYS:
-        value = asked[key]
-        value = list(value) if isinstance(value, tuple) else value
         default = inspect.signature(prepare).parameters[key].default
-        default = list(default) if isinstance(default, tuple) else default
-        # of earlier packings not all are known
+        # of earlier packings, and of older yamls, not all are known
         known = packed.get(key, default)
+        value = asked.get(key, default)
+        if key == "split_ratio":  # two parts with a test_folder
+            value, default = (list(x)[: len(known)] for x in (value, default))
+            known = list(known)
         if value not in (known, default):
             raise ValueError(
                 f"{key}: expected {known}, with which {where} was "
@@ -183,12 +185,13 @@ def _check_packed(hparams):
     faster = 1.0
     for key in ("speed_percent", "time_stretch_percent"):
         faster *= 1 + hparams[key] / 100
-    if packed["segment_seconds"] < hparams["segment_seconds"] * faster:
+    needed = hparams["segment_seconds"] * faster
+    if packed["segment_seconds"] < needed - 1e-6:
         logger.warning(
             "speed_percent, time_stretch_percent: segments that are played "
             "faster end with silence, for the shards hold no more than "
-            f"{packed['segment_seconds']:g} s of each; those of "
-            f"{hparams['segment_seconds'] * faster:g} s would not"
+            f"{packed['segment_seconds']:g} s of each; those of {needed:g} s "
+            "would not"
         )
     if hparams["test_folder"]:
         raise ValueError(
@@ -219,12 +222,13 @@ def _sharded(hparams, training):
     return dataset
 
 
-def _lost(tracks, skipped):
-    """Whether a segment was itself replaced, and not just its partner."""
+def _lost(max_failures, tracks, skipped):
+    """Whether a segment was itself replaced, or got no partner at all."""
     files = set()
     for paths in tracks.values():
         files |= {paths} if isinstance(paths, str) else {*paths}
-    return any(path in files for path, _ in skipped)
+    own = any(path in files for path, _ in skipped)
+    return own or len(skipped) >= max_failures
 
 
 def dataio_prep(hparams, rank):
@@ -264,7 +268,9 @@ def dataio_prep(hparams, rank):
         )
         dataset.add_dynamic_item(list, takes="tracks", provides="names")
         dataset.add_dynamic_item(
-            _lost, takes=["tracks", "skipped"], provides="lost"
+            functools.partial(_lost, pairs.max_failures),
+            takes=["tracks", "skipped"],
+            provides="lost",
         )
         keys = ["id", "song", "mixtures", "skipped"]
         if split == "train":

@@ -253,19 +253,19 @@ def make_brain(brain_class, experiment):
         hparams["train_logger"].save_file = str(log)
         curves = {"save_dir": str(brain.results_folder / "tensorboard")}
     brain.tensorboard = hparams["tensorboard_logger"](**curves)
-    segments = len(datasets["train"])
+    segments, options = len(datasets["train"]), hparams["train_loader_options"]
     if hparams["dataset"] == "shards":
         # what this rank reads; all ranks read as much
         segments *= _world_size(brain)
-    else:
+    elif hparams["epoch_segments"] or options.get("shuffle"):
         segments = min(segments, hparams["epoch_segments"] or segments)
         # an order, and with fewer a set, of its own in each epoch; that of
         # SpeechBrain is the same for all seeds on several processes
         brain.train_sampler = ReproducibleRandomSampler(
             datasets["train"], seed=hparams["seed"], num_samples=segments
         )
-        hparams["train_loader_options"].pop("shuffle", None)
-        hparams["train_loader_options"]["sampler"] = brain.train_sampler
+        options.pop("shuffle", None)
+        options["sampler"] = brain.train_sampler
     brain.num_batches, brain.num_steps = _count_steps(brain, hparams, segments)
     # ranks start from equal weights but draw their own dropout
     torch.manual_seed(hparams["seed"] + rank)

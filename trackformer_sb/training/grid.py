@@ -340,7 +340,8 @@ class Grid:
                 raise ValueError(
                     f"unknown key {key!r} for hparams/{job.yaml.name}; its "
                     f"keys are {', '.join(sorted(known))}. A key of some "
-                    f"models only: --performer.{key} or --convtasnet.{key}"
+                    f"models only: --performer.{key} or --convtasnet.{key}, "
+                    f"--asteroid_convtasnet.{key}"
                 )
 
     def configuration(self):

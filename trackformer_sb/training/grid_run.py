@@ -90,10 +90,10 @@ class Runner:
         seconds = step_seconds * job.batches_per_step()
         return max(1, int(job.budget[1] * 60 / seconds))
 
-    def knows_steps(self, job, record):
-        """Whether a record has the steps of this job, as its network is now."""
+    def knows_cost(self, job, record):
+        """Whether a record has a probe of this job, as its network is now."""
         measured = record.get("probe", {}).get("of", "")
-        return "steps" in record and measured.startswith(f"{job.network} on ")
+        return measured.startswith(f"{job.network} on ")
 
     def train(self, job, device, record):
         """Trains one job.
@@ -103,20 +103,19 @@ class Runner:
         dict
             What there is to add to its record.
         """
-        budget = list(job.budget)
-        if record.get("budget", budget) != budget:
-            # it was stopped before it was begun with another one
-            for name in ("steps", "probe"):
-                record.pop(name, None)
-        record["budget"] = budget
-        if job.budget[0] == "steps":
-            record["steps"] = job.budget[1]
-        elif job.budget[0] == "minutes" and not self.knows_steps(job, record):
-            status, reason, probe = self.probes.shared(job, device)
-            if status != "done":
-                return {"status": status, "reason": reason}
-            record["steps"] = self.steps_in_time(job, probe["step_seconds"])
-            record["probe"] = probe
+        unit, number = job.budget
+        # those of an earlier attempt may be of another budget
+        record.pop("steps", None)
+        if unit == "steps":
+            record["steps"] = number
+        elif unit == "minutes":
+            if not self.knows_cost(job, record):
+                status, reason, probe = self.probes.shared(job, device)
+                if status != "done":
+                    return {"status": status, "reason": reason}
+                record["probe"] = probe
+            cost = record["probe"]["step_seconds"]
+            record["steps"] = self.steps_in_time(job, cost)
         keys = job.budget_keys(record.get("steps"))
         command = job.command(**keys, device=device)
         record["command"] = shlex.join(command)
