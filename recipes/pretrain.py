@@ -90,7 +90,8 @@ class Pretraining(MusicBrain):
     def measure(self, predictions, batch):
         """Measures one item: a row of test_results.csv."""
         if batch.lost[0]:
-            # another segment took the place of the unreadable one
+            # another segment took the place of the unreadable one, or it got
+            # no partner
             return {"id": batch.id[0]}
         hidden = predictions.hidden[0]
         target = predictions.target[0][hidden]

@@ -144,8 +144,8 @@ class Separation(MusicBrain):
         mixtures, stems = batch.mixtures.data, batch.stems.data[0]
         est_source, est_mask = predictions
         if batch.lost[0] or not est_source.isfinite().all():
-            # another segment took the place of the unreadable one, or the
-            # separator failed
+            # another segment took the place of the unreadable one, it got no
+            # partner, or the separator failed
             return {"id": batch.id[0]}
         est_source = est_source.float()
         masks = est_mask[:, :1].transpose(0, 1)

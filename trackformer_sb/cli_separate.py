@@ -192,13 +192,8 @@ def _prepare(args):
                 "music, whose results would be separated next time"
             )
     files = find_files(args.files, args.out, AUDIO_EXTENSIONS)
-    for path in args.files:
-        if not os.path.exists(path):  # a pattern
-            if not find_files([path], args.out, AUDIO_EXTENSIONS):
-                raise ValueError(
-                    f"--out {args.out}: expected another folder than that of "
-                    f"the music, all that {path} stands for is below it"
-                )
+    if not files:
+        raise ValueError(f"no audio files in {', '.join(args.files)}")
     separator, _ = load_separator(args.model, args.device, args.trust_yaml)
     wanted = {
         "file_format": args.format,

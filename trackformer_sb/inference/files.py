@@ -28,6 +28,11 @@ def find_files(arguments, out, endings):
         Each file once, those of a folder in the order of their names. A folder
         without audio is returned itself.
 
+    Raises
+    ------
+    ValueError
+        If a glob stands for nothing but what is in the folder of the results.
+
     Example
     -------
     >>> find_files(["song.wav", "./song.wav"], "sources", (".wav",))
@@ -36,11 +41,7 @@ def find_files(arguments, out, endings):
     out = os.path.realpath(out)
     found = {}
     for argument in arguments:
-        # a pattern that begins below them asks for no results
-        results = not _is_below(_before_pattern(argument), out)
-        for path in _expand(argument, endings):
-            if path != argument and results and _is_below(path, out):
-                continue
+        for path in _without_results(argument, _expand(argument, endings), out):
             below = [path]
             if os.path.isdir(path):
                 below = _below(path, out, endings)
@@ -57,12 +58,21 @@ def _is_below(path, folder):
     return os.path.commonpath([parent, folder]) == folder
 
 
-def _before_pattern(argument):
-    """The folder in which a pattern begins."""
-    folder = argument
-    while glob.has_magic(folder):
-        folder = os.path.dirname(folder)
-    return folder or os.curdir
+def _without_results(argument, paths, out):
+    """What a glob stands for, less results of an earlier separation."""
+    begin = argument
+    while glob.has_magic(begin):
+        begin = os.path.dirname(begin)
+    # a pattern that begins in a folder beside the results asks for none
+    if paths == [argument] or _is_below(begin or os.curdir, out):
+        return paths
+    others = [path for path in paths if not _is_below(path, out)]
+    if not others:
+        raise ValueError(
+            f"{argument}: expected another folder than that of the results, "
+            f"{out}, which has all that it stands for"
+        )
+    return others
 
 
 def _expand(argument, endings):

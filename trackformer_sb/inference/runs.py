@@ -33,10 +33,9 @@ def _readable(save):
     try:
         yield
     except (yaml.YAMLError, LookupError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
             f"{save}: a CKPT.yaml in it is damaged, take its checkpoint out "
-            f"({reason})"
+            f"({error})"
         ) from error
 
 
@@ -127,8 +126,7 @@ def _trained_modules(hparams_file, checkpoint):
         YAML().dump(nodes, text)
         built = load_hyperpyyaml(text.getvalue())
     except (YAMLError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{hparams_file}: {reason}") from error
+        raise ValueError(f"{hparams_file}: {error}") from error
     modules = {name: built[key] for name, key in NODES.items()}
     for name, module in modules.items():
         if name in checkpoint.paramfiles:

@@ -20,7 +20,8 @@ YAMLS = {
     "performer": ("performer_mixit.yaml", "performer"),
     "convtasnet": ("convtasnet_mixit.yaml", "convtasnet"),
     "asteroid_convtasnet": (
-        *("asteroid_convtasnet_mixit.yaml", "asteroid_convtasnet"),
+        "asteroid_convtasnet_mixit.yaml",
+        "asteroid_convtasnet",
     ),
 }
 PRETRAIN_YAML = "audio_mae_blocks.yaml"
