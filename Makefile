@@ -4,19 +4,29 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := results/demo/1234
 
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --durations=10 -rs
 export MPLBACKEND ?= Agg
 
-.PHONY: demo test test-slow check bench clean
+# exact versions of everything, of what source packages are built with as well
+LOCK := requirements.lock
+PIP := $(BIN)/python -m pip install --quiet --constraint $(LOCK)
+INSTALL := $(PIP) --build-constraint $(LOCK)
+
+.PHONY: demo test test-slow check bench lock clean
 
 # made again only when the requirements change
-$(INSTALLED): setup.py
+$(INSTALLED): setup.py $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e .
+	$(PIP) pip
+	$(INSTALL) -e .
 	touch $(INSTALLED)
 
+# Asteroid asks for pesq, which has to be compiled
 $(INSTALLED)-dev: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -e '.[dev,asteroid,demo]'
+	$(INSTALL) -e '.[dev,demo]'
+	$(INSTALL) -e '.[asteroid]' || { ! command -v cc gcc && \
+		echo 'Without a C compiler Asteroid cannot be installed:' \
+		'its tests are skipped. With one: make clean test'; }
 	touch $(INSTALLED)-dev
 
 demo: $(INSTALLED)
@@ -27,13 +37,13 @@ demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo_report.py $(DEMO)
 
 test: $(INSTALLED)-dev
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)-dev
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 bench: $(INSTALLED)-dev
-	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(INSTALL) -e '.[bench]'
 	$(BIN)/python benchmarks/mixit_loss.py
 	$(BIN)/python benchmarks/favor.py
 	$(BIN)/python benchmarks/training_step.py
@@ -45,6 +55,13 @@ check: $(INSTALLED)-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/yamllint -d relaxed hparams examples
 	$(BIN)/codespell
+
+# the newest of everything that setup.py admits
+lock: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet uv
+	printf 'pip\nsetuptools\n' | $(BIN)/uv pip compile - setup.py --all-extras \
+		--universal --python-version 3.10 --upgrade --quiet --no-annotate \
+		--no-header --no-emit-index-url --output-file $(LOCK)
 
 clean:
 	rm -rf $(VENV) results

@@ -48,6 +48,7 @@ setup(
         "bench": ["performer-pytorch", "asteroid>=0.7,<0.8"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist",
             "psutil",
             "selenium",
             "webdataset>=1.0",

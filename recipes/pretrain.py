@@ -20,6 +20,10 @@ import pathlib
 # 2 busy CPU cores training was 7 times slower. Takes effect before torch loads.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
+from trackformer_sb.torch_pair import exit_unless_pair_fits
+
+exit_unless_pair_fits()
+
 import speechbrain as sb
 import torch
 from speechbrain.utils.distributed import run_on_main

@@ -21,6 +21,7 @@ import pathlib
 import re
 import sys
 
+from trackformer_sb.torch_pair import exit_unless_pair_fits
 from trackformer_sb.training import grid
 from trackformer_sb.training.grid_processes import visible_devices
 from trackformer_sb.training.grid_run import Runner
@@ -165,6 +166,7 @@ def main(argv):
         0 if nothing failed; to be out of memory is a result.
     """
     args, words = make_parser().parse_known_args(argv)
+    exit_unless_pair_fits()
     if args.no_probe and not args.dry_run:
         raise ValueError("--no-probe: expected --dry-run with it, got none")
     names = ("dataset", "data_folder", "test_folder", "test_dataset")

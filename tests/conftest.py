@@ -6,6 +6,14 @@ import tempfile
 
 import hypothesis
 import pytest
+
+from trackformer_sb.torch_pair import check_pair
+
+try:
+    check_pair()
+except ImportError as error:
+    pytest.exit(str(error))
+
 import torch
 from speechbrain.utils.importutils import LazyModule
 

@@ -21,6 +21,7 @@ MAX_LINES = 400
 # What each part of the package may import of the others.
 MAY_IMPORT = {
     "memory": set(),
+    "torch_pair": set(),
     "truncation": set(),
     "data": {"truncation"},
     "nnet": set(),
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "training": {"data", "memory", "nnet", "objectives"},
     "inference": {"memory", "nnet", "truncation"},
     "asteroid": {"inference", "nnet"},
-    "cli": {"cli_data", "cli_demo", "cli_model", "cli_separate"},
+    "cli": {"cli_data", "cli_demo", "cli_model", "cli_separate", "torch_pair"},
     "cli_data": {"data"},
     "cli_demo": {"cli_data", "cli_model", "inference", "web"},
     "cli_model": {"cli_data", "inference"},

@@ -11,6 +11,7 @@ from trackformer_sb.cli_data import add_data, add_shards, complain
 from trackformer_sb.cli_demo import add_demo
 from trackformer_sb.cli_model import add_export, add_info
 from trackformer_sb.cli_separate import add_separate
+from trackformer_sb.torch_pair import exit_unless_pair_fits
 
 
 def build_parser():
@@ -70,6 +71,7 @@ def main(argv=None):
         args = build_parser().parse_args(argv)
     except SystemExit as stop:  # --help is 0, a usage error is 2
         return stop.code
+    exit_unless_pair_fits()
     try:
         return args.run(args)
     except KeyboardInterrupt:
