@@ -59,7 +59,7 @@ check: $(INSTALLED)-dev
 # the newest of everything that setup.py admits
 lock: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet uv
-	printf 'pip\nsetuptools\n' | $(BIN)/uv pip compile - setup.py --all-extras \
+	printf 'pip\nsetuptools\n' | $(BIN)/uv pip compile setup.py - --all-extras \
 		--universal --python-version 3.10 --upgrade --quiet --no-annotate \
 		--no-header --no-emit-index-url --output-file $(LOCK)
 

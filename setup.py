@@ -21,10 +21,10 @@ setup(
     packages=find_packages(include=["trackformer_sb", "trackformer_sb.*"]),
     python_requires=">=3.10",
     install_requires=[
-        # torch and torchaudio must be of one release line: torchaudio 2.11 is
-        # the last one, and fails to import beside a newer torch
-        "torch>=2.7,<2.12",
-        "torchaudio>=2.7,<2.12",
+        # torchaudio 2.11.0 loads beside all of these (tried: 2.11.0, 2.12.0,
+        # 2.12.1, 2.13.0, 2.14.0, 2.14.1), 2.11.1 does not beside 2.11 and 2.12
+        "torch>=2.11,<2.15",
+        "torchaudio==2.11.0",
         "speechbrain>=1.1.2",
         "hyperpyyaml>=1.2.3",
         "ruamel.yaml",

@@ -15,7 +15,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("torch", "torchaudio", "expected"),
     [
-        ("2.7.1", "2.7.1", True),
+        ("2.8.0", "2.8.0", True),
+        ("2.8.0", "2.9.0", False),
+        ("2.9.1", "2.9.0", True),
         ("2.10.0", "2.9.1", False),
         ("2.10.0", "2.11.0", False),
         ("2.11.0", "2.10.0", False),
@@ -25,6 +27,8 @@ ROOT = pathlib.Path(__file__).parents[1]
         ("2.11.0+cpu", "2.11.0", False),
         ("2.12.1", "2.11.0", True),
         ("2.12.1", "2.11.1", False),
+        ("2.13.0", "2.11.1", True),
+        ("2.13.0+cpu", "2.11.1", False),
         ("2.14.1", "2.11.0", True),
         ("2.14.1", "2.11.1", True),
         ("2.15.0", "2.11.0", False),

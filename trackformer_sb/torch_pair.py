@@ -11,7 +11,7 @@ TESTED = "2.11.0"  # of both, as in requirements.lock
 # torchaudio -> first and last torch that it loads beside, found by trying
 TORCH_BESIDE = {
     (2, 11, 0): ((2, 11), (2, 14)),
-    (2, 11, 1): ((2, 14), (2, 15)),
+    (2, 11, 1): ((2, 13), (2, 15)),
 }
 
 
