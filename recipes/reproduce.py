@@ -12,8 +12,8 @@ values.
     python recipes/reproduce.py --minutes=10 --lengths 3 10 --losses mixit
 
 Every cell is a run of train.py in a process of its own. The same command goes
-on after an interruption. Results are in output_folder: tables.md, table1.csv to
-table5.csv, cells.csv, figures/, and each run in <model>/<length>s/<loss>/.
+on after an interruption. Results are in output_folder: tables.md, a CSV of each
+table, cells.csv, figures/, and each run in <model>/<length>s/<loss>/.
 """
 
 import argparse

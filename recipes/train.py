@@ -39,6 +39,7 @@ from trackformer_sb.nnet.transfer import (
     load_pretrained_encoder,
 )
 from trackformer_sb.objectives import metrics
+from trackformer_sb.objectives.mixit import mixit_loss
 from trackformer_sb.objectives.regularizers import (
     diversity_loss,
     mask_count_loss,
@@ -73,7 +74,7 @@ COLUMNS = (
     "mask_overlap",
     "effective_mask_count",
 )
-
+MEASURED_EVERY = 10  # batches of a training
 
 # Higher is better in all of them; "loss" is the validation loss.
 SELECTION_METRICS = (
@@ -133,6 +134,8 @@ class Separation(MusicBrain):
         parts = {name: loss.mean() for name, loss in parts.items()}
         if stage == sb.Stage.TRAIN:
             self.losses = {k: v.detach() for k, v in parts.items()}
+            if self.step % MEASURED_EVERY == 1:
+                self.measure_training(est_source, mixtures)
         else:
             row = self.measure(predictions, batch, stage)
             if not batch.lost[0]:
@@ -142,6 +145,17 @@ class Separation(MusicBrain):
             loss * getattr(self.hparams, f"lambda_{name}", 1.0)
             for name, loss in parts.items()
         )
+
+    @torch.no_grad()
+    def measure_training(self, est_source, mixtures):
+        """Mixture SI-SNR of the pairs of a batch, whose mixtures all sound.
+
+        As ``metrics.mixture_si_snr``, in single precision for half its cost.
+        """
+        loss, _ = mixit_loss(est_source, mixtures, "si_snr")
+        sounding = mixtures.var(-1, correction=0) > metrics.SILENT_ENERGY
+        values = -loss[sounding.all(1)]
+        self.rows += [{"mixture_si_snr": x} for x in values.tolist()]
 
     def measure(self, predictions, batch, stage):
         """Measures one item: a row of test_results.csv."""
@@ -227,7 +241,9 @@ class Separation(MusicBrain):
 
     def more_results(self):
         """What else belongs in metrics.json."""
+        names = ("train_mixture_si_snr", "valid_mixture_si_snr")
         return {
+            **{name: self.tested_epoch.get(name) for name in names},
             "silent_stems_left_out": self.silent_stems,
             "test_songs_pretrained_on": self.songs_pretrained_on,
         }

@@ -37,6 +37,7 @@ from trackformer_sb.data.manifest import read_songs
 from trackformer_sb.inference.interfaces import PerformerSeparation
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
+from trackformer_sb.objectives.metrics import mixture_si_snr
 from trackformer_sb.training import experiment as experiments
 from trackformer_sb.training.costs import of_all_ranks
 from trackformer_sb.training.dataio import prepare_data
@@ -166,10 +167,25 @@ def test_training_lowers_the_loss(songs, tmp_path, quick):
             dropout=0.0,
         )
     )
-    history = read_results(out)[2]["history"]
+    metrics = read_results(out)[2]
+    history = metrics["history"]
     assert history[-1]["train_loss"] < history[0]["train_loss"] - 1.0
+    series = [row["train_mixture_si_snr"] for row in history]
+    assert series[-1] > series[0] + 1.0
+    assert metrics["train_mixture_si_snr"] in series
+    assert "train mixture_si_snr: " in (out / "train_log.txt").read_text()
     # the schedule reached its end
     assert history[-1]["lr"] == pytest.approx(1e-5)
+
+
+def test_pairs_in_training_are_measured_as_those_of_the_test():
+    est_source, mixtures = torch.randn(3, 4, 1000), torch.randn(3, 2, 1000)
+    mixtures[1, 1] = 0.0  # alone, the other one is no separation
+    brain = types.SimpleNamespace(rows=[])
+    recipe.Separation.measure_training(brain, est_source, mixtures)
+    expected = mixture_si_snr(est_source, mixtures)[[0, 2]].tolist()
+    found = [row["mixture_si_snr"] for row in brain.rows]
+    assert found == pytest.approx(expected, abs=1e-3)
 
 
 def weights(out):

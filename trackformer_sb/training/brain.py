@@ -38,8 +38,8 @@ class MusicBrain(sb.Brain):
 
     Made by ``training.experiment.make_brain``, which sets what it needs. A
     recipe adds ``compute_forward``, ``compute_objectives``, which sets
-    ``losses`` in training and adds to ``rows`` in evaluation, and the methods
-    below that raise NotImplementedError.
+    ``losses`` in training and adds to ``rows``, and the methods below that
+    raise NotImplementedError.
     """
 
     # of test_results.csv, and what else is averaged
@@ -255,8 +255,9 @@ class MusicBrain(sb.Brain):
             self.report_silent_songs()
             # the first batch waits for the workers to start
             steps = self.step_seconds[1:] or self.step_seconds
+            averages = self.known_averages()
+            self.train_averages = {"loss": float(stage_loss), **averages}
             self.train_figures = {
-                "train_loss": float(stage_loss),
                 "epoch_seconds": seconds,
                 "waiting_seconds": self.waiting,
                 "step_seconds": statistics.median(steps) if steps else None,
@@ -315,13 +316,12 @@ class MusicBrain(sb.Brain):
             lr=rate,
             valid_loss=valid_loss,
             valid_seconds=seconds,
+            **{f"train_{key}": x for key, x in self.train_averages.items()},
             **{f"valid_{name}": value for name, value in averages.items()},
         )
         meta = {"epoch": epoch, "lr": rate}
-        train = {
-            "loss": self.train_figures["train_loss"],
-            "seconds": self.train_figures["epoch_seconds"],
-        }
+        seconds = self.train_figures["epoch_seconds"]
+        train = {**self.train_averages, "seconds": seconds}
         valid = {"loss": valid_loss, **averages}
         # loggers act on the main process but are collective calls
         self.hparams.train_logger.log_stats(meta, train, valid)
@@ -353,6 +353,7 @@ class MusicBrain(sb.Brain):
             )
         super().on_evaluate_start(max_key=max_key, min_key=min_key)
         # the best checkpoint's history ends with its epoch
+        self.tested_epoch = self.hparams.history.epochs[-1]
         latest = self.checkpointer.find_checkpoint()
         self.hparams.history.load(latest.paramfiles["history"])
 

@@ -11,9 +11,12 @@ RANGE_DB = 70.0
 CURVES = (
     ("Loss", "MixIT + regularizers", ("train_loss", "valid_loss")),
     (
-        "Separation (validation)",
+        "Separation",
         "dB",
-        ("valid_mixture_si_snr", "valid_si_snri", "valid_si_snri_grouped"),
+        (
+            *("train_mixture_si_snr", "valid_mixture_si_snr"),
+            *("valid_si_snri", "valid_si_snri_grouped"),
+        ),
     ),
     ("Mask overlap (validation)", "cosine", ("valid_mask_overlap",)),
     (

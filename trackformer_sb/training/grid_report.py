@@ -10,10 +10,11 @@ from trackformer_sb.training.grid_tables import (
     CELL_COLUMNS,
     LOSSES,
     MODELS,
+    OUR_TABLES,
     PAPER_LENGTHS,
     PAPER_SI_SNR,
+    PAPER_TABLES,
     SHOWN,
-    TABLES,
     is_number,
     load_cells,
     read_json,
@@ -176,12 +177,22 @@ def description(folder, cells):
             for status in dict.fromkeys(statuses)
         )
     )
+    heard = [
+        f"{cell['test_songs_pretrained_on']} at {length:g} s ({loss})"
+        for (length, loss, _), cell in cells.items()
+        if cell["test_songs_pretrained_on"]
+    ]
+    if heard:
+        lines.append(
+            "**Test songs of performer_mae that its pre-training heard: "
+            f"{', '.join(heard)}.** A test folder keeps them apart"
+        )
     lines.append(f"Written: {datetime.date.today()}")
     return lines
 
 
 def write_tables(folder):
-    """Writes tables.md, table1.csv to table5.csv and cells.csv.
+    """Writes tables.md, a CSV of each table, and cells.csv.
 
     Arguments
     ---------
@@ -192,14 +203,16 @@ def write_tables(folder):
     text = [
         "# The paper's experiment, run again",
         '"Music Separation Using Self-Supervised Learning" (Trackformer): '
-        "its values stand under paper, all others were measured here.",
+        "its tables with its values, all others were measured here.",
         "\n".join(f"- {line}" for line in description(folder, cells)),
     ]
-    for number, make in enumerate(TABLES, start=1):
+    for make in (*PAPER_TABLES, *OUR_TABLES):
         table = make(cells)
+        if make is OUR_TABLES[0]:
+            text.append("# Beside the paper")
         rows = markdown(table.columns, table.rows)
         text += [f"## {table.title}", rows, table.notes]
-        write_csv(folder / f"table{number}.csv", table.columns, table.rows)
+        write_csv(folder / f"{table.file}.csv", table.columns, table.rows)
     write_text(folder / "tables.md", "\n\n".join(text) + "\n")
     write_csv(
         folder / "cells.csv",

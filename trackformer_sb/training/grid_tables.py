@@ -1,7 +1,8 @@
-"""The paper's five tables from a grid of trainings, beside the paper's values.
+"""The paper's five tables from a grid of trainings, and what it has not.
 
-"Music Separation Using Self-Supervised Learning" (Trackformer). Everything is
-read from the grid's folder: what is there so far shows, the rest is "not run".
+"Music Separation Using Self-Supervised Learning" (Trackformer), section 5.
+Everything is read from the grid's folder: what is there so far shows, the rest
+is "not run".
 """
 
 import json
@@ -10,19 +11,37 @@ from typing import NamedTuple
 # in the order of the tables
 PAPER_MODELS = ("performer_mae", "performer", "convtasnet")
 MODELS = (*PAPER_MODELS, "asteroid_convtasnet")
-CONVTASNETS = MODELS[2:]
 LOSSES = ("mixit", "mixit_div_sp")
 
-# What the paper says; its Performers have the auxiliary losses.
+# What the paper says at its lengths, its Tables 4 and 5 not at the last.
 PAPER_LENGTHS = (3.0, 5.0, 10.0, 30.0)
-PAPER_LOSS = "mixit_div_sp"
+
+
+def _by_length(*values):
+    return dict(zip(PAPER_LENGTHS, values))
+
+
 PAPER_SI_SNR = {
-    "performer_mae": dict(zip(PAPER_LENGTHS, (1.66, 2.00, 2.33, 3.52))),
-    "performer": {3.0: 2.60},
-    "convtasnet": dict(zip(PAPER_LENGTHS, (-9.11, -8.52, -9.73, "OOM"))),
+    "convtasnet": _by_length(-9.11, -8.52, -9.73, "OOM"),
+    "performer_mae": _by_length(1.66, 2.00, 2.33, 3.52),
+    "performer": _by_length(2.60, 3.16, 3.52, "OOM"),
 }
-PAPER_TIME_RATIO = "0.74 to 0.83"  # epochs 17 to 26 % shorter
-NOT_AT_HAND = '"-" under paper: the paper\'s value is not at hand.'
+PAPER_MINUTES = {
+    "convtasnet": _by_length(17.05, 20.33, 43.25, "OOM"),
+    "performer_mae": _by_length(12.57, 16.04, 35.42, 46.33),
+}
+PAPER_MASKS = {
+    "mixit": {
+        "mixture_si_snr": _by_length(2.60, 3.16, 3.87),
+        "mask_overlap": _by_length(0.59, 0.61, 0.52),
+        "effective_mask_count": _by_length(6.36, 5.93, 6.29),
+    },
+    "mixit_div_sp": {
+        "mixture_si_snr": _by_length(2.56, 3.32, 2.26),
+        "mask_overlap": _by_length(0.49, 0.35, 0.44),
+        "effective_mask_count": _by_length(5.60, 4.48, 5.45),
+    },
+}
 
 CELL_COLUMNS = (
     "length",
@@ -30,6 +49,8 @@ CELL_COLUMNS = (
     "model",
     "status",
     "mixture_si_snr",
+    "train_mixture_si_snr",
+    "valid_mixture_si_snr",
     "si_snr",
     "si_snri",
     "si_snri_grouped",
@@ -55,6 +76,7 @@ SHOWN = {"oom": "OOM", None: "not run"}  # other statuses show as they are
 class Table(NamedTuple):
     """A table and what is to be said of it."""
 
+    file: str  # of its CSV, without the suffix
     title: str
     columns: tuple
     rows: list  # numbers, words, None
@@ -141,7 +163,7 @@ def load_cells(folder):
 def figure(cells, key, name):
     """A figure of a cell, or the word that stands in its place."""
     cell = cells.get(key, {"status": None})
-    if cell["status"] == "done":
+    if cell["status"] == "done" or cell.get(name) is not None:
         return cell[name]
     return SHOWN.get(cell["status"], cell["status"])
 
@@ -168,166 +190,184 @@ def difference(one, other):
     return one - other if is_number(one) and is_number(other) else None
 
 
-def _keys(cells, models=MODELS):
-    """The cells there are and those that the paper has."""
-    keys = {key for key in cells if key[2] in models}
-    keys |= {
-        (length, PAPER_LOSS, model)
-        for model in models
-        for length in PAPER_SI_SNR.get(model, ())
-    }
-    return sorted(keys, key=_order)
+def _paper_table(cells, number, title, columns, notes, unit=1.0):
+    """The paper's values by length, each with ours after it.
+
+    A column is its head, the paper's values, and the loss, model and name of
+    ours, which is divided by a unit.
+    """
+    ours = {(loss, model) for *_, loss, model, _ in columns}
+    lengths = {key[0] for key in cells if key[1:] in ours}
+    rows = []
+    for length in sorted(lengths.union(*(column[1] for column in columns))):
+        row = [length]
+        for _, values, loss, model, name in columns:
+            value = figure(cells, (length, loss, model), name)
+            value = value / unit if is_number(value) else value
+            row += [values.get(length), value]
+        rows.append(row)
+    heads = [x for head, *_ in columns for x in (f"paper: {head}", head)]
+    title = f"Table {number}: {title}"
+    return Table(f"table{number}", title, ("length (s)", *heads), rows, notes)
 
 
-def _paper_si_snr(length, loss, model):
-    # which loss the paper's ConvTasNet had is not at hand: it stands in both
-    if loss != PAPER_LOSS and model != "convtasnet":
-        return None
-    return PAPER_SI_SNR.get(model, {}).get(length)
+def _si_snr_columns(**heads):
+    return [
+        (head, PAPER_SI_SNR[model], "mixit", model, "mixture_si_snr")
+        for model, head in heads.items()
+    ]
 
 
 def separation_table(cells):
-    """Table 1: SI-SNR by model and length."""
-    names = ("si_snri", "si_snri_grouped", "sdr", "test_items")
-    rows = [
-        (
-            *key,
-            figure(cells, key, "mixture_si_snr"),
-            _paper_si_snr(*key),
-            *(figure(cells, key, name) for name in names),
-        )
-        for key in _keys(cells)
-    ]
-    notes = [
-        "Mixture SI-SNR is the paper's measure: the best remix of the outputs "
-        "against the two mixtures. The others are against real stems: the "
-        "improvement with one output per stem, with outputs added up, and SDR. "
-        "Which of the losses the paper's ConvTasNet had is not at hand, its "
-        f"values stand at both. {NOT_AT_HAND}"
-    ]
-    heard = [
-        f"{cell['test_songs_pretrained_on']} at {length:g} s ({loss})"
-        for (length, loss, _), cell in cells.items()
-        if cell["test_songs_pretrained_on"]
-    ]
-    if heard:
-        notes.append(
-            "**Test songs of performer_mae that its pre-training heard: "
-            f"{', '.join(heard)}.** A test folder keeps them apart."
-        )
-    columns = (
-        *("length (s)", "loss", "model", "mixture SI-SNR (dB)", "paper (dB)"),
-        *("SI-SNRi (dB)", "SI-SNRi grouped (dB)", "SDR (dB)", "test items"),
+    """Table 1: SI-SNR of ConvTasNet and Performer."""
+    columns = _si_snr_columns(
+        convtasnet="ConvTasNet (dB)", performer_mae="Performer (dB)"
     )
-    title = "Table 1: separation by model and length"
-    return Table(title, columns, rows, " ".join(notes))
+    notes = (
+        "SI-SNR of the best remix of the outputs against the two mixtures; "
+        "OOM: out of memory. The Performer is the one with Audio-MAE. Tables 1 "
+        "to 3 are of MixIT alone, here and presumably in the paper, which "
+        "fine-tunes with the MixIT loss (section 4.2.4) and has the same "
+        "values without Audio-MAE in Table 4 at 3 and 5 s. ConvTasNet is "
+        "SpeechBrain's; Asteroid's is among what stands beside the paper."
+    )
+    return _paper_table(cells, 1, "SI-SNR by segment length", columns, notes)
 
 
 def time_table(cells):
-    """Table 2: seconds, and how the Performer's relate to ConvTasNet's."""
-    rows = []
-    for key in _keys(cells):
-        length, loss, model = key
-        epoch, *others = (
-            figure(cells, key, name)
-            for name in ("epoch_seconds", "step_seconds", "total_seconds")
+    """Table 2: minutes, and how the Performer's relate to ConvTasNet's."""
+    columns = [
+        (head, PAPER_MINUTES[model], "mixit", model, "epoch_seconds")
+        for model, head in (
+            ("convtasnet", "ConvTasNet (min/epoch)"),
+            ("performer_mae", "Performer (min/epoch)"),
         )
-        ratio = paper = None
-        if model not in CONVTASNETS:
-            peers = [
-                figure(cells, (length, loss, peer), "epoch_seconds")
-                for peer in CONVTASNETS
-            ]
-            peers = [seconds for seconds in peers if is_number(seconds)]
-            if is_number(epoch) and peers:
-                ratio = epoch / min(peers)
-        in_paper = _paper_si_snr(length, loss, "convtasnet")
-        if (loss, model) == (PAPER_LOSS, MODELS[0]) and is_number(in_paper):
-            paper = PAPER_TIME_RATIO
-        rows.append((*key, epoch, *others, ratio, paper))
-    columns = (
-        *("length (s)", "loss", "model", "epoch (s)", "batch (s)"),
-        *("training and validation (s)", "epoch / ConvTasNet's", "paper"),
-    )
+    ]
     notes = (
-        "Epochs without their validation. With a budget of steps or minutes an "
-        "epoch is the median time of a batch, times the batches of an epoch. "
-        "ConvTasNet's is the shorter one where both kinds ran. "
-        "The paper: Performer epochs 17 to 26 % shorter than ConvTasNet's; its "
-        f"seconds are not at hand. {NOT_AT_HAND}"
+        "Ours without validation. With a budget of steps or minutes an epoch "
+        "is the median time of a batch, times the batches of an epoch. The "
+        "paper's text has 20 to 30 % less time (section 7), its table 18 to 26."
     )
-    return Table("Table 2: time", columns, rows, notes)
-
-
-def memory_table(cells):
-    """Table 3: peak memory."""
-    rows = []
-    for key in _keys(cells):
-        paper = _paper_si_snr(*key)
-        limit = cells.get(key, {}).get("memory_gb")
-        peak = figure(cells, key, "peak_memory_mb")
-        rows.append((*key, peak, limit, paper if paper == "OOM" else None))
-    columns = (
-        *("length (s)", "loss", "model", "peak memory (MB)", "limit (GB)"),
-        "paper",
-    )
-    notes = (
-        "On a GPU what is allocated there, on a CPU the whole process; OOM: "
-        "out of memory. The paper: ConvTasNet is out of memory at 30 s. "
-        f"{NOT_AT_HAND}"
-    )
-    return Table("Table 3: peak memory", columns, rows, notes)
+    title = "Time of an epoch"
+    table = _paper_table(cells, 2, title, columns, notes, unit=60.0)
+    for row in table.rows:
+        for convtasnet, performer in (row[1:4:2], row[2:5:2]):
+            both = is_number(convtasnet) and is_number(performer)
+            row.append(performer / convtasnet if both else None)
+    ratios = ("paper: Performer / ConvTasNet", "Performer / ConvTasNet")
+    return table._replace(columns=(*table.columns, *ratios))
 
 
 def audio_mae_table(cells):
-    """Table 4: with and without pre-training."""
-    pair = PAPER_MODELS[:2]
-    rows = []
-    for length, loss in dict.fromkeys(key[:2] for key in _keys(cells, pair)):
-        figures = []
-        for name in ("mixture_si_snr", "si_snri"):
-            both = [figure(cells, (length, loss, x), name) for x in pair]
-            figures += [*both, difference(*both)]
-        paper = [_paper_si_snr(length, loss, model) for model in pair]
-        rows.append((length, loss, *figures, *paper, difference(*paper)))
-    columns = ["length (s)", "loss"]
-    for measure in ("mixture SI-SNR", "SI-SNRi", "paper"):
-        words = ("with", "without", "difference")
-        columns += [f"{measure} {word} (dB)" for word in words]
-    notes = (
-        "With: performer_mae, without: performer. The paper: worse with "
-        f"Audio-MAE at every length. {NOT_AT_HAND}"
+    """Table 3: with and without pre-training."""
+    columns = _si_snr_columns(
+        performer_mae="with Audio-MAE (dB)", performer="without (dB)"
     )
-    return Table("Table 4: Audio-MAE", tuple(columns), rows, notes)
+    notes = (
+        "SI-SNR as in Table 1. At 10 s without Audio-MAE the paper has 3.52 "
+        "here and 3.87 in Table 4, for what seems the same run."
+    )
+    return _paper_table(cells, 3, "Audio-MAE", columns, notes)
+
+
+def _masks_table(cells, number, title, loss, notes):
+    columns = [
+        (head, PAPER_MASKS[loss][name], loss, "performer", name)
+        for name, head in (
+            ("mixture_si_snr", "SI-SNR (dB)"),
+            ("mask_overlap", "overlap"),
+            ("effective_mask_count", "N_E"),
+        )
+    ]
+    return _paper_table(cells, number, title, columns, notes)
+
+
+def mixit_table(cells):
+    """Table 4: MixIT alone."""
+    notes = (
+        "The Performer without Audio-MAE. Overlap: mean cosine similarity of "
+        "two masks; N_E: effective mask count, the number of masks in use. At "
+        "10 s the paper has an SI-SNR of 3.52 in Table 3; it has no 30 s here."
+    )
+    return _masks_table(cells, 4, "MixIT loss alone", LOSSES[0], notes)
 
 
 def auxiliary_loss_table(cells):
-    """Table 5: with and without diversity and sparsity loss."""
-    names = ["mixture_si_snr", "si_snri", "mask_overlap"]
-    names.append("effective_mask_count")
-    rows = []
-    for length, model in dict.fromkeys(key[::2] for key in _keys(cells)):
-        pair = [(length, loss, model) for loss in LOSSES]
-        for name in names if cells.keys() & pair else names[:1]:
-            both = [figure(cells, key, name) for key in pair]
-            ours = difference(*both[::-1])
-            known = (model, name) == ("performer_mae", "mixture_si_snr")
-            paper = "below 0" if known else None
-            rows.append((length, model, name, *both, ours, paper))
-    columns = ("length (s)", "model", "measure", *LOSSES, "difference", "paper")
+    """Table 5: with diversity and sparsity loss."""
+    title = "MixIT, diversity and sparsity loss"
+    notes = "The Performer without Audio-MAE, as in Table 4."
+    return _masks_table(cells, 5, title, LOSSES[1], notes)
+
+
+def _cell_table(cells, file, title, heads, notes):
+    """Figures of all cells that there are; heads go by their names."""
+    rows = [
+        (*key, *(figure(cells, key, name) for name in heads)) for key in cells
+    ]
+    columns = ("length (s)", "loss", "model", *heads.values())
+    return Table(file, title, columns, rows, notes)
+
+
+def measures_table(cells):
+    """The measures of all cells."""
+    heads = {
+        "mixture_si_snr": "SI-SNR (dB)",
+        "si_snri": "SI-SNRi (dB)",
+        "si_snri_grouped": "SI-SNRi grouped (dB)",
+        "sdr": "SDR (dB)",
+        "mask_overlap": "overlap",
+        "effective_mask_count": "N_E",
+        "test_items": "test items",
+    }
     notes = (
-        "Difference: what the auxiliary losses change; SI-SNR in dB. Mask "
-        "overlap is the mean cosine similarity of two masks, effective mask "
-        "count the number of masks in use. The paper: the auxiliary losses "
-        f"cost SI-SNR, how much is not at hand. {NOT_AT_HAND}"
+        "SI-SNR, overlap and N_E as above. The others are against real stems: "
+        "the improvement with one output per stem, with outputs added up, and "
+        "SDR."
     )
-    return Table("Table 5: auxiliary losses", columns, rows, notes)
+    return _cell_table(cells, "measures", "Separation", heads, notes)
 
 
-TABLES = (
+def costs_table(cells):
+    """Time and memory of all cells."""
+    heads = {
+        "step_seconds": "batch (s)",
+        "epoch_seconds": "epoch (s)",
+        "total_seconds": "training and validation (s)",
+        "peak_memory_mb": "peak memory (MB)",
+        "memory_gb": "limit (GB)",
+    }
+    notes = (
+        "Peak memory: on a GPU what is allocated there, on a CPU the whole "
+        "process, for which there is a limit. The paper: up to 4 GB less than "
+        "ConvTasNet (section 7)."
+    )
+    return _cell_table(cells, "costs", "Time and memory", heads, notes)
+
+
+def over_fitting_table(cells):
+    """SI-SNR on training and held-out songs."""
+    heads = {
+        "train_mixture_si_snr": "training SI-SNR (dB)",
+        "valid_mixture_si_snr": "validation SI-SNR (dB)",
+        "mixture_si_snr": "test SI-SNR (dB)",
+    }
+    notes = (
+        "SI-SNR as in Table 1, of the epoch that is tested. In training it is "
+        "of every tenth batch, over the epoch and with dropout. The gap is "
+        "training less test. The paper: training +3 to +4 dB, validation and "
+        "test << 0 dB, for which model and length is not said."
+    )
+    title = "Over-fitting (section 5.5)"
+    table = _cell_table(cells, "over_fitting", title, heads, notes)
+    rows = [(*row, difference(row[3], row[5])) for row in table.rows]
+    return table._replace(columns=(*table.columns, "gap (dB)"), rows=rows)
+
+
+PAPER_TABLES = (
     separation_table,
     time_table,
-    memory_table,
     audio_mae_table,
+    mixit_table,
     auxiliary_loss_table,
 )
+OUR_TABLES = (measures_table, costs_table, over_fitting_table)
