@@ -8,6 +8,7 @@ a song is dropped. A MODEL is a folder or an id on the hub. A METHOD is
 
 - mixture: a quarter of the mixture as each stem, 0 dB by definition;
 - bands: the mixture in 8 bands of frequency, equally wide in mel;
+- octaves: below 100 Hz, six octaves from there, and the rest;
 - hpss: the percussive part as drums, the harmonic one as "other", by medians
   of the spectrogram over frequency and time (Fitzgerald, DAFx 2010);
 - nmf: 8 components of a non-negative factorisation of the magnitudes, with 200
@@ -99,6 +100,15 @@ def band_masks(spectrum, stems, number=8, nyquist=22050):
     return masks.unsqueeze(-1).expand(-1, -1, spectrum.shape[2]), None
 
 
+def octave_masks(spectrum, stems, lowest=100, number=8, nyquist=22050):
+    """Octaves, which split the bass more finely than mel does."""
+    hertz = torch.linspace(0, nyquist, spectrum.shape[1])
+    edges = lowest * 2.0 ** torch.arange(number - 1)
+    band = torch.bucketize(hertz, edges)
+    masks = torch.nn.functional.one_hot(band, number).T.float()
+    return masks.unsqueeze(-1).expand(-1, -1, spectrum.shape[2]), None
+
+
 def hpss_masks(spectrum, stems, size=17):
     """Soft masks of what lasts in time and of what is wide in frequency."""
     magnitude = spectrum.abs().mean(0).numpy()
@@ -144,6 +154,7 @@ def ratio_masks(spectrum, stems):
 METHODS = {
     "mixture": mixture_masks,
     "bands": band_masks,
+    "octaves": octave_masks,
     "hpss": hpss_masks,
     "nmf": nmf_masks,
     "static": static_masks,

@@ -213,7 +213,7 @@ def test_benchmark_writes_its_tables(folder, tmp_path, monkeypatch):
     import quality
 
     monkeypatch.chdir(tmp_path)
-    methods = ["mixture", "bands", "static", "irm"]
+    methods = ["mixture", "bands", "octaves", "static", "irm"]
     monkeypatch.setattr(
         sys,
         "argv",
