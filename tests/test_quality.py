@@ -1,0 +1,282 @@
+"""Named stems: what counts, static filters, leakage, files, the benchmark."""
+
+import csv
+import math
+import pathlib
+import sys
+
+import pytest
+import soundfile
+import torch
+
+from trackformer_sb.data.named_stems import (
+    CLASSES,
+    read_stems,
+    stem_class,
+    sum_by_class,
+    windows,
+)
+from trackformer_sb.inference.pretrained import PerformerSeparator
+from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
+from trackformer_sb.objectives.metrics import si_snr
+from trackformer_sb.objectives.named_metrics import (
+    evaluate_named,
+    leakage,
+    named_si_snri,
+    pair_by_class,
+    time_averaged_masks,
+)
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+# -- measures
+
+
+def test_the_mixture_improves_by_0_and_true_stems_by_much():
+    stems = torch.randn(4, 2000)
+    mix = stems.sum(0)
+    assert named_si_snri(mix.expand(4, -1), stems, mix).abs().max() < 1e-4
+    assert named_si_snri(stems, stems, mix).min() > 80
+    # by name: stems in another order are worse than the mixture
+    assert named_si_snri(stems.flip(0), stems, mix).max() < 0
+
+
+def test_improvement_is_the_difference_of_two_si_snr():
+    stems, noise = torch.randn(2, 3, 500)
+    est_stems, mix = stems + 0.3 * noise, stems.sum(0)
+    expected = si_snr(est_stems, stems) - si_snr(mix.expand(3, -1), stems)
+    assert torch.allclose(named_si_snri(est_stems, stems, mix), expected)
+
+
+@pytest.mark.parametrize(
+    "share, counts",
+    [(0.0, False), (9e-4, False), (1.1e-3, True), (0.97, True), (0.99, False)],
+)
+def test_stems_count_that_sound_and_are_not_alone(share, counts):
+    # orthogonal, so that shares of energy add up to one
+    angle = torch.arange(1000) * 2 * torch.pi / 1000
+    stems = torch.stack([torch.sin(3 * angle), torch.sin(5 * angle)])
+    stems = stems * torch.tensor([[share], [1 - share]]).sqrt()
+    improvement = named_si_snri(stems, stems, stems.sum(0))
+    assert bool(improvement[0].isfinite()) == counts
+
+
+def test_nothing_counts_in_silence():
+    silence = torch.zeros(3, 100)
+    assert named_si_snri(silence, silence, silence[0]).isnan().all()
+    assert leakage(silence, silence, silence[0]).isnan().all()
+
+
+def test_leakage_is_the_level_below_the_mixture():
+    mix = torch.randn(1000)
+    stems = torch.stack([mix, *torch.zeros(3, 1000)])
+    gains = torch.tensor([1.0, 0.5, 1e-2, 0.0])
+    below = leakage(gains[:, None] * mix, stems, mix)
+    assert below[0].isnan()  # it sounds
+    assert below[1:].tolist() == pytest.approx([6.0206, 40, 120], abs=1e-3)
+
+
+def test_static_masks_are_their_own_time_average():
+    masks = torch.rand(3, 5, 1).expand(-1, -1, 20)
+    power = torch.rand(5, 20)
+    power[2] = 0
+    assert torch.allclose(time_averaged_masks(masks, power), masks)
+
+
+def test_time_average_keeps_the_energy_share_of_power_masks():
+    masks, power = torch.rand(2, 3, 5, 20), torch.rand(3, 5, 20)
+    averaged = time_averaged_masks(masks, power)
+    assert averaged.shape == masks.shape
+    assert torch.equal(averaged[..., :1].expand_as(averaged), averaged)
+    kept = (averaged * power).sum(-1)
+    assert torch.allclose(kept, (masks * power).sum(-1), rtol=1e-4)
+
+
+def test_bass_goes_into_other_only_where_the_song_has_no_bass():
+    slots = torch.tensor([1.0, 2, 4, 8, 16, 32, 64, 128]).view(8, 1, 1)
+    slot_classes = [name for name in CLASSES for _ in range(2)]
+    one = torch.ones(1, 1)
+    names, est_stems, true = pair_by_class(
+        slots, slot_classes, {"drums": one, "other": one}
+    )
+    assert names == ["drums", "other", "vocals"]
+    assert est_stems.flatten().tolist() == [3, 192 + 12, 48]
+    assert true.flatten().tolist() == [1, 1, 0]
+    names, est_stems, _ = pair_by_class(slots, slot_classes, {"bass": one})
+    assert names == list(CLASSES)
+    assert est_stems.flatten().tolist() == [3, 12, 48, 192]
+
+
+def tones(seconds=1.0, sample_rate=8000):
+    """Class -> stereo stem: two tones far apart, one of them gated."""
+    angle = torch.arange(int(seconds * sample_rate)) * 2 * torch.pi
+    low, high = (
+        torch.sin(angle * hertz / sample_rate) for hertz in (200, 3000)
+    )
+    high = high * (torch.arange(len(high)) % 4000 < 2000)
+    return {"bass": low.expand(2, -1), "drums": high.expand(2, -1)}
+
+
+def test_evaluation_tells_filters_from_masks_that_follow():
+    encoder, decoder = STFTEncoder(), STFTDecoder()
+    stems = tones()
+    true = {name: encoder(sig).abs() for name, sig in stems.items()}
+
+    def ideal(spectrum):
+        magnitude = torch.stack([true["drums"], true["bass"]]).mean(1)
+        return (magnitude / magnitude.sum(0).clamp(min=1e-10)).unsqueeze(1)
+
+    scores = evaluate_named(ideal, [stems], encoder, decoder, ["drums", "bass"])
+    assert scores["drums"] > 20 and scores["bass"] > 20
+    assert scores["mean"] == pytest.approx(
+        (scores["drums"] + scores["bass"]) / 2, abs=1e-4
+    )
+    # a filter is enough for tones apart
+    assert scores["averaged"] > 15
+    # but not where the same band holds both, one after the other
+    gate = (torch.arange(8000) < 4000).float()
+    noise = torch.randn(2, 8000)
+    stems = {"bass": noise * gate, "drums": noise * (1 - gate)}
+    true = {name: encoder(sig).abs() for name, sig in stems.items()}
+    scores = evaluate_named(ideal, [stems], encoder, decoder, ["drums", "bass"])
+    assert scores["mean"] > 15
+    assert abs(scores["averaged"]) < 2
+
+
+def test_evaluation_of_a_class_that_is_nowhere_is_nan():
+    scores = evaluate_named(
+        lambda spectrum: torch.ones(3, *spectrum[:, 0].shape),
+        [tones()],
+        STFTEncoder(),
+        STFTDecoder(),
+        ["drums", "bass", "vocals"],
+    )
+    assert math.isnan(scores["vocals"])
+    assert scores["mean"] == pytest.approx(0, abs=1e-3)
+
+
+# -- files
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two songs of stems: one with a mono stem and a licence, one short."""
+    for song, seconds in (("a", 7.0), ("b", 3.5)):
+        (tmp_path / song).mkdir()
+        for name, sig in tones(seconds, 44100).items():
+            sig = 0.3 * (sig if name == "bass" else sig[:1])
+            path = tmp_path / song / f"{name}_1.wav"
+            soundfile.write(path, sig.T.numpy(), 44100, subtype="FLOAT")
+        (tmp_path / song / "LICENSE.txt").write_text("CC0")
+        soundfile.write(tmp_path / song / "mix.wav", sig[0].numpy(), 44100)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("drums.wav", "drums"),
+        ("Percussion_2", "drums"),
+        ("bassguitar.ogg", "bass"),
+        ("vocals_lead.flac", "vocals"),
+        ("horns", "other"),
+    ],
+)
+def test_class_of_a_file(name, expected):
+    assert stem_class(name) == expected
+
+
+def test_stems_are_read_and_added(folder):
+    stems = read_stems(folder / "a", 44100)
+    assert list(stems) == ["bass_1", "drums_1"]
+    assert {sig.shape for sig in stems.values()} == {(2, 7 * 44100)}
+    stems["drums_2"] = stems["drums_1"]
+    classes = sum_by_class(stems)
+    assert list(classes) == ["drums", "bass"]
+    assert torch.equal(classes["drums"], 2 * stems["drums_1"])
+    lengths = [w["bass_1"].shape[-1] for w in windows(stems, 3 * 44100)]
+    assert lengths == [3 * 44100] * 2
+    assert read_stems(folder / "a", 22050)["bass_1"].shape == (2, 7 * 22050)
+
+
+def test_folder_without_stems_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected stems"):
+        read_stems(tmp_path, 44100)
+
+
+# -- the benchmark
+
+
+def test_benchmark_writes_its_tables(folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import quality
+
+    monkeypatch.chdir(tmp_path)
+    methods = ["mixture", "bands", "octaves", "static", "irm"]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["quality.py", *methods, "--data", str(folder), "--songs", "a", "b"],
+    )
+    quality.main()
+    output = tmp_path / "benchmarks" / "results" / "quality" / "quality.md"
+    assert "| irm | as they are |" in output.read_text("utf-8")
+    with open(output.with_suffix(".csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["song"] for row in rows} == {"a", "b"}
+    first = {
+        (row["method"], row["class"]): row
+        for row in rows
+        if row["song"] == "a" and row["masks"] == "as they are"
+    }
+    assert int(first["irm", "drums"]["counted"]) == 2
+    for key in ("si_snri", "song_si_snri"):
+        assert float(first["mixture", "drums"][key]) == pytest.approx(
+            0, abs=1e-3
+        )
+        assert float(first["irm", "drums"][key]) > 15
+    assert float(first["irm", "drums"]["sdr"]) > 15
+    # a quarter of the mixture where there are no vocals
+    below = float(first["mixture", "vocals"]["leakage"])
+    assert below == pytest.approx(12.04, abs=0.01)
+    assert float(first["bands", "all"]["grouped"]) > 10
+    assert ("bands", "drums") not in first
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_exported_folder_gives_its_own_outputs(
+    tmp_path, monkeypatch, activation
+):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import quality
+
+    sizes = {"d_model": 32, "nhead": 2, "num_layers": 1}
+    model = PerformerSeparator(
+        8000, num_spks=3, mask_activation=activation, **sizes
+    ).eval()
+    model.save_pretrained(tmp_path)
+    method = quality.load_method(str(tmp_path))
+    mix = torch.randn(2, 5000)
+    with torch.no_grad():
+        out = method(mix, {})
+        expected = model(mix[:1])[0].T
+        one = method(mix[:1], {})["slots"][:, 0]
+    assert method.sample_rate == 8000 and out["classes"] is None
+    assert out["slots"].shape == (3, 2, 5000)
+    assert torch.allclose(out["slots"].sum(0), mix, atol=1e-4)
+    assert torch.allclose(one, expected, atol=1e-5)
+
+
+def test_sdr_is_that_of_museval(monkeypatch):
+    # museval 0.4.1, bss_eval(window=hop=8, filters_len=512), images: the
+    # ratio of the stem to the whole error, where nothing is silent
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from quality import window_sdr
+
+    stems = torch.ones(2, 2, 24)
+    stems[1, :, 8:16] = 0
+    est_stems = stems * 1.1
+    ratio = window_sdr(est_stems, stems, 8)
+    assert ratio[0].tolist() == pytest.approx([20, math.nan, 20], nan_ok=True)
+    assert ratio[1].isnan().tolist() == [False, True, False]

@@ -1,0 +1,247 @@
+"""Measures of named stems: each output against the stem of its own name.
+
+Unlike those of ``metrics``, they choose nothing: the output for drums is
+compared with the drums, whether or not another output is closer.
+"""
+
+import torch
+
+from trackformer_sb.objectives.metrics import (
+    LIMIT_DB,
+    SILENT_ENERGY,
+    si_snr,
+)
+
+# A stem counts where its share of the mixture's energy is between these: where
+# it is all but silent, or all but alone, an improvement means little.
+SMALLEST_SHARE = 1e-3
+LARGEST_SHARE = 0.98
+
+# Below this share (-60 dB) a stem is silent, and its output is leakage.
+SILENT_SHARE = 1e-6
+
+
+def _share(stems, mix):
+    """Share of the mixture's energy, [..., time] -> [...]; NaN in silence."""
+    energy = mix.square().mean(-1)
+    energy = torch.where(energy > SILENT_ENERGY, energy, torch.nan)
+    return stems.square().mean(-1) / energy
+
+
+def named_si_snri(est_stems, stems, mix):
+    """SI-SNR improvement over the mixture of each named stem.
+
+    Arguments
+    ---------
+    est_stems : torch.Tensor
+        Separated stems, [classes, time].
+    stems : torch.Tensor
+        The true ones in the same order, [classes, time].
+    mix : torch.Tensor
+        What was separated, [time].
+
+    Returns
+    -------
+    torch.Tensor
+        [classes], in dB; NaN for a stem with less than 0.1 % or more than 98 %
+        of the mixture's energy.
+
+    Example
+    -------
+    >>> stems = torch.tensor([[1.0, -1, 1, -1], [1, 1, -1, -1], [0, 0, 0, 0]])
+    >>> mix = stems.sum(0)
+    >>> named_si_snri(mix.expand(3, -1), stems, mix)
+    tensor([0., 0., nan])
+    """
+    share = _share(stems, mix)
+    counted = (share > SMALLEST_SHARE) & (share < LARGEST_SHARE)
+    improvement = si_snr(est_stems, stems) - si_snr(mix, stems)
+    return torch.where(counted, improvement, torch.nan)
+
+
+def leakage(est_stems, stems, mix):
+    """How far the outputs for silent stems are below the mixture.
+
+    Arguments
+    ---------
+    est_stems, stems, mix
+        As for ``named_si_snri``.
+
+    Returns
+    -------
+    torch.Tensor
+        [classes], in dB, at most 120; higher is better. NaN for a stem that
+        sounds, above -60 dB of the mixture.
+
+    Example
+    -------
+    >>> mix = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    >>> stems = torch.stack([mix, torch.zeros(4)])
+    >>> leakage(torch.stack([0.9 * mix, 0.1 * mix]), stems, mix)
+    tensor([nan, 20.])
+    """
+    silent = _share(stems, mix) < SILENT_SHARE
+    share = _share(est_stems, mix).clamp(min=10 ** (-LIMIT_DB / 10))
+    return torch.where(silent, -10 * share.log10(), torch.nan)
+
+
+def time_averaged_masks(masks, power):
+    """Masks that do not change in time: means over the frames by power.
+
+    ``sum_t m P / sum_t P`` in every bin. What separation loses by it, it gains
+    by following the music.
+
+    Arguments
+    ---------
+    masks : torch.Tensor
+        [..., freq, frames].
+    power : torch.Tensor
+        Of the mixture, [freq, frames] or what broadcasts to the masks.
+
+    Returns
+    -------
+    torch.Tensor
+        [..., freq, frames], the same in all frames.
+
+    Example
+    -------
+    >>> masks, power = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 3.0]])
+    >>> time_averaged_masks(masks, power)
+    tensor([[0.7500, 0.7500]])
+    """
+    power = power + 1e-20  # plain means where the mixture is silent
+    mean = (masks * power).sum(-1, keepdim=True) / power.sum(-1, keepdim=True)
+    return mean.expand_as(masks)
+
+
+def decode_masks(masks, spectrum, decoder, length):
+    """The mixture through masks that its channels share.
+
+    Arguments
+    ---------
+    masks : torch.Tensor
+        [slots, freq, frames].
+    spectrum : torch.Tensor
+        Of the mixture, complex, [channels, freq, frames].
+    decoder : callable
+        [batch, freq, frames] -> [batch, time].
+    length : int
+        Samples to return.
+
+    Returns
+    -------
+    torch.Tensor
+        [slots, channels, time].
+    """
+    separated = masks.unsqueeze(1) * spectrum
+    sig = decoder(separated.flatten(0, 1))[:, :length]
+    return sig.unflatten(0, separated.shape[:2])
+
+
+def pair_by_class(slots, slot_classes, stems):
+    """Adds the slots of each class, beside the true stem of that class.
+
+    A song without a stem for the bass has it in the stem "other", with which
+    bass and other of the outputs are compared together.
+
+    Arguments
+    ---------
+    slots : torch.Tensor
+        Outputs, [slots, channels, time].
+    slot_classes : list of str
+        Class of each slot.
+    stems : dict
+        Class -> true stem, [channels, time].
+
+    Returns
+    -------
+    names : list of str
+        Classes of the outputs.
+    est_stems, stems : torch.Tensor
+        [classes, channels, time]; zeros for a class that the song lacks.
+
+    Example
+    -------
+    >>> stems = {"drums": torch.ones(1, 1), "other": torch.ones(1, 1)}
+    >>> slots = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
+    >>> names, est_stems, _ = pair_by_class(
+    ...     slots, ["drums", "bass", "other"], stems
+    ... )
+    >>> names, est_stems.flatten().tolist()
+    (['drums', 'other'], [1.0, 6.0])
+    """
+    if "bass" not in stems and "other" in stems:
+        slot_classes = [
+            "other" if name == "bass" else name for name in slot_classes
+        ]
+    names = list(dict.fromkeys(slot_classes))
+    silence = torch.zeros_like(slots[0])
+    est_stems = [
+        sum(slot for slot, one in zip(slots, slot_classes) if one == name)
+        for name in names
+    ]
+    true = [stems.get(name, silence) for name in names]
+    return names, torch.stack(est_stems), torch.stack(true)
+
+
+@torch.no_grad()
+def evaluate_named(masks_fn, windows, encoder, decoder, slot_classes):
+    """Mean SI-SNR improvement of named stems, to watch a training by.
+
+    Stereo is averaged to mono for the measure.
+
+    Arguments
+    ---------
+    masks_fn : callable
+        Complex [batch, channels, freq, frames] -> masks [num_spks, batch,
+        freq, frames].
+    windows : iterable of dict
+        Class -> true stem, [channels, time]; their sum is separated.
+    encoder, decoder : callable
+        [batch, time] -> complex [batch, freq, frames], and back.
+    slot_classes : list of str
+        Class of each of the num_spks masks.
+
+    Returns
+    -------
+    dict
+        Class -> mean over the windows in which it counts, in dB; "mean" over
+        these classes, and "averaged", the same of time-averaged masks. NaN
+        where nothing counts.
+
+    Example
+    -------
+    >>> from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
+    >>> stems = {name: torch.randn(1, 4000) for name in ("drums", "vocals")}
+    >>> scores = evaluate_named(
+    ...     lambda spectrum: torch.ones(2, *spectrum[:, 0].shape),
+    ...     [stems],
+    ...     STFTEncoder(),
+    ...     STFTDecoder(),
+    ...     ["drums", "vocals"],
+    ... )
+    >>> {name: round(abs(score), 2) for name, score in scores.items()}
+    {'drums': 0.0, 'vocals': 0.0, 'mean': 0.0, 'averaged': 0.0}
+    """
+    # a first NaN, as a class may be in no window
+    found = {name: [torch.tensor(torch.nan)] for name in slot_classes}
+    found_averaged = {name: list(nan) for name, nan in found.items()}
+    for stems in windows:
+        mix = sum(stems.values())
+        spectrum = encoder(mix)
+        masks = masks_fn(spectrum.unsqueeze(0))[:, 0]
+        averaged = time_averaged_masks(masks, spectrum.abs().square().mean(0))
+        for some, into in ((masks, found), (averaged, found_averaged)):
+            slots = decode_masks(some, spectrum, decoder, mix.shape[-1])
+            names, est_stems, true = pair_by_class(slots, slot_classes, stems)
+            gain = named_si_snri(est_stems.mean(1), true.mean(1), mix.mean(0))
+            for name, value in zip(names, gain):
+                into[name].append(value)
+
+    def means(values):
+        each = {name: torch.stack(v).nanmean() for name, v in values.items()}
+        each["mean"] = torch.stack(list(each.values())).nanmean()
+        return {name: float(value) for name, value in each.items()}
+
+    averaged = means(found_averaged)["mean"]
+    return {**means(found), "averaged": averaged}
