@@ -209,10 +209,8 @@ def load_method(name):
         from trackformer_sb.inference.separator import Separator
 
         model = Separator.from_pretrained(name)
-        classes = [
-            c for c in model.classes for _ in range(model.slots_per_class)
-        ]
-        rate = getattr(model, "sample_rate", 44100)
+        classes = [name for name in model.groups for _ in model.groups[name]]
+        rate = model.config["sample_rate"]
 
         def masks(spectrum, stems):
             return model.masknet(spectrum.unsqueeze(0))[:, 0], classes

@@ -45,7 +45,7 @@ from trackformer_sb.objectives.regularizers import (
     mask_count_loss,
     sparsity_loss,
 )
-from trackformer_sb.training import figures
+from trackformer_sb.training import figures, named
 from trackformer_sb.training.brain import MusicBrain
 from trackformer_sb.training.dataio import manifest_folder, prepare_data
 from trackformer_sb.training.experiment import (
@@ -316,6 +316,9 @@ def main(argv):
     """Trains, evaluates and exports a separator."""
     experiment = load_experiment(argv, SELECTION_METRICS)
     hparams = experiment.hparams
+    if "classes" in hparams:
+        named.train(experiment)
+        return
     # before anything of an earlier run is written over
     keys, songs = initialise(hparams)
     prepare_data(hparams)

@@ -12,17 +12,18 @@ from trackformer_sb.cli_data import complain, number, positive
 from trackformer_sb.cli_model import add_loading
 
 DESCRIPTION = """\
-Writes one file per output of the model, at the rate and with the channels of
-the input; together they sum to it. Music of any length takes the same memory.
+Writes one file per stem (drums, bass, vocals, other), at the rate and with the
+channels of the input; together they sum to it. Music of any length takes the
+same memory.
 """
 
 EPILOG = """\
 examples:
-  trackformer separate song.wav --model separator --out sources
-  trackformer separate music/ --model separator --out sources --skip-existing
-  trackformer separate "*.mp3" --model separator --out sources --format flac
-  trackformer separate song.wav --model separator --out sources \\
-      --outputs none --remix 0:-inf,3:+3
+  trackformer separate song.mp3
+  trackformer separate song.mp3 --stems vocals
+  trackformer separate music/ --out stems --skip-existing --format flac
+  trackformer separate song.mp3 --outputs none --remix vocals:-inf,drums:+3
+  trackformer separate song.mp3 --model results/separator/1234/separator
 
 exit codes: 0 if all went well, 1 if a file failed (the others are done), 2 for
 a wrong usage or a model that does not load, 130 after Ctrl+C, 143 if asked to
@@ -90,16 +91,18 @@ def add_separate(commands):
     )
     parser.add_argument(
         "--model",
-        required=True,
+        default="default",
         metavar="DIR",
-        help="separator folder as training leaves it, or a model on the hub",
+        help="separator folder as training leaves it, or a model on the hub "
+        "(default: the one in the package)",
     )
     parser.add_argument(
         "--out",
-        required=True,
+        default=".",
         metavar="DIR",
-        help="folder for the sources: <file>_source0.wav and so on; files of "
-        "the same name go to folders in it as they come from",
+        help="folder for the stems: <file>_drums.wav and so on, or "
+        "<file>_source0.wav where the model has no names; files of the same "
+        "name go to folders in it as they come from (default: this folder)",
     )
     written = parser.add_argument_group("what is written")
     written.add_argument(
@@ -110,19 +113,32 @@ def add_separate(commands):
         "exceed full scale, flac and ogg have all outputs of the file turned "
         "down alike, and a remix by itself (default: %(default)s)",
     )
-    written.add_argument(
+    which = written.add_mutually_exclusive_group()
+    which.add_argument(
+        "--stems",
+        metavar="NAMES",
+        help="named stems to write, as vocals or drums,bass, and the rest as "
+        "one (default: all)",
+    )
+    which.add_argument(
+        "--slots",
+        dest="outputs",
+        action="store_const",
+        const="all",
+        help="all outputs of the model as they are, several a stem",
+    )
+    which.add_argument(
         "--outputs",
         type=_outputs,
         metavar="LIST",
         help="outputs to keep, as 0,2, or to sum into groups, as "
-        "drums=0+3,rest=1+2; none for only a remix or a figure (default: all)",
+        "drums=0+3,rest=1+2; none for only a remix or a figure",
     )
     written.add_argument(
-        "--stems",
-        choices=("model", "ranked"),
-        default="model",
-        help="numbers of the outputs: as the model has them, or ranked by "
-        "their energy in the file, 0 the loudest (default: %(default)s)",
+        "--ranked",
+        action="store_true",
+        help="number outputs without names by their energy in the file, 0 the "
+        "loudest",
     )
     written.add_argument(
         "--remix",
@@ -180,6 +196,7 @@ def _prepare(args):
         place_files,
     )
     from trackformer_sb.inference.loading import load_separator
+    from trackformer_sb.inference.remix import chosen_stems
     from trackformer_sb.inference.writing import output_paths
 
     out = os.path.realpath(args.out)
@@ -195,9 +212,12 @@ def _prepare(args):
     if not files:
         raise ValueError(f"no audio files in {', '.join(args.files)}")
     separator, _ = load_separator(args.model, args.device, args.trust_yaml)
+    outputs = args.outputs
+    if args.stems is not None:
+        outputs = chosen_stems(args.stems, separator.groups)
     wanted = {
         "file_format": args.format,
-        "outputs": args.outputs,
+        "outputs": separator.named_outputs(outputs),
         "remix": args.remix,
         "figure": args.figure,
     }
@@ -356,7 +376,7 @@ def _separate_all(args, separator, jobs, bars):
                 chunk_seconds=args.chunk_seconds,
                 overlap=args.overlap,
                 batch_size=args.batch,
-                ranked=args.stems == "ranked",
+                ranked=args.ranked,
                 skip_existing=args.skip_existing,
                 progressbar=False,
                 progress=progress,

@@ -124,7 +124,7 @@ def audio_info(path):
 def read_segment(
     path, start, duration, sample_rate, num_samples=None, channel="mean"
 ):
-    """Reads a segment as mono at the wanted rate, exactly as long as asked.
+    """Reads a segment at the wanted rate, exactly as long as asked.
 
     The file is seeked, not loaded. Where its rate differs, some context is read
     on both sides and the segment is cut on the grid on which the two rates
@@ -143,13 +143,14 @@ def read_segment(
     num_samples : int, optional
         Length of the result in samples; default round(duration * sample_rate).
     channel : str
-        "mean" of all channels, or of a stereo file "left" or "right".
+        "mean" of all channels, or of a stereo file "left" or "right"; "both":
+        as stereo, other files as their mean in both channels.
 
     Returns
     -------
     torch.Tensor
-        One channel, float32 [time]. Zeros past the end of the file, as a stem
-        may be shorter than its song.
+        float32, [time], with "both" [2, time]. Zeros past the end of the file,
+        as a stem may be shorter than its song.
 
     Raises
     ------
@@ -183,7 +184,7 @@ def read_segment(
         else:
             what = audio, path, first, num_samples, sample_rate, channel
             sig = _read_resampled(*what)
-    return torch.nn.functional.pad(sig, (0, num_samples - len(sig)))
+    return torch.nn.functional.pad(sig, (0, num_samples - sig.shape[-1]))
 
 
 def _read_resampled(audio, path, first, count, sample_rate, channel):
@@ -197,7 +198,7 @@ def _read_resampled(audio, path, first, count, sample_rate, channel):
     begin = blocks * in_step
     end = math.ceil((first + count) * in_step / out_step) + context
     frames = _read_frames(audio, path, begin, end - begin, channel)
-    if len(frames) == 0:
+    if frames.shape[-1] == 0:
         return frames
     sig = resample(
         frames,
@@ -209,22 +210,24 @@ def _read_resampled(audio, path, first, count, sample_rate, channel):
         beta=FILTER_BETA,
     )
     offset = first - blocks * out_step
-    return sig[offset : offset + count]
+    return sig[..., offset : offset + count]
 
 
 def _read_frames(audio, path, first, count, channel):
-    """Up to `count` frames from `first` on as mono; fewer at the file's end."""
+    """Up to `count` frames from `first` on; fewer at the file's end."""
     if first + count > audio.frames:
         _check_whole(audio, path, first)
     available = min(count, audio.frames - first)
     if available <= 0:
-        return torch.zeros(0)
+        return torch.zeros(2, 0) if channel == "both" else torch.zeros(0)
     lead = first - _seekable(audio, first)
     audio.seek(first - lead)
     frames = audio.read(lead + available, dtype="float32", always_2d=True)
     frames = frames[lead:]
     _check_decoded(audio, path, first, available, frames)
     frames = torch.from_numpy(frames)
+    if channel == "both":
+        return frames.T if audio.channels == 2 else frames.mean(1).expand(2, -1)
     if audio.channels == 1 or (audio.channels == 2 and channel == "left"):
         return frames[:, 0]
     if audio.channels == 2 and channel == "right":

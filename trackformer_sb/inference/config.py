@@ -139,8 +139,14 @@ def _checked(values, where):
     return {key: values[key] for key in EXAMPLES}
 
 
-def _read_json(path):
-    """The content of a JSON file."""
+def read_json(path):
+    """The content of a JSON file.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
@@ -173,7 +179,7 @@ def is_ours(path):
     ValueError
         If it is no JSON.
     """
-    return _library(_read_json(path)) == LIBRARY
+    return _library(read_json(path)) == LIBRARY
 
 
 def read_config(path):
@@ -195,7 +201,7 @@ def read_config(path):
         If it is no JSON, of another library, or keys are missing, unknown or
         of another type.
     """
-    config = _read_json(path)
+    config = read_json(path)
     library = _library(config)
     if library != LIBRARY:
         raise ValueError(

@@ -27,14 +27,15 @@ from trackformer_sb.inference.writing import (
     write_sources,
 )
 
+ALL = "all"
 PROGRESS = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
 
 
 class PerformerSeparation(StrictPretrained):
     """A ready-to-use separator of music, of any three modules.
 
-    The outputs have no names and come in the order of the model; those of
-    ``separate_file`` sum to the file. Nothing is normalised.
+    Outputs come in the order of the model; those of ``separate_file`` sum to
+    the file, and have names where the model has. Nothing is normalised.
 
     Arguments
     ---------
@@ -42,7 +43,8 @@ class PerformerSeparation(StrictPretrained):
         ``encoder``, ``masknet`` and ``decoder``, as in ``separate``.
     hparams : dict
         ``sample_rate`` in Hz and ``num_spks``; ``mixture_consistency`` if the
-        outputs do not sum to the mixture by themselves.
+        outputs do not sum to the mixture by themselves; ``groups``, name ->
+        tuple of outputs, if stems have names.
     **kwargs : dict
         ``run_opts`` and ``freeze_params`` of ``Pretrained``.
 
@@ -86,6 +88,17 @@ class PerformerSeparation(StrictPretrained):
                 f"missing {', '.join(missing)}"
             )
         super().__init__(modules=modules, hparams=hparams, **kwargs)
+
+    @property
+    def groups(self):
+        """Outputs of each named stem, None where stems have no names."""
+        return getattr(self.hparams, "groups", None)
+
+    def named_outputs(self, outputs=None):
+        """Which outputs ``separate_file`` writes, see there."""
+        if outputs is None:
+            return self.groups
+        return None if outputs == ALL else outputs
 
     def _separate(self, mix):
         est_source, _ = separate(
@@ -177,9 +190,9 @@ class PerformerSeparation(StrictPretrained):
             full scale is kept by wav; in flac and ogg, all outputs of the file
             are turned down alike, with a warning.
         outputs : str or dict, optional
-            Which outputs to keep, or to sum into groups, by default all:
-            ``"0,2"`` or ``"drums=0+3,rest=1+2"``; ``"none"`` for no output,
-            only a remix or a figure.
+            Which outputs to keep, or to sum into groups: ``"0,2"`` or
+            ``"drums=0+3,rest=1+2"``; ``"none"`` for no output, only a remix or
+            a figure; ``"all"``. By default the named stems, or all.
         ranked : bool
             Whether the outputs are numbered by their energy in this file, 0
             the loudest; otherwise as the model numbers them.
@@ -219,6 +232,7 @@ class PerformerSeparation(StrictPretrained):
         soundfile.LibsndfileError
             If the file is no audio.
         """
+        outputs = self.named_outputs(outputs)
         path = Path(path)
         if not path.is_file():
             what = (
@@ -281,6 +295,7 @@ class PerformerSeparation(StrictPretrained):
                     chunk_seconds,
                     overlap,
                     batch_size,
+                    keep_order=self.groups is not None,
                 ),
                 bar,
                 reader.samplerate,

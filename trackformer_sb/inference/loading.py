@@ -4,12 +4,17 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from speechbrain.utils.logger import get_logger
 
-from trackformer_sb.inference.config import is_ours
+from trackformer_sb.inference.config import is_ours, read_json
 from trackformer_sb.inference.download import model_file
 from trackformer_sb.inference.folder import CONFIG_FILE
 from trackformer_sb.inference.hub import is_local
 from trackformer_sb.inference.interfaces import PerformerSeparation
 from trackformer_sb.inference.pretrained import PerformerSeparator
+from trackformer_sb.inference.separator import (
+    DEFAULT,
+    Separator,
+    default_folder,
+)
 
 logger = get_logger(__name__)
 
@@ -22,7 +27,8 @@ def load_separator(source, device=None, trust_yaml=False):
     Arguments
     ---------
     source : str or Path
-        Folder as training leaves it, or an id on the hub.
+        Folder as training leaves it, an id on the hub, or "default": the
+        separator that the package brings.
     device : str, optional
         Where to put it; by default a GPU if there is one.
     trust_yaml : bool
@@ -54,6 +60,7 @@ def load_separator(source, device=None, trust_yaml=False):
         raise ValueError(f"device {device}: torch finds no CUDA device")
     # SpeechBrain warns of "cuda" without a number
     run_opts = {"device": "cuda:0" if device == "cuda" else str(device)}
+    source = default_folder() if source == DEFAULT else source
     try:
         plain = is_ours(model_file(source, CONFIG_FILE))
     except FileNotFoundError as error:
@@ -73,10 +80,15 @@ def load_separator(source, device=None, trust_yaml=False):
             logger.warning(danger)
         separator = PerformerSeparation.from_hparams(source, run_opts=run_opts)
         return separator, YAML_FILE
-    model = PerformerSeparator.from_pretrained(source)
+    named = "classes" in read_json(model_file(source, CONFIG_FILE))
+    kind = Separator if named else PerformerSeparator
+    model = kind.from_pretrained(source)
+    hparams = dict(model.config)
+    if named:
+        hparams |= {"groups": model.groups, "num_spks": model.masknet.num_spks}
     separator = PerformerSeparation(
         modules=dict(model.named_children()),
-        hparams=model.config,
+        hparams=hparams,
         run_opts=run_opts,
     )
     return separator, CONFIG_FILE

@@ -289,6 +289,7 @@ def separate_stream(
     chunk_seconds=10.0,
     overlap=0.25,
     batch_size=1,
+    keep_order=False,
 ):
     """Separates an open audio file block by block.
 
@@ -316,6 +317,9 @@ def separate_stream(
     batch_size : int
         How many chunks go through the model at once, from 1 up. Changes the
         speed and the memory, not the result.
+    keep_order : bool
+        Whether outputs mean the same in all chunks, as named ones do; otherwise
+        those of a chunk are brought into the order of the one before.
 
     Yields
     ------
@@ -368,7 +372,8 @@ def separate_stream(
         sig, est_source = sig[:, repeated:], est_source[..., repeated:]
         if tail is not None:
             head = est_source[..., :shared]
-            est_source = est_source[best_order(tail, head)]
+            if not keep_order:
+                est_source = est_source[best_order(tail, head)]
             # lerp(a, a, w) is a, bit by bit
             est_source[..., :shared] = torch.lerp(
                 tail, est_source[..., :shared], weights

@@ -77,6 +77,44 @@ def _new_name(name, outputs, text):
     return name
 
 
+def chosen_stems(text, groups):
+    """Some named stems, and the rest as one.
+
+    Arguments
+    ---------
+    text : str
+        Names, separated by commas.
+    groups : dict or None
+        Name -> outputs of all stems, None where a model has no names.
+
+    Returns
+    -------
+    dict
+        Name -> tuple of outputs; "rest" is what is left, if anything.
+
+    Raises
+    ------
+    ValueError
+        If the model has no stem of a name.
+
+    Example
+    -------
+    >>> groups = {"drums": (0, 1), "vocals": (2, 3), "other": (4, 5)}
+    >>> chosen_stems("vocals", groups)
+    {'vocals': (2, 3), 'rest': (0, 1, 4, 5)}
+    """
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in (groups or {})]
+    if unknown:
+        has = ", ".join(groups) if groups else "no names: try --outputs"
+        raise ValueError(
+            f"stems: this model has {has}; got {', '.join(unknown)}"
+        )
+    chosen = {name: tuple(groups[name]) for name in names}
+    left = [x for name in groups if name not in chosen for x in groups[name]]
+    return chosen | ({"rest": tuple(left)} if left else {})
+
+
 def parse_remix(text):
     """Reads the gains of a remix.
 

@@ -11,7 +11,7 @@ def _fit_length(sig, length):
     return sig[..., :length]
 
 
-def _apply_masks(mix_w, est_mask):
+def apply_masks(mix_w, est_mask):
     """Product of an encoded mixture and masks, each real or complex."""
     if not mix_w.is_complex() or est_mask.is_complex():
         return mix_w * est_mask
@@ -23,8 +23,9 @@ def separate(mix, encoder, masknet, decoder, mixture_consistency=False):
     """Separates mixtures with any three-module separator of SpeechBrain.
 
     The encoded mixture is multiplied by one mask per source and decoded, all
-    sources in one pass. Channels share the masks, which are predicted from
-    their mean, so that each source keeps its place between the channels.
+    sources in one pass. Channels share the masks, so that each source keeps its
+    place between them; they are predicted from the mean of the channels, or
+    from both of stereo by a masknet that says ``stereo = True``.
 
     Arguments
     ---------
@@ -33,7 +34,8 @@ def separate(mix, encoder, masknet, decoder, mixture_consistency=False):
     encoder : callable
         [batch, time] -> [batch, channels, frames], real or complex.
     masknet : callable
-        [batch, channels, frames] -> [num_spks, batch, channels, frames].
+        [batch, channels, frames] -> [num_spks, batch, channels, frames]; a
+        stereo one takes [batch, 2, channels, frames] as well.
     decoder : callable
         [batch, channels, frames] -> [batch, time].
     mixture_consistency : bool
@@ -76,13 +78,16 @@ def separate(mix, encoder, masknet, decoder, mixture_consistency=False):
         mix_w = encoder(mix)
         est_mask = masknet(mix_w)
         # [num_spks, batch, channels, frames]
-        sep_w = _apply_masks(mix_w.unsqueeze(0), est_mask)
+        sep_w = apply_masks(mix_w.unsqueeze(0), est_mask)
     else:
         batch, num_channels, _ = mix.shape
-        est_mask = masknet(encoder(mix.mean(1)))
         mix_w = encoder(mix.flatten(0, 1)).unflatten(0, (batch, num_channels))
+        if num_channels == 2 and getattr(masknet, "stereo", False):
+            est_mask = masknet(mix_w)
+        else:
+            est_mask = masknet(encoder(mix.mean(1)))
         # [num_spks, batch * audio channels, channels, frames]
-        sep_w = _apply_masks(mix_w.unsqueeze(0), est_mask.unsqueeze(2))
+        sep_w = apply_masks(mix_w.unsqueeze(0), est_mask.unsqueeze(2))
         sep_w = sep_w.flatten(1, 2)
     est_source = decoder(sep_w.flatten(0, 1))
     est_source = _fit_length(est_source.view(*sep_w.shape[:2], -1), length)

@@ -79,10 +79,11 @@ def load_experiment(argv, selection_metrics):
             "masks have the batch in their second dimension"
         )
     hparams = BEFORE | load_hparams(hparams_file, overrides)
-    if hparams["selection_metric"] not in selection_metrics:
+    metric = hparams.get("selection_metric", selection_metrics[0])
+    if metric not in selection_metrics:
         raise ValueError(
             f"selection_metric must be one of {', '.join(selection_metrics)}, "
-            f"got {hparams['selection_metric']!r}"
+            f"got {metric!r}"
         )
     if "matmul_precision" in hparams:
         set_matmul_precision(hparams["matmul_precision"])

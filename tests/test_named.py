@@ -1,0 +1,121 @@
+"""Named stems: the loss, and the optimizer that trains them."""
+
+import pytest
+import torch
+
+from trackformer_sb.objectives.named import (
+    class_masks,
+    named_loss,
+    octave_weights,
+)
+from trackformer_sb.training.muon import MuonAdamW, orthogonalise
+
+CLASSES, SLOTS, BATCH, FREQ, FRAMES = 3, 2, 4, 33, 6
+
+
+def spectra(*shape):
+    return torch.randn(*shape, dtype=torch.complex64)
+
+
+def test_slots_of_a_class_are_added():
+    masks = torch.rand(CLASSES * SLOTS, BATCH, FREQ, FRAMES)
+    torch.testing.assert_close(
+        class_masks(masks, CLASSES)[1], masks[2] + masks[3]
+    )
+
+
+def test_loss_equals_a_loop():
+    masks = torch.rand(CLASSES * SLOTS, BATCH, FREQ, FRAMES)
+    mix_w = spectra(BATCH, 2, FREQ, FRAMES)
+    stems_w = spectra(BATCH, CLASSES, 2, FREQ, FRAMES)
+    weights = [1 / (22050 * k / (FREQ - 1) + 300) for k in range(FREQ)]
+    mean = sum(weights) / FREQ
+    expected = torch.zeros(BATCH)
+    for b in range(BATCH):
+        for c in range(CLASSES):
+            for f in range(FREQ):
+                mask = masks[c * SLOTS, b, f] + masks[c * SLOTS + 1, b, f]
+                estimate = mask * mix_w[b, :, f].abs()
+                target = stems_w[b, c, :, f].abs()
+                root = (estimate + 1e-6).sqrt() - (target + 1e-6).sqrt()
+                both = 2 * root.abs() + 0.1 * (estimate - target).abs()
+                expected[b] += weights[f] / mean * both.mean()
+    found = named_loss(masks, mix_w, stems_w, 44100)
+    torch.testing.assert_close(found, expected / CLASSES / FREQ)
+
+
+def test_octaves_count_alike():
+    weights = octave_weights(1025, 44100)[:, 0]
+    assert weights.mean() == pytest.approx(1.0)
+    bin_hz = 22050 / 1024
+    octaves = [
+        weights[round(low / bin_hz) : round(2 * low / bin_hz)].sum()
+        for low in (2000, 4000, 8000)
+    ]
+    assert max(octaves) / min(octaves) < 1.15
+
+
+def test_ideal_masks_have_the_least_loss():
+    stems_w = torch.zeros(1, 2, 1, FREQ, FRAMES, dtype=torch.complex64)
+    stems_w[:, 0, :, :16] = 1.0
+    stems_w[:, 1, :, 16:] = 1.0
+    mix_w = stems_w.sum(1)
+    ideal = torch.zeros(2, 1, FREQ, FRAMES)
+    ideal[0, :, :16], ideal[1, :, 16:] = 1.0, 1.0
+    loss = [
+        named_loss(mask, mix_w, stems_w, 44100).item()
+        for mask in (ideal, torch.full_like(ideal, 0.5), ideal.flip(0))
+    ]
+    assert loss[0] == pytest.approx(0.0, abs=1e-6)
+    assert loss[0] < loss[1] < loss[2]
+
+
+def test_silence_has_finite_gradients():
+    masks = torch.rand(4, 1, FREQ, FRAMES, requires_grad=True)
+    zeros = torch.zeros(1, 2, 2, FREQ, FRAMES, dtype=torch.complex64)
+    named_loss(masks, zeros.sum(1), zeros, 44100).sum().backward()
+    assert masks.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(32, 100), (100, 32), (40, 40)], ids=str)
+def test_orthogonalised_values_are_near_one(shape):
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+    # a square random matrix has singular values near zero
+    assert (values < 1.4).all()
+    assert (values > 0.4).float().mean() > 0.9
+
+
+def test_muon_steps_matrices_and_adamw_the_rest():
+    weight = torch.nn.Parameter(torch.randn(32, 4, 3, 3))
+    bias = torch.nn.Parameter(torch.randn(32))
+    before = weight.detach().clone(), bias.detach().clone()
+    optimizer = MuonAdamW([weight, bias], lr=1e-2, weight_decay=0.0)
+    weight.grad, bias.grad = torch.randn_like(weight), torch.ones(32)
+    optimizer.step()
+    # AdamW's first step is the rate times the sign
+    torch.testing.assert_close(bias.detach(), before[1] - 1e-2)
+    step = (before[0] - weight.detach()).flatten(1)
+    # 2 lr 0.2 sqrt(36) times singular values near 1
+    values = torch.linalg.svdvals(step) / (2e-2 * 0.2 * 6)
+    assert values.max() < 1.4
+    assert weight.grad is not None
+
+
+def test_muon_goes_on_from_its_state():
+    def steps(optimizer, weight, numbers):
+        for number in numbers:
+            generator = torch.Generator().manual_seed(number)
+            weight.grad = torch.randn(32, 40, generator=generator)
+            optimizer.step()
+
+    first = torch.nn.Parameter(torch.zeros(32, 40))
+    whole = MuonAdamW([first])
+    steps(whole, first, range(4))
+    second = torch.nn.Parameter(torch.zeros(32, 40))
+    begun = MuonAdamW([second])
+    steps(begun, second, range(2))
+    third = torch.nn.Parameter(second.detach().clone())
+    resumed = MuonAdamW([third])
+    resumed.load_state_dict(begun.state_dict())
+    steps(resumed, third, range(2, 4))
+    torch.testing.assert_close(third, first)

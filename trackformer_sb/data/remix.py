@@ -1,0 +1,444 @@
+"""Training items with named stems, remixed from songs that have them.
+
+Variety is what carries over to music that was never heard: classes of different
+songs are mixed, at other pitches, levels and colours, or left out. A share of
+the items are two songs without stems, for MixIT.
+"""
+
+import functools
+import logging
+
+import numpy as np
+import scipy.fft
+import torch
+
+from trackformer_sb.data.audio import (
+    UnreadableAudio,
+    audio_info,
+    read_segment,
+)
+from trackformer_sb.data.findings import Findings
+from trackformer_sb.data.headers import list_audio
+from trackformer_sb.data.library import list_songs
+
+logger = logging.getLogger(__name__)
+
+# Class -> patterns of names of stems; a stem joins the first that fits.
+STEM_CLASSES = {
+    "drums": ["drum*", "percussi*"],
+    "bass": ["bass*"],
+    "vocals": ["vocal*", "*voice*", "singer*"],
+    "other": ["*"],
+}
+
+MAX_PITCH = 2.5  # semitones
+PITCH_SHARE = 0.6  # of songs that are played at another pitch and tempo
+MIX_SHARE = 0.5  # of items whose classes come from different songs
+SOLO_SHARE = 0.6  # of items in which a recording of one class takes its place
+MISSING_SHARE = 0.25  # of items that lack a class
+EQUALISER_SHARE = 0.5
+EQUALISER_DB = 6.0
+EQUALISER_POINTS = 6
+LEVEL_DB = 6.0
+SOLO_DB = (-10.0, 4.0)  # level of a recording of one class beside the others
+SILENT_ENERGY = 1e-7  # mean square
+ITEM_RMS = 0.1
+MIXTURE_RMS, MIXTURE_DB = 0.07, 3.0  # of each song of an item without stems
+TRIES = 20
+
+
+def list_tracks(key, folder, dataset, stem_classes=STEM_CLASSES):
+    """Songs of a folder with their stems by class.
+
+    Arguments
+    ---------
+    key : str
+        The yaml key of the folder, for messages.
+    folder : str or Path
+        The folder.
+    dataset : str
+        stems, midi (what ``trackformer make-music`` leaves), moisesdb,
+        musdb18hq, slakh2100, or mixtures.
+    stem_classes : dict
+        Class -> patterns of names of stems, see ``layouts.group_stems``.
+
+    Returns
+    -------
+    list of dict
+        "song", "tracks" (class -> paths that are added up), "song_seconds" and
+        "split" (as the dataset says it, or "").
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        For a folder that is not there or holds no music.
+    """
+    findings = Findings()
+    dataset = "stems" if dataset == "midi" else dataset
+    listing = list_audio(key, folder, findings, "music")
+    songs = []
+    for song in list_songs(
+        key, folder, dataset, listing, findings, stem_classes
+    ):
+        try:
+            seconds = max(audio_info(path).duration for path in song.files)
+        except UnreadableAudio as error:
+            logger.warning("%s is left out: %s", song.name, error)
+            continue
+        songs.append(
+            {
+                "song": song.name,
+                "tracks": song.tracks,
+                "song_seconds": seconds,
+                "split": song.split,
+            }
+        )
+    return songs
+
+
+@functools.lru_cache
+def _octaves(num_samples, sample_rate):
+    """Place of each bin of a real FFT on the logarithmic axis of points."""
+    frequency = scipy.fft.rfftfreq(num_samples, 1 / sample_rate)
+    low, high = np.log2(30.0), np.log2(sample_rate / 2 + 30)
+    place = (np.log2(frequency + 30) - low) / (high - low)
+    return place.clip(0, 1) * (EQUALISER_POINTS - 1)
+
+
+def equalise(sig, rng, sample_rate):
+    """A smooth random change of colour, within 6 dB.
+
+    Arguments
+    ---------
+    sig : numpy.ndarray
+        [channels, time].
+    rng : numpy.random.Generator
+        Draws the gains at 6 frequencies.
+    sample_rate : int
+        In Hz.
+
+    Returns
+    -------
+    numpy.ndarray
+        [channels, time].
+    """
+    spectrum = scipy.fft.rfft(sig, axis=-1)
+    gains = rng.uniform(-EQUALISER_DB, EQUALISER_DB, EQUALISER_POINTS)
+    gains = np.interp(
+        _octaves(sig.shape[-1], sample_rate), np.arange(len(gains)), gains
+    )
+    spectrum *= 10 ** (gains / 20).astype(np.float32)
+    return scipy.fft.irfft(spectrum, n=sig.shape[-1], axis=-1)
+
+
+def play_at(sig, ratio, num_samples):
+    """Plays a signal faster or slower, by linear interpolation.
+
+    Arguments
+    ---------
+    sig : numpy.ndarray
+        [channels, time] of at least ``num_samples * ratio + 2`` samples.
+    ratio : float
+        Of speed and pitch.
+    num_samples : int
+        Length of the result.
+
+    Returns
+    -------
+    numpy.ndarray
+        [channels, num_samples].
+
+    Example
+    -------
+    >>> play_at(np.array([[0.0, 1.0, 2.0, 3.0, 4.0]]), 1.5, 2)
+    array([[0. , 1.5]])
+    """
+    if ratio == 1.0:
+        return sig[:, :num_samples]
+    place = np.arange(num_samples) * ratio
+    first = place.astype(np.int64)
+    share = (place - first).astype(sig.dtype)
+    return sig[:, first] * (1 - share) + sig[:, first + 1] * share
+
+
+def energy(sig):
+    """Mean square of all samples, from every 16th."""
+    return float(np.square(sig[..., ::16]).mean())
+
+
+def db(value):
+    """Decibels as a factor of amplitudes."""
+    return np.float32(10 ** (value / 20))
+
+
+class RemixedItems(torch.utils.data.Dataset):
+    """Items of named stems, and items of two songs without stems.
+
+    An item depends on seed, epoch and its number alone. A file that cannot be
+    read is left out from then on, and named in `skipped`.
+
+    Arguments
+    ---------
+    songs : list of dict
+        Songs with "tracks" (class -> path, or paths that are added up) and
+        "song_seconds", as of ``manifest.read_songs``. Those of one class alone
+        take the place of that class in items of other songs.
+    classes : sequence of str
+        Names of the classes; tracks of other names are left out.
+    mixtures : list of dict
+        Songs of which the sum of all tracks is used.
+    mixture_share : float
+        Share of items that are two of `mixtures`, in [0, 1].
+    num_items : int
+        Length of an epoch.
+    sample_rate : int
+        In Hz.
+    segment_seconds : float
+        Length of an item in seconds.
+    seed : int
+        Of all choices.
+
+    Raises
+    ------
+    ValueError
+        If there are too few songs for an item, or a share is out of range.
+    """
+
+    def __init__(
+        self,
+        songs,
+        classes,
+        mixtures=(),
+        mixture_share=0.0,
+        num_items=8000,
+        sample_rate=44100,
+        segment_seconds=3.0,
+        seed=0,
+    ):
+        if not 0 <= mixture_share <= 1:
+            raise ValueError(
+                f"mixture_share: expected 0 to 1, got {mixture_share}"
+            )
+        self.classes, self.mixture_share = list(classes), mixture_share
+        self.num_items, self.sample_rate, self.seed = (
+            num_items,
+            sample_rate,
+            seed,
+        )
+        self.num_samples = round(segment_seconds * sample_rate)
+        self.mixtures = list(mixtures)
+        self.pieces, self.solos = [], {name: [] for name in classes}
+        for song in songs:
+            known = [name for name in classes if name in song["tracks"]]
+            if len(known) > 1:
+                self.pieces.append(song)
+            elif known:
+                self.solos[known[0]].append(song)
+        self.sources = {
+            name: [song for song in self.pieces if name in song["tracks"]]
+            for name in classes
+        }
+        if mixture_share < 1 and not self.pieces:
+            raise ValueError(
+                "data_folder: expected songs with stems of two of "
+                f"{', '.join(classes)} or more, got none"
+            )
+        if mixture_share > 0 and len(self.mixtures) < 2:
+            raise ValueError(
+                "mixtures_folder: expected two songs or more for a "
+                f"mixture_share of {mixture_share}, got {len(self.mixtures)}"
+            )
+        self.skipped = {}
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        """Other items from here on; call it before the workers start."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.num_items
+
+    def __getitem__(self, number):
+        """Makes an item.
+
+        Returns
+        -------
+        stems : torch.Tensor
+            float32, [classes, 2, time]; without names, the two songs and
+            silence.
+        named : bool
+            Whether stems are named.
+        """
+        rng = np.random.default_rng((self.seed, self.epoch, number))
+        named = rng.random() >= self.mixture_share
+        stems = self._named(rng) if named else self._two_songs(rng)
+        if rng.random() < 0.5:
+            stems = stems[:, ::-1]  # left and right
+        return torch.from_numpy(np.ascontiguousarray(stems)), named
+
+    def _read(self, song, rng, names=None):
+        """Tracks of a song: name -> [2, time], None where it is unreadable."""
+        ratio = 1.0
+        if rng.random() < PITCH_SHARE:
+            ratio = 2 ** (rng.uniform(-MAX_PITCH, MAX_PITCH) / 12)
+        count = int(self.num_samples * ratio) + 2
+        last = max(0.0, song["song_seconds"] - count / self.sample_rate)
+        start = rng.uniform(0, last)
+        tracks = {}
+        for name, paths in song["tracks"].items():
+            if names is not None and name not in names:
+                continue
+            paths = [paths] if isinstance(paths, str) else paths
+            what = start, count / self.sample_rate, self.sample_rate, count
+            if self.skipped.keys() & set(paths):
+                return None
+            for path in paths:
+                try:
+                    sig = read_segment(path, *what, channel="both").numpy()
+                except UnreadableAudio as error:
+                    self.skipped[path] = str(error)
+                    return None
+                sig = play_at(sig, ratio, self.num_samples)
+                tracks[name] = tracks[name] + sig if name in tracks else sig
+        return tracks
+
+    def _draw(self, songs, rng, names=None, least=1):
+        """Tracks of a drawn song of which at least so many sound."""
+        for _ in range(TRIES):
+            song = songs[int(rng.integers(len(songs)))]
+            tracks = self._read(song, rng, names)
+            if tracks and (
+                sum(energy(sig) > SILENT_ENERGY for sig in tracks.values())
+                >= least
+            ):
+                return tracks
+        return {}
+
+    def _named(self, rng):
+        """[classes, 2, time], at the level of ITEM_RMS in sum."""
+        for _ in range(TRIES):
+            stems = self._mix(rng)
+            rms = np.sqrt(energy(stems.sum(0)))
+            if rms > 1e-4:
+                return stems * np.float32(ITEM_RMS / rms)
+        raise UnreadableAudio(
+            "no sound found in the songs with stems, "
+            + "; ".join(self.skipped.values())
+        )
+
+    def _mix(self, rng):
+        """[classes, 2, time] of one song or several."""
+        stems = np.zeros((len(self.classes), 2, self.num_samples), np.float32)
+        several = rng.random() < MIX_SHARE
+        if not several:
+            tracks = self._draw(self.pieces, rng, self.classes, least=2)
+            for stem, name in zip(stems, self.classes):
+                if name in tracks:
+                    stem += self._coloured(tracks[name], rng)
+        for stem, name in zip(stems, self.classes):
+            level, gain = ITEM_RMS**2, 1.0
+            if self.solos[name] and rng.random() < SOLO_SHARE:
+                songs = self.solos[name]
+                level = energy(stems.sum(0) - stem) or level
+                gain = db(rng.uniform(*SOLO_DB))
+            elif several and self.sources[name]:
+                songs = self.sources[name]
+            else:
+                continue
+            sig = self._draw(songs, rng, (name,)).get(name)
+            if sig is not None:
+                gain *= np.sqrt(level / (energy(sig) + SILENT_ENERGY))
+                stem[:] = self._coloured(sig, rng) * np.float32(gain)
+        if rng.random() < MISSING_SHARE:
+            stems[int(rng.integers(len(stems)))] = 0
+        gains = rng.uniform(-LEVEL_DB, LEVEL_DB, (len(stems), 1, 1))
+        return stems * 10 ** (gains / 20).astype(np.float32)
+
+    def _coloured(self, sig, rng):
+        if rng.random() < EQUALISER_SHARE:
+            return equalise(sig, rng, self.sample_rate)
+        return sig
+
+    def _two_songs(self, rng):
+        """Two songs in the place of the first two classes."""
+        stems = np.zeros((len(self.classes), 2, self.num_samples), np.float32)
+        used = set()
+        for _ in range(TRIES):
+            index = int(rng.integers(len(self.mixtures)))
+            tracks = self._read(self.mixtures[index], rng)
+            sig = sum(tracks.values()) if tracks else stems[0]
+            rms = np.sqrt(energy(sig))
+            if index in used or rms**2 < SILENT_ENERGY:
+                continue
+            level = MIXTURE_RMS * db(rng.uniform(-MIXTURE_DB, MIXTURE_DB))
+            stems[len(used)] = sig * np.float32(level / rms)
+            used.add(index)
+            if len(used) == 2:
+                return stems
+        raise UnreadableAudio(
+            "no two songs with sound found, " + "; ".join(self.skipped.values())
+        )
+
+
+class NamedWindows(torch.utils.data.Dataset):
+    """Windows of songs with stems, to measure named stems on.
+
+    Arguments
+    ---------
+    songs : list of dict
+        As of ``list_tracks``.
+    sample_rate : int
+        In Hz.
+    seconds : float
+        Length of a window.
+    per_song : int, optional
+        Windows of a song at most, evenly spread.
+    rank, world_size : int
+        Which part of the windows.
+    """
+
+    def __init__(
+        self,
+        songs,
+        sample_rate=44100,
+        seconds=3.0,
+        per_song=None,
+        rank=0,
+        world_size=1,
+    ):
+        self.sample_rate, self.seconds = sample_rate, seconds
+        self.windows = []
+        for song in songs:
+            count = int(song["song_seconds"] // seconds)
+            kept = min(count, per_song or count)
+            self.windows += [
+                (song, int((k + 0.5) * count / kept) * seconds)
+                for k in range(kept)
+            ]
+        self.windows = self.windows[rank::world_size]
+
+    def __len__(self):
+        return len(self.windows)
+
+    def __getitem__(self, number):
+        """Reads a window.
+
+        Returns
+        -------
+        stems : dict
+            Class -> float32 [2, time], of the classes that the song has, at the
+            level of ITEM_RMS in sum.
+        song : str
+            Its name.
+        """
+        song, start = self.windows[number]
+        what = start, self.seconds, self.sample_rate
+        stems = {
+            name: sum(
+                read_segment(path, *what, channel="both") for path in paths
+            )
+            for name, paths in song["tracks"].items()
+        }
+        rms = sum(stems.values()).square().mean().sqrt()
+        gain = ITEM_RMS / rms.clamp(min=1e-4)
+        return {name: gain * sig for name, sig in stems.items()}, song["song"]

@@ -1,0 +1,212 @@
+"""Separators of named stems: config, weights and card in one folder."""
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import trackformer_sb
+from trackformer_sb.inference.config import ABOUT, LIBRARY
+from trackformer_sb.inference.download import model_file
+from trackformer_sb.inference.separation import separate
+from trackformer_sb.inference.weights import load_state
+from trackformer_sb.nnet.fusion import FusionMaskNet
+from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+DEFAULT = "default"
+
+
+def default_folder():
+    """The folder of the separator that the package brings."""
+    return Path(str(resources.files("trackformer_sb") / "pretrained"))
+
+
+class Separator(torch.nn.Module, PyTorchModelHubMixin):
+    """A song goes in, stems come out by name.
+
+    Arguments
+    ---------
+    classes : list of str
+        Names of the stems.
+    sample_rate : int
+        Rate of the waveforms in Hz.
+    n_fft, hop_length : int
+        Of the STFT, in samples.
+    masknet : dict, optional
+        Arguments of ``FusionMaskNet`` but ``in_channels``; ``num_spks`` is a
+        multiple of the number of classes.
+
+    Raises
+    ------
+    ValueError
+        For a number of outputs that the classes do not divide.
+
+    Example
+    -------
+    >>> separator = Separator(
+    ...     ["vocals", "rest"],
+    ...     n_fft=512,
+    ...     hop_length=256,
+    ...     masknet={"num_spks": 4, "channels": [8, 8, 8], "d_model": 16},
+    ... )
+    >>> song = torch.randn(2, 5000)
+    >>> stems = separator.separate(song)
+    >>> {name: stem.shape for name, stem in stems.items()}
+    {'vocals': torch.Size([2, 5000]), 'rest': torch.Size([2, 5000])}
+    >>> torch.allclose(stems["vocals"] + stems["rest"], song, atol=1e-4)
+    True
+    """
+
+    def __init__(
+        self,
+        classes,
+        sample_rate=44100,
+        n_fft=2048,
+        hop_length=1024,
+        masknet=None,
+    ):
+        super().__init__()
+        masknet = {"num_spks": 2 * len(classes), **(masknet or {})}
+        if masknet["num_spks"] % len(classes):
+            raise ValueError(
+                f"num_spks: expected a multiple of {len(classes)}, the number "
+                f"of classes, got {masknet['num_spks']}"
+            )
+        self.config = {
+            "library_name": LIBRARY,
+            "library_version": trackformer_sb.__version__,
+            "classes": list(classes),
+            "sample_rate": sample_rate,
+            "n_fft": n_fft,
+            "hop_length": hop_length,
+            "masknet": masknet,
+        }
+        self.encoder = STFTEncoder(n_fft, hop_length)
+        self.masknet = FusionMaskNet(n_fft // 2 + 1, **masknet)
+        self.decoder = STFTDecoder(n_fft, hop_length)
+
+    @classmethod
+    def of_masknet(cls, masknet, **config):
+        """A separator of a trained ``FusionMaskNet``.
+
+        Arguments
+        ---------
+        masknet : FusionMaskNet
+            Its weights are copied.
+        **config : dict
+            The other arguments of the class.
+
+        Returns
+        -------
+        Separator
+            In evaluation mode.
+        """
+        separator = cls(masknet=masknet.arguments, **config)
+        separator.masknet.load_state_dict(masknet.state_dict())
+        return separator.eval()
+
+    @property
+    def groups(self):
+        """Outputs of the masknet by class: {"drums": (0, 1), ...}."""
+        classes = self.config["classes"]
+        slots = self.masknet.num_spks // len(classes)
+        return {
+            name: tuple(range(k * slots, (k + 1) * slots))
+            for k, name in enumerate(classes)
+        }
+
+    @torch.no_grad()
+    def separate(self, waveform):
+        """Separates a waveform at the rate of the model.
+
+        Arguments
+        ---------
+        waveform : torch.Tensor
+            [channels, time]. For files, and for songs of any length, see
+            ``PerformerSeparation.separate_file``.
+
+        Returns
+        -------
+        dict
+            Name -> [channels, time]; the stems sum to the waveform.
+
+        Raises
+        ------
+        ValueError
+            For an input of another shape.
+        """
+        if waveform.dim() != 2:
+            raise ValueError(
+                "expected a waveform [channels, time], got "
+                f"{list(waveform.shape)}"
+            )
+        est_source, _ = separate(
+            waveform.unsqueeze(0), self.encoder, self.masknet, self.decoder
+        )
+        return {
+            name: est_source[0, list(slots)].sum(0)
+            for name, slots in self.groups.items()
+        }
+
+    def forward(self, waveform):
+        """Separates a waveform, see ``separate``."""
+        return self.separate(waveform)
+
+    def _save_pretrained(self, save_directory):
+        """Writes config and weights, those in bfloat16."""
+        folder = Path(save_directory)
+        text = json.dumps(self.config, indent=2) + "\n"
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        state = {
+            name: value.to("cpu", torch.bfloat16).contiguous()
+            for name, value in self.state_dict().items()
+        }
+        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, source=DEFAULT, **hub):
+        """Loads a separator; no code is run and no pickle is read.
+
+        Arguments
+        ---------
+        source : str or Path
+            Folder, id on the hub, or "default": the one in the package.
+        **hub : dict
+            ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
+            ``force_download``.
+
+        Returns
+        -------
+        Separator
+            In evaluation mode.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such folder, model or file.
+        OSError
+            If the hub cannot be reached or refuses.
+        ValueError
+            If config or weights are damaged or do not fit.
+        """
+        source = default_folder() if source == DEFAULT else source
+        path = model_file(source, CONFIG_FILE, **hub)
+        try:
+            config = json.loads(Path(path).read_text("utf-8"))
+            separator = cls(**{k: config[k] for k in config if k not in ABOUT})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        path = model_file(source, WEIGHTS_FILE, **hub)
+        try:
+            state = {k: v.float() for k, v in load_file(path).items()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path}: no readable file of weights ({error})"
+            ) from error
+        load_state(separator, state, path)
+        return separator.eval()

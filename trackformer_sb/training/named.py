@@ -1,0 +1,384 @@
+"""Training of separators with named stems."""
+
+import csv
+import math
+import pathlib
+import time
+
+import numpy as np
+import speechbrain as sb
+import torch
+from speechbrain.dataio.dataloader import SaveableDataLoader
+from speechbrain.utils.distributed import ddp_broadcast, if_main_process
+from speechbrain.utils.logger import get_logger
+
+from trackformer_sb.data.remix import NamedWindows, RemixedItems, list_tracks
+from trackformer_sb.inference.separation import apply_masks
+from trackformer_sb.objectives.mixit import mixit_loss
+from trackformer_sb.objectives.named import named_loss
+from trackformer_sb.objectives.named_metrics import (
+    decode_masks,
+    named_si_snri,
+    pair_by_class,
+    time_averaged_masks,
+)
+from trackformer_sb.training.costs import of_all_ranks
+from trackformer_sb.training.optimization import clip_all_groups
+
+logger = get_logger(__name__)
+
+# MixIT's loss is in dB, that of named stems a distance of about 1
+MIXIT_SHARE = 0.1
+PROBE_STEPS, LOG_STEPS = 10, 100
+
+
+class NamedSeparation(sb.Brain):
+    """Named stems where items have them, MixIT over all slots elsewhere.
+
+    Made by ``train``, which gives it its datasets.
+    """
+
+    def encode(self, sig):
+        """[..., time] -> complex [..., freq, frames]."""
+        mix_w = self.modules.encoder(sig.flatten(0, -2))
+        return mix_w.unflatten(0, sig.shape[:-1])
+
+    def decode(self, est_mask, mix_w):
+        """Masks of any sources and mixtures -> [batch, sources, 2, time]."""
+        sep_w = apply_masks(
+            mix_w.unsqueeze(1), est_mask.transpose(0, 1)[:, :, None]
+        )
+        return self.modules.decoder(sep_w)
+
+    def compute_forward(self, batch, stage):
+        """Masks [num_spks, batch, freq, frames] and spectra of the mixtures."""
+        if stage == sb.Stage.TRAIN:
+            mix_w = self.encode(batch[0].to(self.device).sum(1))
+            return self.modules.masknet(mix_w), mix_w
+        ((stems, _),) = batch
+        mix_w = self.encode(sum(stems.values()).to(self.device))[None]
+        return self.hparams.ema.module(mix_w), mix_w
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Mean over the items; in evaluation measures instead."""
+        est_mask, mix_w = predictions
+        if stage != sb.Stage.TRAIN:
+            ((stems, song),) = batch
+            self.rows.append((song, self.measure(est_mask, mix_w, stems)))
+            return torch.zeros(())
+        stems = batch[0].to(self.device)
+        named = batch[1].to(self.device)
+        losses = {}
+        if named.any():
+            losses["named"] = named_loss(
+                est_mask[:, named],
+                mix_w[named],
+                self.encode(stems[named]),
+                self.hparams.sample_rate,
+            )
+        if not named.all():
+            length = stems.shape[-1]
+            sources = self.decode(est_mask[:, ~named], mix_w[~named])
+            losses["mixit"], _ = mixit_loss(
+                sources[..., :length].flatten(2), stems[~named, :2].flatten(2)
+            )
+            losses["mixit"] = MIXIT_SHARE * losses["mixit"]
+        for name, loss in losses.items():
+            self.sums.setdefault(name, []).append(loss.detach().mean())
+        return torch.cat(list(losses.values())).mean()
+
+    @torch.no_grad()
+    def measure(self, est_mask, mix_w, stems):
+        """Named SI-SNR improvement of an item.
+
+        Arguments
+        ---------
+        est_mask : torch.Tensor
+            [num_spks, 1, freq, frames].
+        mix_w : torch.Tensor
+            [1, 2, freq, frames].
+        stems : dict
+            Class -> [2, time].
+
+        Returns
+        -------
+        dict
+            Class -> dB of the masks, and of their average over time.
+        """
+        masks, mix_w = est_mask[:, 0].float(), mix_w[0].mean(0, keepdim=True)
+        stems = {
+            name: stem.mean(0, keepdim=True) for name, stem in stems.items()
+        }
+        mix = sum(stems.values())
+        found = []
+        for each in (
+            masks,
+            time_averaged_masks(masks, mix_w[0].abs().square()),
+        ):
+            slots = decode_masks(
+                each, mix_w, self.modules.decoder, mix.shape[-1]
+            )
+            names, est, true = pair_by_class(
+                slots.cpu(), self.slot_classes, stems
+            )
+            found.append(named_si_snri(est[:, 0], true[:, 0], mix[0]))
+        return dict(zip(names, torch.stack(found, 1).tolist()))
+
+    def on_stage_start(self, stage, epoch=None):
+        """Resets what is measured."""
+        self.rows, self.started = [], time.monotonic()
+        if stage == sb.Stage.TRAIN:
+            self.items.set_epoch(epoch)
+            self.sums, self.probes = {}, []
+
+    def on_fit_start(self):
+        """Recovers; a decay that was asked for begins now."""
+        super().on_fit_start()
+        self.decay_began = time.monotonic()
+
+    def init_optimizers(self):
+        """Clips all groups: SpeechBrain clips the first alone."""
+        super().init_optimizers()
+        clip_all_groups(self.optimizer, self.max_grad_norm)
+        self.max_grad_norm = math.inf
+
+    def rate(self):
+        """Share of the learning rate: warm-up, constant, decay on demand."""
+        share = min(1.0, (self.optimizer_step + 1) / self.hparams.warmup_steps)
+        if self.hparams.finish_minutes:
+            spent = (time.monotonic() - self.decay_began) / 60
+            # one decision for all ranks
+            left = ddp_broadcast(1 - spent / self.hparams.finish_minutes)
+            if left <= 0:
+                self.optimizer_step_limit = self.optimizer_step + 1
+                self.hparams.epoch_counter.limit = 0
+            share *= max(0.0, left)
+        return share
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Sets the learning rate."""
+        share = self.rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.hparams.lr * share
+
+    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+        """Averages the weights, probes training items, logs."""
+        if not should_step:
+            return
+        self.hparams.ema.update_parameters(self.hparams.MaskNet)
+        step = self.optimizer_step
+        if not if_main_process():
+            return
+        if step % PROBE_STEPS == 0:
+            est_mask, mix_w = outputs
+            for item in batch[1].nonzero()[:, 0]:
+                stems = dict(zip(self.hparams.classes, batch[0][item]))
+                self.probes.append(
+                    self.measure(
+                        est_mask[:, item, None], mix_w[None, item], stems
+                    )
+                )
+        if step % LOG_STEPS == 0:
+            stats = {k: torch.stack(v).mean() for k, v in self.sums.items()}
+            if self.probes:
+                means = self.means(self.probes).values()
+                masks, static = np.mean(list(means), axis=0)
+                stats |= {"probe": masks, "probe_static": static}
+            stats = {name: float(value) for name, value in stats.items()}
+            seconds = (time.monotonic() - self.started) / LOG_STEPS
+            self.started = time.monotonic()
+            self.hparams.train_logger.log_stats(
+                {"step": step, "seconds": round(seconds, 3)}, train_stats=stats
+            )
+            for name, value in stats.items():
+                self.tensorboard.add_scalar(f"train/{name}", value, step)
+            self.sums, self.probes = {}, []
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Logs the measures by group and class, saves, exports."""
+        if stage == sb.Stage.TRAIN:
+            return
+        figures = self.figures()
+        self.hparams.history.add(
+            epoch,
+            step=self.optimizer_step,
+            items=self.optimizer_step * self.items_per_step,
+            hours=(time.time() - self.begun) / 3600 + self.hours_before,
+            **figures,
+        )
+        self.hparams.train_logger.log_stats(
+            {"epoch": epoch, "step": self.optimizer_step}, valid_stats=figures
+        )
+        if if_main_process():
+            for name, value in figures.items():
+                self.tensorboard.add_scalar(
+                    f"valid/{name}", value, self.optimizer_step
+                )
+            self.write_curve()
+            self.export()
+        means = [v for k, v in figures.items() if k.endswith("_mean")]
+        self.checkpointer.save_and_keep_only(
+            meta={"score": float(np.mean(means)) if means else 0.0},
+            max_keys=["score"],
+            num_to_keep=1,
+        )
+
+    def means(self, rows):
+        """Class -> means of what ``measure`` found, where it counts."""
+        found = {
+            name: np.array([row[name] for row in rows if name in row])
+            for name in self.hparams.classes
+        }
+        return {
+            name: np.nanmean(values, axis=0)
+            for name, values in found.items()
+            if len(values) and not np.isnan(values).all()
+        }
+
+    def figures(self):
+        """Means over the windows of all ranks, by group and class."""
+        rows = [row for part in of_all_ranks(self, self.rows) for row in part]
+        found = {}
+        for group, members in self.groups.items():
+            means = self.means([row for song, row in rows if song in members])
+            if not means:
+                continue
+            found |= {f"{group}_{k}": float(v[0]) for k, v in means.items()}
+            masks, static = np.mean(list(means.values()), axis=0)
+            found[f"{group}_mean"] = float(masks)
+            found[f"{group}_static"] = float(static)
+        return found
+
+    def write_curve(self):
+        """The history as curve.csv."""
+        rows = self.hparams.history.epochs
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        path = pathlib.Path(self.hparams.output_folder) / "curve.csv"
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(
+                {k: round(v, 3) for k, v in row.items()} for row in rows
+            )
+
+    def export(self):
+        """The averaged weights as a separator folder."""
+        # Imported here: training needs no hub.
+        from trackformer_sb.inference.separator import Separator
+
+        hparams = self.hparams
+        separator = Separator.of_masknet(
+            hparams.ema.module,
+            classes=list(hparams.classes),
+            sample_rate=hparams.sample_rate,
+            n_fft=hparams.n_fft,
+            hop_length=hparams.hop_length,
+        )
+        separator.save_pretrained(
+            pathlib.Path(hparams.output_folder) / "separator"
+        )
+
+
+def _songs(hparams):
+    """Songs with stems, and without."""
+    classes, dataset = hparams["classes"], hparams["dataset"]
+    named, mixtures = [], []
+    if hparams["data_folder"] and dataset != "mixtures":
+        named = list_tracks(
+            "data_folder",
+            hparams["data_folder"],
+            dataset,
+            hparams["stem_classes"],
+        )
+    folders = {"mixtures_folder": hparams["mixtures_folder"]}
+    if dataset == "mixtures":
+        folders["data_folder"] = hparams["data_folder"]
+    for key, folder in folders.items():
+        if folder:
+            mixtures += list_tracks(key, folder, "mixtures")
+    parts = [
+        [
+            song
+            for song in songs
+            if song["split"] in ("", "train")
+            and song["song_seconds"] >= hparams["segment_seconds"]
+        ]
+        for songs in (named, mixtures)
+    ]
+    logger.info(
+        f"{len(parts[0])} songs with stems of {', '.join(classes)}, "
+        f"{len(parts[1])} without"
+    )
+    return parts
+
+
+def train(experiment):
+    """Trains, validates and exports a separator of named stems.
+
+    Arguments
+    ---------
+    experiment : trackformer_sb.training.experiment.Experiment
+        Of ``hparams/separator.yaml`` or one like it.
+    """
+    hparams = experiment.hparams
+    sb.create_experiment_directory(**experiment.directory)
+    brain = NamedSeparation(
+        modules=hparams["modules"],
+        opt_class=hparams["optimizer"],
+        hparams=hparams,
+        run_opts=experiment.run_opts,
+        checkpointer=hparams["checkpointer"],
+    )
+    hparams["ema"].to(brain.device)
+    rank = getattr(brain, "rank", 0) if brain.distributed_launch else 0
+    world = (
+        torch.distributed.get_world_size() if brain.distributed_launch else 1
+    )
+    songs, mixtures = _songs(hparams)
+    share = hparams["mixture_share"] if songs else 1.0
+    brain.items = RemixedItems(
+        songs,
+        hparams["classes"],
+        mixtures,
+        share if mixtures else 0.0,
+        hparams["epoch_items"],
+        hparams["sample_rate"],
+        hparams["segment_seconds"],
+        hparams["seed"],
+    )
+    brain.groups, windows = {}, []
+    for folder in hparams["valid_folders"]:
+        group = pathlib.Path(folder).name
+        held_out = list_tracks(
+            "valid_folders", folder, "stems", hparams["stem_classes"]
+        )
+        brain.groups[group] = {song["song"] for song in held_out}
+        windows += held_out
+    valid = NamedWindows(
+        windows,
+        hparams["sample_rate"],
+        per_song=hparams["valid_windows"],
+        rank=rank,
+        world_size=world,
+    )
+    slots = hparams["num_spks"] // len(hparams["classes"])
+    brain.slot_classes = [
+        name for name in hparams["classes"] for _ in range(slots)
+    ]
+    brain.items_per_step = (
+        hparams["batch_size"] * world * brain.grad_accumulation_factor
+    )
+    brain.begun = time.time()
+    brain.tensorboard = hparams["tensorboard_logger"]().writer
+    _, hours = hparams["history"].series("hours")
+    brain.hours_before = hours[-1] if hours else 0.0
+    options = hparams["train_loader_options"]
+    brain.fit(
+        hparams["epoch_counter"],
+        brain.items,
+        SaveableDataLoader(valid, batch_size=1, collate_fn=list)
+        if windows
+        else None,
+        train_loader_kwargs=options,
+        progressbar=False,
+    )
