@@ -17,6 +17,13 @@ MAY_CHANGE = (
     "matmul_precision",
     "compile_module_keys",
     "checkpointing",
+    # of separators with named stems, whose music may grow
+    "mixtures_folder",
+    "mixture_share",
+    "valid_folders",
+    "valid_windows",
+    "epoch_items",
+    "finish_minutes",
 )
 
 # What a training did before its yaml had the key.
