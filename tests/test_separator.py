@@ -1,0 +1,178 @@
+"""Separators of named stems: folders, files and the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from trackformer_sb.cli import main
+from trackformer_sb.inference.loading import load_separator
+from trackformer_sb.inference.separator import Separator
+
+CLASSES = ["drums", "vocals", "other"]
+RATE = 8000
+
+
+@pytest.fixture(scope="module")
+def separator():
+    torch.manual_seed(0)
+    return Separator(
+        CLASSES,
+        RATE,
+        n_fft=512,
+        hop_length=256,
+        masknet={
+            "num_spks": 6,
+            "channels": [8, 8, 8],
+            "d_model": 16,
+            "num_layers": 1,
+        },
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(separator, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("separator")
+    separator.save_pretrained(folder)
+    return folder
+
+
+def write_song(path, channels=2, seconds=2.0, rate=RATE):
+    shape = round(seconds * rate), channels
+    sig = np.random.default_rng(0).normal(0.0, 0.1, shape)
+    soundfile.write(path, sig, rate, subtype="FLOAT")
+    return str(path)
+
+
+def read(path):
+    return soundfile.read(path, always_2d=True)[0]
+
+
+def test_a_folder_gives_the_same_stems(separator, folder):
+    again = Separator.from_pretrained(folder)
+    song = torch.randn(2, 5000)
+    # the folder has bfloat16
+    for name, stem in separator.separate(song).items():
+        torch.testing.assert_close(
+            again.separate(song)[name], stem, atol=0.02, rtol=0
+        )
+    assert json.loads((folder / "config.json").read_text())["classes"] == (
+        CLASSES
+    )
+
+
+def test_saved_again_nothing_changes(folder, tmp_path):
+    Separator.from_pretrained(folder).save_pretrained(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_of_masknet_takes_the_weights(separator):
+    config = {k: separator.config[k] for k in ("sample_rate", "n_fft")}
+    again = Separator.of_masknet(
+        separator.masknet, classes=CLASSES, hop_length=256, **config
+    )
+    song = torch.randn(1, 3000)
+    for name, stem in separator.separate(song).items():
+        torch.testing.assert_close(again.separate(song)[name], stem)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": ["a", "b", "c", "d"]}, "num_spks: expected a multiple"),
+        ({"n_fft": 1024}, "does not fit"),
+        ({"sound": 1}, "sound"),
+    ],
+    ids=str,
+)
+def test_configs_that_do_not_fit_are_refused(folder, tmp_path, change, message):
+    config = json.loads((folder / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=message):
+        Separator.from_pretrained(tmp_path)
+
+
+def test_damaged_weights_are_named(folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        content = (folder / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2 + 99])
+    (tmp_path / "config.json").write_bytes(
+        (folder / "config.json").read_bytes()
+    )
+    with pytest.raises(ValueError, match=r"model\.safetensors: no readable"):
+        Separator.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", [RATE, 11025])
+def test_files_get_their_names(folder, tmp_path, channels, rate):
+    song = write_song(tmp_path / "song.wav", channels, rate=rate)
+    model = f"--model={folder}"
+    assert main(["separate", song, model, f"--out={tmp_path}/out"]) == 0
+    stems = [read(tmp_path / "out" / f"song_{name}.wav") for name in CLASSES]
+    np.testing.assert_allclose(sum(stems), read(song), atol=1e-5)
+
+
+def test_one_stem_and_the_rest(folder, tmp_path, capsys):
+    song = write_song(tmp_path / "song.wav")
+    options = [f"--model={folder}", f"--out={tmp_path}"]
+    assert main(["separate", song, *options, "--stems=vocals"]) == 0
+    names = capsys.readouterr().out.split()
+    assert [name.rpartition("_")[2] for name in names] == [
+        "vocals.wav",
+        "rest.wav",
+    ]
+    assert main(["separate", song, *options, "--slots"]) == 0
+    slots = sum(read(name) for name in capsys.readouterr().out.split())
+    both = sum(read(name) for name in names)
+    np.testing.assert_allclose(slots, both, atol=1e-5)
+
+
+def test_remixes_take_names(folder, tmp_path):
+    song = write_song(tmp_path / "song.wav")
+    options = [f"--model={folder}", f"--out={tmp_path}"]
+    assert main(["separate", song, *options, "--remix=vocals:-inf"]) == 0
+    karaoke = read(tmp_path / "song_remix.wav")
+    vocals = read(tmp_path / "song_vocals.wav")
+    np.testing.assert_allclose(karaoke + vocals, read(song), atol=1e-5)
+
+
+def test_a_name_that_is_not_there_is_refused(folder, tmp_path, capsys):
+    song = write_song(tmp_path / "song.wav")
+    assert main(["separate", song, f"--model={folder}", "--stems=tuba"]) == 2
+    error = capsys.readouterr().err
+    assert "this model has drums, vocals, other; got tuba" in error
+
+
+def test_chunks_keep_their_names(separator, folder, tmp_path):
+    """Outputs of neighbouring chunks are not put in another order."""
+    song = write_song(tmp_path / "song.wav", seconds=4.0)
+    loaded, _ = load_separator(folder, "cpu")
+    chunks = loaded.separate_file(
+        song, chunk_seconds=1.5, overlap=0.5, progressbar=False
+    )
+    whole = separator.separate(torch.from_numpy(read(song).T).float())
+    for stem, expected in zip(chunks, whole.values()):
+        # context differs, names do not
+        assert torch.corrcoef(torch.stack([stem[0], expected[0]]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("seconds", [1 / RATE, 0.01])
+def test_short_songs(folder, tmp_path, seconds):
+    song = write_song(tmp_path / "song.wav", seconds=seconds)
+    options = [f"--model={folder}", f"--out={tmp_path}"]
+    assert main(["separate", song, *options]) == 0
+    assert len(read(tmp_path / "song_drums.wav")) == len(read(song))
+
+
+def test_silence_stays_silent(folder, tmp_path):
+    path = tmp_path / "silence.wav"
+    soundfile.write(path, np.zeros((RATE, 2)), RATE)
+    options = [f"--model={folder}", f"--out={tmp_path}"]
+    assert main(["separate", str(path), *options]) == 0
+    assert not read(tmp_path / "silence_vocals.wav").any()
