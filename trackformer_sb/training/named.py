@@ -195,9 +195,12 @@ class NamedSeparation(sb.Brain):
             self.sums, self.probes = {}, []
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
+        """After each epoch, measured or not, ``end_epoch``."""
+        if stage == sb.Stage.VALID or not self.groups:
+            self.end_epoch(epoch)
+
+    def end_epoch(self, epoch):
         """Logs the measures by group and class, saves, exports."""
-        if stage == sb.Stage.TRAIN:
-            return
         figures = self.figures()
         self.hparams.history.add(
             epoch,
@@ -361,6 +364,10 @@ def train(experiment):
         rank=rank,
         world_size=world,
     )
+    if brain.groups and not len(valid) and not rank:
+        raise ValueError(
+            "valid_folders: expected songs of 3 s or more, got none"
+        )
     slots = hparams["num_spks"] // len(hparams["classes"])
     brain.slot_classes = [
         name for name in hparams["classes"] for _ in range(slots)

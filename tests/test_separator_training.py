@@ -1,0 +1,166 @@
+"""Training of named stems: results, resume, ranks, an end on demand."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from recipe_runs import RATE, ROOT, interrupted, load_recipe
+
+from trackformer_sb.inference.separator import Separator
+from trackformer_sb.training import named
+from trackformer_sb.training.named import NamedSeparation
+
+recipe = load_recipe("train")
+
+
+@pytest.fixture(scope="module")
+def music(tmp_path_factory):
+    """Three songs with stems and voices, three without."""
+    folder = tmp_path_factory.mktemp("music")
+    rng = np.random.default_rng(0)
+    names = ("drums", "bass", "other", "vocals")
+    for song in range(3):
+        for name in names[:3] if song else names:
+            path = folder / "stems" / f"song{song}" / f"{name}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sig = rng.normal(0, 0.1, (RATE * 4, 2)).astype(np.float32)
+            soundfile.write(path, sig, RATE)
+        (folder / "songs").mkdir(exist_ok=True)
+        soundfile.write(folder / "songs" / f"{song}.wav", sig, RATE)
+    return folder
+
+
+def command(music, out, **more):
+    keys = {
+        "data_folder": music / "stems",
+        "mixtures_folder": music / "songs",
+        "mixture_share": 0.5,
+        "valid_folders": f"[{music / 'stems'}]",
+        "valid_windows": 1,
+        "output_folder": out,
+        "sample_rate": RATE,
+        "segment_seconds": 0.3,
+        "epoch_items": 8,
+        "number_of_epochs": 2,
+        "num_workers": 0,
+        "batch_size": 2,
+        "n_fft": 512,
+        "hop_length": 256,
+        "channels": "[8,8,8]",
+        "d_model": 16,
+        "num_layers": 1,
+        "device": "cpu",
+        **more,
+    }
+    return [
+        str(ROOT / "hparams" / "separator.yaml"),
+        *(f"--{key}={value}" for key, value in keys.items()),
+    ]
+
+
+def curve(out):
+    with open(out / "curve.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(out):
+    return Separator.from_pretrained(out / "separator").state_dict()
+
+
+def test_a_run_leaves_its_curve_and_separator(music, tmp_path, monkeypatch):
+    monkeypatch.setattr(named, "PROBE_STEPS", 1)
+    monkeypatch.setattr(named, "LOG_STEPS", 4)
+    recipe.main(command(music, tmp_path))
+    rows = curve(tmp_path)
+    assert [row["items"] for row in rows] == ["8.0", "16.0"]
+    assert {"stems_drums", "stems_mean", "stems_static"} <= rows[0].keys()
+    log = (tmp_path / "train_log.txt").read_text()
+    assert "train named" in log
+    assert "train mixit" in log
+    assert "train probe_static" in log
+    separator = Separator.from_pretrained(tmp_path / "separator")
+    stems = separator.separate(torch.randn(2, RATE))
+    assert list(stems) == ["drums", "bass", "vocals", "other"]
+
+
+def test_resumed_run_equals_uninterrupted_one(music, tmp_path, monkeypatch):
+    every = {"ckpt_interval_minutes": 0, "ckpt_interval_steps": 1}
+    recipe.main(command(music, tmp_path / "whole", **every))
+    cut = command(music, tmp_path / "cut", **every)
+    interrupted(recipe.main, NamedSeparation, cut, monkeypatch, stop_at=6)
+    recipe.main(cut)
+    whole, again = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    for key in whole:
+        torch.testing.assert_close(again[key], whole[key], msg=key)
+    assert len(curve(tmp_path / "cut")) == 2
+
+
+def test_learning_rate_falls_and_the_run_ends(music, tmp_path, monkeypatch):
+    clock = iter(range(100_000))
+    monkeypatch.setattr(named.time, "monotonic", lambda: 10.0 * next(clock))
+    rates = []
+    after = NamedSeparation.on_fit_batch_end
+
+    def note(brain, *args):
+        rates.append(brain.optimizer.param_groups[0]["lr"])
+        after(brain, *args)
+
+    monkeypatch.setattr(NamedSeparation, "on_fit_batch_end", note)
+    options = {"finish_minutes": 1, "number_of_epochs": 1000, "warmup_steps": 1}
+    recipe.main(command(music, tmp_path, **options))
+    assert 2 < len(rates) < 10
+    assert rates == sorted(rates, reverse=True)
+    assert (tmp_path / "separator" / "model.safetensors").is_file()
+
+
+def test_unlabelled_music_alone_trains(music, tmp_path):
+    songs = {"data_folder": music / "songs", "dataset": "mixtures"}
+    songs |= {"mixtures_folder": "null", "number_of_epochs": 1}
+    recipe.main(command(music, tmp_path, **songs))
+    assert curve(tmp_path)
+
+
+def test_without_songs_to_validate_on_it_exports_too(music, tmp_path):
+    recipe.main(command(music, tmp_path, valid_folders="[]"))
+    assert len(curve(tmp_path)) == 2
+    assert weights(tmp_path)
+
+
+def test_songs_too_short_to_validate_on_are_refused(music, tmp_path):
+    short = tmp_path / "short" / "song" / "drums.wav"
+    short.parent.mkdir(parents=True)
+    soundfile.write(short, np.zeros((RATE, 2)), RATE)
+    words = command(
+        music, tmp_path / "run", valid_folders=f"[{short.parents[1]}]"
+    )
+    with pytest.raises(ValueError, match="songs of 3 s or more"):
+        recipe.main(words)
+
+
+def test_a_folder_that_is_not_there_is_named(music, tmp_path):
+    with pytest.raises(FileNotFoundError, match="data_folder=/no/such"):
+        recipe.main(command(music, tmp_path, data_folder="/no/such"))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_measure(music, tmp_path):
+    words = command(music, tmp_path, number_of_epochs=1)
+    words.append("--distributed_backend=gloo")
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node=2", str(ROOT / "recipes" / "train.py")),
+            *words,
+        ],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+    )
+    (row,) = curve(tmp_path)
+    assert row["items"] == "8.0"
+    assert row["step"] == "2.0"
