@@ -29,10 +29,11 @@ MAY_IMPORT = {
     "training": {"data", "memory", "nnet", "objectives"},
     "inference": {"memory", "nnet", "truncation"},
     "asteroid": {"inference", "nnet"},
-    "cli": {"cli_data", "cli_demo", "cli_model", "cli_separate"},
+    "cli": {"cli_data", "cli_demo", "cli_model", "cli_music", "cli_separate"},
     "cli_data": {"data"},
     "cli_demo": {"cli_data", "cli_model", "inference", "web"},
     "cli_model": {"cli_data", "inference"},
+    "cli_music": {"cli_data", "data"},
     "cli_separate": {"cli_data", "cli_model", "data", "inference"},
 }
 
