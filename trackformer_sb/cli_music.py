@@ -1,5 +1,6 @@
 """The ``trackformer`` command that makes music to train on."""
 
+import argparse
 import os
 
 from trackformer_sb.cli_data import complain, number, positive
@@ -7,8 +8,6 @@ from trackformer_sb.cli_data import complain, number, positive
 
 def _count(text):
     """A whole number of 0 or more, for argparse."""
-    import argparse
-
     value = number(text, int)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
@@ -22,6 +21,14 @@ def add_make_music(commands):
     ---------
     commands : argparse._SubParsersAction
         What ``add_subparsers`` returned.
+
+    Example
+    -------
+    >>> parser = argparse.ArgumentParser()
+    >>> add_make_music(parser.add_subparsers())
+    >>> args = parser.parse_args(["make-music", "music", "--voices", "9"])
+    >>> args.voices, args.seconds
+    (9, 75.0)
     """
     parser = commands.add_parser(
         "make-music",
@@ -110,11 +117,8 @@ def add_make_music(commands):
 
 def _make_music(args):
     """Runs ``trackformer make-music``."""
-    try:
-        from trackformer_sb.data.music import make_music
-    except ImportError as error:
-        complain(args, f"{error}: pip install 'trackformer_sb[music]'")
-        return 2
+    from trackformer_sb.data.music import make_music
+
     try:
         result = make_music(
             args.out,
@@ -130,6 +134,9 @@ def _make_music(args):
             seed=args.seed,
             jobs=args.jobs or os.cpu_count(),
         )
+    except ImportError as error:
+        complain(args, f"{error}: pip install 'trackformer_sb[music]'")
+        return 2
     except (OSError, ValueError, RuntimeError) as error:
         complain(args, error)
         return 2

@@ -82,11 +82,14 @@ def make_music(
 
     Raises
     ------
+    ImportError
+        If the packages of the extra `music` are not installed.
     ValueError
         If there is nothing to make, or `out` holds music of other settings.
     """
     settings = {"seed": seed, "seconds": seconds, "classes": list(classes)}
     settings["version"] = VERSION
+    packages = {name: version(name) for name in PACKAGES}
     out = Path(out)
     _check_same(settings, out / "music.json")
     made, left_out = [], []
@@ -143,7 +146,7 @@ def make_music(
     sources = [*files, *fonts, *drum_fonts]
     sources += [kit / "drumkit.xml" for kit in kits]
     content = settings | {
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": packages,
         "sources": {str(path): _sha256(path) for path in sources},
     }
     write_json(out / "music.json", content)
