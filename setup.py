@@ -44,6 +44,8 @@ setup(
         "asteroid": ["asteroid>=0.7,<0.8"],
         "shards": ["webdataset>=1.0"],
         "demo": ["gradio>=6,<7"],
+        # make-music; later symusic renders silence
+        "music": ["symusic==0.5.8", "espeakng-loader", "pyworld-prebuilt"],
         # the peers of benchmarks/
         "bench": ["performer-pytorch", "asteroid>=0.7,<0.8"],
         "dev": [
@@ -52,6 +54,9 @@ setup(
             "psutil",
             "selenium",
             "webdataset>=1.0",
+            "symusic==0.5.8",
+            "espeakng-loader",
+            "pyworld-prebuilt",
             "hypothesis",
             "ruff",
             "yamllint",

@@ -27,13 +27,17 @@ MAY_IMPORT = {
     "nnet": set(),
     "objectives": set(),
     "web": {"truncation"},
-    "training": {"data", "memory", "nnet", "objectives"},
+    "training": {"data", "inference", "memory", "nnet", "objectives"},
     "inference": {"memory", "nnet", "truncation"},
     "asteroid": {"inference", "nnet"},
-    "cli": {"cli_data", "cli_demo", "cli_model", "cli_separate", "torch_pair"},
+    "cli": {
+        *("cli_data", "cli_demo", "cli_model", "cli_music", "cli_separate"),
+        "torch_pair",
+    },
     "cli_data": {"data"},
     "cli_demo": {"cli_data", "cli_model", "inference", "web"},
     "cli_model": {"cli_data", "inference"},
+    "cli_music": {"cli_data", "data"},
     "cli_separate": {"cli_data", "cli_model", "data", "inference"},
 }
 

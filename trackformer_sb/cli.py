@@ -10,6 +10,7 @@ import sys
 from trackformer_sb.cli_data import add_data, add_shards, complain
 from trackformer_sb.cli_demo import add_demo
 from trackformer_sb.cli_model import add_export, add_info
+from trackformer_sb.cli_music import add_make_music
 from trackformer_sb.cli_separate import add_separate
 from trackformer_sb.torch_pair import exit_unless_pair_fits
 
@@ -44,6 +45,7 @@ def build_parser():
         add_info,
         add_data,
         add_shards,
+        add_make_music,
         add_demo,
     ):
         add(commands)

@@ -193,7 +193,7 @@ def make_band(
                 f"expected an empty folder or a demo band, got {folder} with "
                 f"{names[0]!r} and no band.json: choose another folder"
             )
-        _write_json(started, settings)
+        write_json(started, settings)
     for index in tqdm(range(num_songs), "demo band", disable=not progress):
         song = folder / f"song_{index:03d}"
         if all((song / f"{name}.wav").exists() for name in STEMS):
@@ -213,7 +213,7 @@ def make_band(
             for name in STEMS:
                 os.replace(os.path.join(new, name), song / f"{name}.wav")
     if not marker.exists():
-        _write_json(marker, settings)
+        write_json(marker, settings)
     started.unlink(missing_ok=True)
     return folder
 
@@ -240,7 +240,8 @@ def _check_same(settings, path):
             )
 
 
-def _write_json(path, settings):
+def write_json(path, settings):
+    """Writes a file of settings whole or not at all."""
     with tempfile.TemporaryDirectory(prefix=".band_", dir=path.parent) as new:
         new = Path(new, path.name)
         new.write_text(json.dumps(settings, indent=2) + "\n")
