@@ -24,9 +24,12 @@ $(INSTALLED): setup.py $(LOCK)
 # Asteroid asks for pesq, which has to be compiled
 $(INSTALLED)-dev: $(INSTALLED)
 	$(INSTALL) -e '.[dev,demo]'
-	$(INSTALL) -e '.[asteroid]' || { ! command -v cc gcc && \
-		echo 'Without a C compiler Asteroid cannot be installed:' \
-		'its tests are skipped. With one: make clean test'; }
+	@if command -v cc || command -v gcc; then \
+		$(INSTALL) -e '.[asteroid]'; \
+	else \
+		echo 'No C compiler: Asteroid is not installed, its tests are' \
+			'skipped. With a compiler: make clean test'; \
+	fi
 	touch $(INSTALLED)-dev
 
 demo: $(INSTALLED)

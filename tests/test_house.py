@@ -16,7 +16,6 @@ MODULES = {
     ): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-MAX_LINES = 400
 
 # What each part of the package may import of the others.
 MAY_IMPORT = {
@@ -195,12 +194,6 @@ def test_undocumented_names_are_found():
 @pytest.mark.parametrize("module", MODULES)
 def test_all_that_is_public_has_a_docstring(module):
     assert undocumented(MODULES[module].read_text("utf-8")) == []
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_modules_are_short(module):
-    lines = MODULES[module].read_text("utf-8").splitlines()
-    assert len(lines) <= MAX_LINES
 
 
 # --- hparams -----------------------------------------------------------------
