@@ -134,7 +134,9 @@ class NamedSeparation(sb.Brain):
     def on_fit_start(self):
         """Recovers; a decay that was asked for begins now."""
         super().on_fit_start()
-        self.decay_began = time.monotonic()
+        self.decay_began = self.begun = time.monotonic()
+        _, hours = self.hparams.history.series("hours")
+        self.hours_before = hours[-1] if hours else 0.0
 
     def init_optimizers(self):
         """Clips all groups: SpeechBrain clips the first alone."""
@@ -150,6 +152,7 @@ class NamedSeparation(sb.Brain):
             # one decision for all ranks
             left = ddp_broadcast(1 - spent / self.hparams.finish_minutes)
             if left <= 0:
+                # this step and this epoch are the last
                 self.optimizer_step_limit = self.optimizer_step + 1
                 self.hparams.epoch_counter.limit = 0
             share *= max(0.0, left)
@@ -206,7 +209,7 @@ class NamedSeparation(sb.Brain):
             epoch,
             step=self.optimizer_step,
             items=self.optimizer_step * self.items_per_step,
-            hours=(time.time() - self.begun) / 3600 + self.hours_before,
+            hours=self.hours_before + (time.monotonic() - self.begun) / 3600,
             **figures,
         )
         self.hparams.train_logger.log_stats(
@@ -375,10 +378,7 @@ def train(experiment):
     brain.items_per_step = (
         hparams["batch_size"] * world * brain.grad_accumulation_factor
     )
-    brain.begun = time.time()
     brain.tensorboard = hparams["tensorboard_logger"]().writer
-    _, hours = hparams["history"].series("hours")
-    brain.hours_before = hours[-1] if hours else 0.0
     options = hparams["train_loader_options"]
     brain.fit(
         hparams["epoch_counter"],
