@@ -51,17 +51,13 @@ import statistics
 import time
 from collections import defaultdict
 
+import soundfile
 import torch
 from common import Record, say, table
 from scipy.ndimage import median_filter
+from torchaudio.functional import resample
 
-from trackformer_sb.data.named_stems import (
-    CLASSES,
-    read_stems,
-    stem_class,
-    sum_by_class,
-    windows,
-)
+from trackformer_sb.data.remix import STEM_CLASSES, stem_class
 from trackformer_sb.inference.pretrained import PerformerSeparator
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 from trackformer_sb.objectives import metrics
@@ -73,6 +69,9 @@ from trackformer_sb.objectives.named_metrics import (
     time_averaged_masks,
 )
 
+CLASSES = tuple(STEM_CLASSES)
+EXTENSIONS = (".wav", ".flac", ".ogg")
+NOT_A_STEM = ("mix", "mixture")
 MASKS = ("as they are", "averaged")
 NAMED = {
     "si_snri": "SI-SNRi of windows: mean of windows",
@@ -81,6 +80,102 @@ NAMED = {
     "leakage": "Leakage, dB below the mixture: median of songs",
 }
 SINGLE = ("one_to_one", "grouped", "seconds_per_minute")
+
+
+# -- songs
+
+
+def read_stems(folder, sample_rate):
+    """Reads the stems of a song, mono ones as stereo if any is stereo.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Of the song; files other than audio are left out, and so is a file
+        of the mixture.
+    sample_rate : int
+        Wanted rate, in Hz.
+
+    Returns
+    -------
+    dict
+        File name without extension -> [channels, time], as long as the
+        shortest stem.
+
+    Raises
+    ------
+    ValueError
+        If there is no stem.
+    """
+    stems = {}
+    for path in sorted(pathlib.Path(folder).iterdir()):
+        if path.suffix.lower() not in EXTENSIONS or path.stem in NOT_A_STEM:
+            continue
+        sig, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        stems[path.stem] = resample(torch.from_numpy(sig.T), rate, sample_rate)
+    if not stems:
+        raise ValueError(f"{folder}: expected stems as wav, flac or ogg files")
+    channels = max(len(sig) for sig in stems.values())
+    length = min(sig.shape[-1] for sig in stems.values())
+    return {
+        name: sig[:, :length].expand(channels, -1)
+        for name, sig in stems.items()
+    }
+
+
+def sum_by_class(stems):
+    """Adds the stems of each class.
+
+    Arguments
+    ---------
+    stems : dict
+        Name -> [channels, time].
+
+    Returns
+    -------
+    dict
+        Class -> [channels, time]; no class without a stem.
+
+    Example
+    -------
+    >>> one = torch.ones(2, 3)
+    >>> stems = sum_by_class({"horns": one, "clav": one, "bass_pad": one})
+    >>> {name: float(sig[0, 0]) for name, sig in stems.items()}
+    {'bass': 1.0, 'other': 2.0}
+    """
+    classes = {name: stem_class(name) for name in stems}
+    return {
+        one: sum(sig for name, sig in stems.items() if classes[name] == one)
+        for one in CLASSES
+        if one in classes.values()
+    }
+
+
+def windows(stems, length):
+    """Cuts a song into windows; what is left at the end is dropped.
+
+    Arguments
+    ---------
+    stems : dict
+        Name -> [channels, time].
+    length : int
+        Of a window, in samples.
+
+    Yields
+    ------
+    dict
+        Name -> [channels, length].
+
+    Example
+    -------
+    >>> [w["a"].tolist() for w in windows({"a": torch.arange(5)[None]}, 2)]
+    [[[0, 1]], [[2, 3]]]
+    """
+    time = next(iter(stems.values())).shape[-1]
+    for first in range(0, time - length + 1, length):
+        yield {
+            name: sig[:, first : first + length] for name, sig in stems.items()
+        }
 
 
 # -- methods: (spectrum of the mixture, those of the stems) -> masks, classes

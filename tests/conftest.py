@@ -7,12 +7,9 @@ import tempfile
 import hypothesis
 import pytest
 
-from trackformer_sb.torch_pair import check_pair
+from trackformer_sb.torch_pair import exit_unless_pair_fits
 
-try:
-    check_pair()
-except ImportError as error:
-    pytest.exit(str(error))
+exit_unless_pair_fits()
 
 import torch
 from speechbrain.utils.importutils import LazyModule

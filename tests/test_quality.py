@@ -1,6 +1,7 @@
 """Named stems: what counts, static filters, leakage, files, the benchmark."""
 
 import csv
+import importlib
 import math
 import pathlib
 import sys
@@ -9,18 +10,10 @@ import pytest
 import soundfile
 import torch
 
-from trackformer_sb.data.named_stems import (
-    CLASSES,
-    read_stems,
-    stem_class,
-    sum_by_class,
-    windows,
-)
+from trackformer_sb.data.remix import STEM_CLASSES, stem_class
 from trackformer_sb.inference.pretrained import PerformerSeparator
-from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 from trackformer_sb.objectives.metrics import si_snr
 from trackformer_sb.objectives.named_metrics import (
-    evaluate_named,
     leakage,
     named_si_snri,
     pair_by_class,
@@ -28,6 +21,23 @@ from trackformer_sb.objectives.named_metrics import (
 )
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def quality(monkeypatch):
+    """The benchmark as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("quality")
+
+
+def tones(seconds=1.0, sample_rate=8000):
+    """Class -> stereo stem: two tones far apart, one of them gated."""
+    angle = torch.arange(int(seconds * sample_rate)) * 2 * torch.pi
+    low, high = (
+        torch.sin(angle * hertz / sample_rate) for hertz in (200, 3000)
+    )
+    high = high * (torch.arange(len(high)) % 4000 < 2000)
+    return {"bass": low.expand(2, -1), "drums": high.expand(2, -1)}
 
 
 # -- measures
@@ -95,7 +105,7 @@ def test_time_average_keeps_the_energy_share_of_power_masks():
 
 def test_bass_goes_into_other_only_where_the_song_has_no_bass():
     slots = torch.tensor([1.0, 2, 4, 8, 16, 32, 64, 128]).view(8, 1, 1)
-    slot_classes = [name for name in CLASSES for _ in range(2)]
+    slot_classes = [name for name in STEM_CLASSES for _ in range(2)]
     one = torch.ones(1, 1)
     names, est_stems, true = pair_by_class(
         slots, slot_classes, {"drums": one, "other": one}
@@ -104,56 +114,8 @@ def test_bass_goes_into_other_only_where_the_song_has_no_bass():
     assert est_stems.flatten().tolist() == [3, 192 + 12, 48]
     assert true.flatten().tolist() == [1, 1, 0]
     names, est_stems, _ = pair_by_class(slots, slot_classes, {"bass": one})
-    assert names == list(CLASSES)
+    assert names == list(STEM_CLASSES)
     assert est_stems.flatten().tolist() == [3, 12, 48, 192]
-
-
-def tones(seconds=1.0, sample_rate=8000):
-    """Class -> stereo stem: two tones far apart, one of them gated."""
-    angle = torch.arange(int(seconds * sample_rate)) * 2 * torch.pi
-    low, high = (
-        torch.sin(angle * hertz / sample_rate) for hertz in (200, 3000)
-    )
-    high = high * (torch.arange(len(high)) % 4000 < 2000)
-    return {"bass": low.expand(2, -1), "drums": high.expand(2, -1)}
-
-
-def test_evaluation_tells_filters_from_masks_that_follow():
-    encoder, decoder = STFTEncoder(), STFTDecoder()
-    stems = tones()
-    true = {name: encoder(sig).abs() for name, sig in stems.items()}
-
-    def ideal(spectrum):
-        magnitude = torch.stack([true["drums"], true["bass"]]).mean(1)
-        return (magnitude / magnitude.sum(0).clamp(min=1e-10)).unsqueeze(1)
-
-    scores = evaluate_named(ideal, [stems], encoder, decoder, ["drums", "bass"])
-    assert scores["drums"] > 20 and scores["bass"] > 20
-    assert scores["mean"] == pytest.approx(
-        (scores["drums"] + scores["bass"]) / 2, abs=1e-4
-    )
-    # a filter is enough for tones apart
-    assert scores["averaged"] > 15
-    # but not where the same band holds both, one after the other
-    gate = (torch.arange(8000) < 4000).float()
-    noise = torch.randn(2, 8000)
-    stems = {"bass": noise * gate, "drums": noise * (1 - gate)}
-    true = {name: encoder(sig).abs() for name, sig in stems.items()}
-    scores = evaluate_named(ideal, [stems], encoder, decoder, ["drums", "bass"])
-    assert scores["mean"] > 15
-    assert abs(scores["averaged"]) < 2
-
-
-def test_evaluation_of_a_class_that_is_nowhere_is_nan():
-    scores = evaluate_named(
-        lambda spectrum: torch.ones(3, *spectrum[:, 0].shape),
-        [tones()],
-        STFTEncoder(),
-        STFTDecoder(),
-        ["drums", "bass", "vocals"],
-    )
-    assert math.isnan(scores["vocals"])
-    assert scores["mean"] == pytest.approx(0, abs=1e-3)
 
 
 # -- files
@@ -187,31 +149,31 @@ def test_class_of_a_file(name, expected):
     assert stem_class(name) == expected
 
 
-def test_stems_are_read_and_added(folder):
-    stems = read_stems(folder / "a", 44100)
+def test_stems_are_read_and_added(folder, quality):
+    stems = quality.read_stems(folder / "a", 44100)
     assert list(stems) == ["bass_1", "drums_1"]
     assert {sig.shape for sig in stems.values()} == {(2, 7 * 44100)}
     stems["drums_2"] = stems["drums_1"]
-    classes = sum_by_class(stems)
+    classes = quality.sum_by_class(stems)
     assert list(classes) == ["drums", "bass"]
     assert torch.equal(classes["drums"], 2 * stems["drums_1"])
-    lengths = [w["bass_1"].shape[-1] for w in windows(stems, 3 * 44100)]
+    lengths = [w["bass_1"].shape[-1] for w in quality.windows(stems, 3 * 44100)]
     assert lengths == [3 * 44100] * 2
-    assert read_stems(folder / "a", 22050)["bass_1"].shape == (2, 7 * 22050)
+    assert quality.read_stems(folder / "a", 22050)["bass_1"].shape == (
+        2,
+        7 * 22050,
+    )
 
 
-def test_folder_without_stems_is_refused(tmp_path):
+def test_folder_without_stems_is_refused(tmp_path, quality):
     with pytest.raises(ValueError, match="expected stems"):
-        read_stems(tmp_path, 44100)
+        quality.read_stems(tmp_path, 44100)
 
 
 # -- the benchmark
 
 
-def test_benchmark_writes_its_tables(folder, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import quality
-
+def test_benchmark_writes_its_tables(folder, tmp_path, monkeypatch, quality):
     monkeypatch.chdir(tmp_path)
     methods = ["mixture", "bands", "octaves", "static", "irm"]
     monkeypatch.setattr(
@@ -245,12 +207,7 @@ def test_benchmark_writes_its_tables(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_exported_folder_gives_its_own_outputs(
-    tmp_path, monkeypatch, activation
-):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import quality
-
+def test_exported_folder_gives_its_own_outputs(tmp_path, quality, activation):
     sizes = {"d_model": 32, "nhead": 2, "num_layers": 1}
     model = PerformerSeparator(
         8000, num_spks=3, mask_activation=activation, **sizes
@@ -268,15 +225,12 @@ def test_exported_folder_gives_its_own_outputs(
     assert torch.allclose(one, expected, atol=1e-5)
 
 
-def test_sdr_is_that_of_museval(monkeypatch):
+def test_sdr_is_that_of_museval(quality):
     # museval 0.4.1, bss_eval(window=hop=8, filters_len=512), images: the
     # ratio of the stem to the whole error, where nothing is silent
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from quality import window_sdr
-
     stems = torch.ones(2, 2, 24)
     stems[1, :, 8:16] = 0
     est_stems = stems * 1.1
-    ratio = window_sdr(est_stems, stems, 8)
+    ratio = quality.window_sdr(est_stems, stems, 8)
     assert ratio[0].tolist() == pytest.approx([20, math.nan, 20], nan_ok=True)
     assert ratio[1].isnan().tolist() == [False, True, False]

@@ -7,6 +7,7 @@ the items are two songs without stems, for MixIT.
 
 import functools
 import logging
+from fnmatch import fnmatchcase
 
 import numpy as np
 import scipy.fft
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 # Class -> patterns of names of stems; a stem joins the first that fits.
 STEM_CLASSES = {
-    "drums": ["drum*", "percussi*"],
+    "drums": ["drum*", "perc*"],
     "bass": ["bass*"],
     "vocals": ["vocal*", "*voice*", "singer*"],
     "other": ["*"],
@@ -45,6 +46,20 @@ SILENT_ENERGY = 1e-7  # mean square
 ITEM_RMS = 0.1
 MIXTURE_RMS, MIXTURE_DB = 0.07, 3.0  # of each song of an item without stems
 TRIES = 20
+
+
+def stem_class(name, stem_classes=STEM_CLASSES):
+    """The class of a stem by its name, the first that fits; None if none does.
+
+    Example
+    -------
+    >>> [stem_class(name) for name in ("perc_bonk.ogg", "Bass", "clav")]
+    ['drums', 'bass', 'other']
+    """
+    for one, patterns in stem_classes.items():
+        if any(fnmatchcase(name.lower(), pattern) for pattern in patterns):
+            return one
+    return None
 
 
 def list_tracks(key, folder, dataset, stem_classes=STEM_CLASSES):
