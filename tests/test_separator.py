@@ -1,6 +1,7 @@
 """Separators of named stems: folders, files and the command line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import soundfile
 import torch
 
 from trackformer_sb.cli import main
+from trackformer_sb.inference import separator as separator_module
 from trackformer_sb.inference.loading import load_separator
 from trackformer_sb.inference.separator import Separator
 
@@ -147,6 +149,19 @@ def test_a_name_that_is_not_there_is_refused(folder, tmp_path, capsys):
     assert main(["separate", song, f"--model={folder}", "--stems=tuba"]) == 2
     error = capsys.readouterr().err
     assert "this model has drums, vocals, other; got tuba" in error
+
+
+def test_without_a_model_the_one_in_the_package_is_asked_for(
+    folder, tmp_path, capsys, monkeypatch
+):
+    song = write_song(tmp_path / "song.wav")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(separator_module.resources, "files", lambda _: tmp_path)
+    assert main(["separate", song]) == 2
+    assert "brings no separator of its own" in capsys.readouterr().err
+    shutil.copytree(folder, tmp_path / "pretrained")
+    assert main(["separate", song]) == 0
+    assert (tmp_path / "song_drums.wav").is_file()
 
 
 def test_chunks_keep_their_names(separator, folder, tmp_path):

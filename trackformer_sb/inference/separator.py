@@ -22,8 +22,20 @@ DEFAULT = "default"
 
 
 def default_folder():
-    """The folder of the separator that the package brings."""
-    return Path(str(resources.files("trackformer_sb") / "pretrained"))
+    """The folder of the separator that the package brings.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it was installed without one.
+    """
+    folder = Path(str(resources.files("trackformer_sb") / "pretrained"))
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            "this package brings no separator of its own: expected a folder "
+            "as training leaves it, or a model on the hub, as --model"
+        )
+    return folder
 
 
 class Separator(torch.nn.Module, PyTorchModelHubMixin):
