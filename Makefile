@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := results/demo/1234
 
-PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --durations=10 -rs
+PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --durations=10 -rs
 export MPLBACKEND ?= Agg
 
 # exact versions of everything, of what source packages are built with as well
@@ -24,12 +24,11 @@ $(INSTALLED): setup.py $(LOCK)
 # Asteroid asks for pesq, which has to be compiled
 $(INSTALLED)-dev: $(INSTALLED)
 	$(INSTALL) -e '.[dev,demo]'
-	@if command -v cc || command -v gcc; then \
-		$(INSTALL) -e '.[asteroid]'; \
-	else \
-		echo 'No C compiler: Asteroid is not installed, its tests are' \
-			'skipped. With a compiler: make clean test'; \
-	fi
+	@if printf '#include <Python.h>\n' | cc -x c -fsyntax-only -I "$$( \
+		$(BIN)/python -c 'import sysconfig as s; print(s.get_path("include"))' \
+		)" - 2>/dev/null; then $(INSTALL) -e '.[asteroid]'; \
+	else echo 'No C compiler: Asteroid is not installed, its tests are' \
+		'skipped. With one: rm $(INSTALLED)-dev; make test'; fi
 	touch $(INSTALLED)-dev
 
 demo: $(INSTALLED)
@@ -59,12 +58,14 @@ check: $(INSTALLED)-dev
 	$(BIN)/yamllint -d relaxed hparams examples
 	$(BIN)/codespell
 
-# the newest of everything that setup.py admits
+# the newest of everything that setup.py admits, beside the tested torch
 lock: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet uv
-	printf 'pip\nsetuptools\n' | $(BIN)/uv pip compile setup.py - --all-extras \
-		--universal --python-version 3.10 --upgrade --quiet --no-annotate \
-		--no-header --no-emit-index-url --output-file $(LOCK)
+	{ printf 'pip\nsetuptools\ntorch=='; $(BIN)/python -c \
+		'from trackformer_sb.torch_pair import TESTED; print(TESTED)'; } \
+	| $(BIN)/uv pip compile setup.py - --all-extras --universal --upgrade \
+		--python-version 3.10 --quiet --no-annotate --no-header \
+		--no-emit-index-url --output-file $(LOCK)
 
 clean:
 	rm -rf $(VENV) results

@@ -17,15 +17,13 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    package_data={
-        "trackformer_sb": ["pretrained/*"],
-        "trackformer_sb.web": ["*.css", "*.js"],
-    },
+    package_data={"trackformer_sb.web": ["*.css", "*.js"]},
     packages=find_packages(include=["trackformer_sb", "trackformer_sb.*"]),
     python_requires=">=3.10",
     install_requires=[
         # torchaudio 2.11.0 loads beside all of these (tried: 2.11.0, 2.12.0,
-        # 2.12.1, 2.13.0, 2.14.0, 2.14.1), 2.11.1 does not beside 2.11 and 2.12
+        # 2.12.1, 2.13.0, 2.14.0, 2.14.1), 2.11.1 does not beside 2.11 and
+        # 2.12, and older ones beside their own torch alone
         "torch>=2.11,<2.15",
         "torchaudio==2.11.0",
         "speechbrain>=1.1.2",

@@ -1,6 +1,6 @@
 """FAVOR+ attention, forward and backward: ours against performer-pytorch's.
 
-    pip install -e '.[bench]'
+    pip install -c requirements.lock -e '.[bench]'
     python benchmarks/favor.py [--device cuda] [--dtype bfloat16] \
         [--batch_size 4] [--nhead 4] [--output FILE.md]
 

@@ -1,161 +1,133 @@
-"""Items of named stems, and of two songs without."""
+"""What may be asked of outputs, and what it means."""
 
-import numpy as np
+import itertools
+import math
+
 import pytest
-import soundfile
-import torch
 
-from trackformer_sb.data import remix
-from trackformer_sb.data.audio import UnreadableAudio
-from trackformer_sb.data.remix import (
-    NamedWindows,
-    RemixedItems,
-    equalise,
-    list_tracks,
-    play_at,
+from trackformer_sb.inference.remix import (
+    check_outputs,
+    loudest_first,
+    parse_outputs,
+    parse_remix,
+    remix_gains,
 )
-
-RATE, SECONDS = 8000, 0.5
-CLASSES = ["drums", "bass", "vocals", "other"]
-
-
-def write(path, seconds=2.0, level=0.1, channels=2, seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shape = round(seconds * RATE), channels
-    sig = level * np.random.default_rng(seed).standard_normal(shape)
-    soundfile.write(path, sig.astype(np.float32), RATE)
-
-
-@pytest.fixture
-def music(tmp_path):
-    folder = tmp_path / "music"
-    for song in range(3):
-        for seed, name in enumerate(("drums", "Bass guitar", "piano")):
-            write(folder / f"song{song}" / f"{name}.wav", seed=10 * song + seed)
-    write(folder / "voice0" / "vocals.wav", channels=1)
-    for song in range(3):
-        write(tmp_path / "songs" / f"{song}.wav", seed=100 + song)
-    return folder
-
-
-def make_items(music, **options):
-    songs = list_tracks("data_folder", music, "midi")
-    mixtures = list_tracks(
-        "mixtures_folder", music.parent / "songs", "mixtures"
-    )
-    options = {"mixture_share": 0.3, "num_items": 40, **options}
-    return RemixedItems(
-        songs,
-        CLASSES,
-        mixtures,
-        sample_rate=RATE,
-        segment_seconds=SECONDS,
-        **options,
-    )
-
-
-def test_stems_are_listed_by_class(music):
-    songs = list_tracks("data_folder", music, "midi")
-    assert [sorted(song["tracks"]) for song in songs] == [
-        *[["bass", "drums", "other"]] * 3,
-        ["vocals"],
-    ]
-    assert songs[0]["song_seconds"] == 2.0
-
-
-def test_items_are_finite_and_at_one_level(music):
-    items = make_items(music)
-    kinds = set()
-    for stems, named in items:
-        assert stems.shape == (4, 2, round(SECONDS * RATE))
-        assert stems.dtype == torch.float32
-        assert stems.isfinite().all()
-        if named:
-            level = stems.sum(0).square().mean().sqrt()
-            assert level == pytest.approx(remix.ITEM_RMS, rel=0.2)
-        else:
-            assert (stems[:2].square().mean((1, 2)) > 1e-4).all()
-            assert not stems[2:].any()
-        kinds.add(named)
-        if len(kinds) == 2:
-            break
-    assert kinds == {True, False}
-
-
-def test_an_item_depends_on_seed_epoch_and_number_alone(music):
-    items, again = make_items(music), make_items(music)
-    _ = items[3]
-    assert torch.equal(items[5][0], again[5][0])
-    again.set_epoch(1)
-    assert not torch.equal(items[5][0], again[5][0])
-    assert not torch.equal(items[5][0], make_items(music, seed=1)[5][0])
-
-
-def test_voices_are_heard_and_missing_too(music):
-    items = make_items(music, mixture_share=0.0)
-    heard = [bool(items[k][0][2].any()) for k in range(30)]
-    assert any(heard)
-    assert not all(heard)
-
-
-def test_a_broken_file_is_left_out_and_named(music):
-    (music / "song0" / "drums.wav").write_bytes(b"RIFF")
-    items = make_items(music, mixture_share=0.0)
-    for k in range(20):
-        assert items[k][0].isfinite().all()
-    assert len(items.pieces) == 2 or items.skipped
-
-
-def test_silence_alone_is_an_error(tmp_path):
-    for name in ("drums", "bass"):
-        write(tmp_path / "music" / "song" / f"{name}.wav", level=0.0)
-    songs = list_tracks("data_folder", tmp_path / "music", "stems")
-    items = RemixedItems(
-        songs, CLASSES, sample_rate=RATE, segment_seconds=SECONDS
-    )
-    with pytest.raises(UnreadableAudio, match="no sound found"):
-        items[0]
 
 
 @pytest.mark.parametrize(
-    ("songs", "share", "message"),
-    [([], 0.0, "data_folder"), ([], 1.0, "mixtures_folder"), ([], 2, "0 to 1")],
+    "text, outputs",
+    [
+        ("0,2", {"source0": (0,), "source2": (2,)}),
+        (" 3 ", {"source3": (3,)}),
+        ("drums=0+3,rest=1+2", {"drums": (0, 3), "rest": (1, 2)}),
+        ("a b", None),
+        (
+            "lead-voice_1.x = 2 + 0 , 1",
+            {"lead-voice_1.x": (2, 0), "source1": (1,)},
+        ),
+        ("None", {}),
+        ("", None),
+        ("0,", None),
+        ("-1", None),
+        ("drums", None),
+        ("drums=", None),
+        ("=1", None),
+        ("1+2", None),
+        ("1=2=3", None),
+        ("../up=1", None),
+        ("a/b=1", None),
+        (".hidden=1", None),
+        ("remix=1", None),
+        ("0,source0=1", None),
+        ("Drums=0,drums=1", None),
+        ("drums=1+1", None),
+        ("0.5", None),
+    ],
 )
-def test_too_little_music_is_refused(songs, share, message):
-    with pytest.raises(ValueError, match=message):
-        RemixedItems(songs, CLASSES, mixture_share=share)
+def test_parse_outputs(text, outputs):
+    if outputs is None:
+        with pytest.raises(ValueError, match=r"expected|occurs twice"):
+            parse_outputs(text)
+    else:
+        assert parse_outputs(text) == outputs
 
 
-def test_windows_are_spread_over_songs_and_ranks(music):
-    songs = list_tracks("valid_folders", music, "stems")
-    options = {"sample_rate": RATE, "seconds": SECONDS}
-    whole = NamedWindows(songs, **options)
-    assert len(whole) == 4 * 4
-    few = NamedWindows(songs, per_song=2, **options)
-    assert [start for _, start in few.windows[:2]] == [0.5, 1.5]
-    parts = [
-        NamedWindows(songs, rank=r, world_size=2, **options) for r in range(2)
-    ]
-    assert sum(map(len, parts)) == 16
-    stems, song = whole[0]
-    assert song == "song0"
-    assert sorted(stems) == ["bass", "drums", "other"]
-    level = sum(stems.values()).square().mean().sqrt()
-    assert level == pytest.approx(0.1)
+@pytest.mark.parametrize(
+    "text, gains",
+    [
+        ("0:-inf,3:+3", {0: -math.inf, 3: 3.0}),
+        (" 12 : -1.5 ", {12: -1.5}),
+        ("drums:-inf,0:1", {"drums": -math.inf, 0: 1.0}),
+        ("0:inf", None),
+        ("0:nan", None),
+        ("0:", None),
+        (":3", None),
+        ("0", None),
+        ("", None),
+        ("0:1,", None),
+        ("0:1,0:2", None),
+        ("0:1,00:2", None),
+    ],
+)
+def test_parse_remix(text, gains):
+    if gains is None:
+        with pytest.raises(ValueError, match=r"expected|occurs twice"):
+            parse_remix(text)
+    else:
+        assert parse_remix(text) == gains
 
 
-def test_faster_is_higher():
-    time = np.arange(4000) / RATE
-    tone = np.sin(2 * np.pi * 440 * time)[None]
-    played = play_at(tone, 1.5, 2000)[0]
-    peak = np.abs(np.fft.rfft(played)).argmax() * RATE / 2000
-    assert peak == pytest.approx(660, abs=4)
+@pytest.mark.parametrize("text", ["2=0+1", "rest=1,02=0+1"])
+def test_names_that_are_numbers(text):
+    """A remix would take them for outputs."""
+    with pytest.raises(ValueError, match="other than remix and numbers, got"):
+        parse_outputs(text)
 
 
-def test_equaliser_stays_within_its_gains():
-    rng = np.random.default_rng(0)
-    sig = rng.standard_normal((2, 4000)).astype(np.float32)
-    changed = equalise(sig, rng, RATE)
-    assert changed.dtype == np.float32
-    ratio = np.abs(np.fft.rfft(changed)) / np.abs(np.fft.rfft(sig))
-    assert 10 ** (-6.1 / 20) < ratio.min() < ratio.max() < 10 ** (6.1 / 20)
+def test_check_outputs():
+    assert check_outputs(None, 3) == {f"source{i}": (i,) for i in range(3)}
+    assert check_outputs("rest=1+2", 3) == {"rest": (1, 2)}
+    assert check_outputs({"rest": (1, 2)}, 3) == {"rest": (1, 2)}
+    assert check_outputs({}, 3) == {}
+    with pytest.raises(ValueError, match=r"rest: expected .* 0 to 1, got 2"):
+        check_outputs("rest=1+2", 2)
+    with pytest.raises(ValueError, match=r"rest: expected .* 0 to 1, got -1"):
+        check_outputs({"rest": (-1,)}, 2)
+
+
+def test_remix_gains():
+    outputs = check_outputs("drums=0+3,rest=1+2", 4)
+    gains = remix_gains("drums:20,1:-inf", outputs, 4)
+    assert gains == pytest.approx([10.0, 0.0, 1.0, 10.0])
+    assert remix_gains({}, outputs, 4) == [1.0] * 4
+    # outputs by themselves have names as well
+    assert remix_gains("source1:-20", check_outputs(None, 2), 2) == [1.0, 0.1]
+    with pytest.raises(ValueError, match="one of drums, rest, got 'voice'"):
+        remix_gains("voice:0", outputs, 4)
+    with pytest.raises(ValueError, match="one of no groups, got 'voice'"):
+        remix_gains("voice:0", {}, 4)
+    with pytest.raises(ValueError, match="expected outputs from 0 to 3, got 4"):
+        remix_gains("4:0", outputs, 4)
+    with pytest.raises(ValueError, match="two gains for the output 3"):
+        remix_gains("drums:1,3:1", outputs, 4)
+
+
+def test_loudest_first():
+    for energies in itertools.permutations([4.0, 3.0, 1.0, 0.0]):
+        order = loudest_first(energies)
+        assert [energies[i] for i in order] == [4.0, 3.0, 1.0, 0.0]
+    assert loudest_first([0.0, 0.0, 1.0, 0.0]) == [2, 0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "match"),
+    [
+        ({"../drums": (0,)}, "expected names of letters"),
+        ({"Drums": (0,), "drums": (1,)}, "occurs twice"),
+        ({"drums": ()}, "drums: expected outputs, each once"),
+        ({"drums": (1, 1)}, "drums: expected outputs, each once"),
+    ],
+)
+def test_groups_of_a_dict_are_checked_as_those_of_a_text(outputs, match):
+    with pytest.raises(ValueError, match=match):
+        check_outputs(outputs, 4)

@@ -25,6 +25,9 @@ ROOT = pathlib.Path(__file__).parents[1]
         ("2.11.0", "2.11.1", False),
         ("2.11.0+cpu", "2.11.0+cpu", True),
         ("2.11.0+cpu", "2.11.0", False),
+        ("2.11.0+cu128", "2.11.0", False),
+        ("2.11.0+cu130", "2.11.0", True),
+        ("2.11.0a0+gitabc", "2.11.0", True),
         ("2.12.1", "2.11.0", True),
         ("2.12.1", "2.11.1", False),
         ("2.13.0", "2.11.1", True),
@@ -74,4 +77,4 @@ def test_commands_say_it_in_one_line(tmp_path, command):
     assert done.returncode
     (line,) = (done.stdout + done.stderr).strip().splitlines()
     assert "torch 2.11.0 and torchaudio 2.11.1 do not load" in line
-    assert "pip install torch==2.11.0 torchaudio==2.11.0" in line
+    assert "--force-reinstall torch==2.11.0 torchaudio==2.11.0" in line

@@ -65,6 +65,11 @@ def main(argv=None):
     int
         Exit code: 0 if all went well, 1 if a file failed, 2 for a wrong
         usage, which includes a model that does not load, 130 after Ctrl+C.
+
+    Raises
+    ------
+    SystemExit
+        With one line, for a torch and a torchaudio that do not load.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # names of files need not be valid UTF-8

@@ -19,11 +19,12 @@ same memory.
 
 EPILOG = """\
 examples:
-  trackformer separate song.mp3
-  trackformer separate song.mp3 --stems vocals
-  trackformer separate music/ --out stems --skip-existing --format flac
-  trackformer separate song.mp3 --outputs none --remix vocals:-inf,drums:+3
-  trackformer separate song.mp3 --model results/separator/1234/separator
+  trackformer separate song.mp3 --model DIR
+  trackformer separate song.mp3 --model DIR --stems vocals
+  trackformer separate music/ --model DIR --out stems --skip-existing
+  trackformer separate "*.mp3" --model DIR --format flac
+  trackformer separate song.mp3 --model DIR --outputs none \\
+      --remix vocals:-inf,drums:+3
 
 exit codes: 0 if all went well, 1 if a file failed (the others are done), 2 for
 a wrong usage or a model that does not load, 130 after Ctrl+C, 143 if asked to
@@ -94,7 +95,7 @@ def add_separate(commands):
         default="default",
         metavar="DIR",
         help="separator folder as training leaves it, or a model on the hub "
-        "(default: the one in the package)",
+        "(default: the package's own, where it has one)",
     )
     parser.add_argument(
         "--out",

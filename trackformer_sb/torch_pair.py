@@ -8,6 +8,9 @@ import sys
 from importlib import metadata
 
 TESTED = "2.11.0"  # of both, as in requirements.lock
+# Releases on the registry do not say for what they were built.
+REGISTRY_BUILD = "cu130"
+BUILDS = ("cpu", "cu", "rocm")
 # torchaudio -> first and last torch that it loads beside, found by trying
 TORCH_BESIDE = {
     (2, 11, 0): ((2, 11), (2, 14)),
@@ -38,8 +41,8 @@ def fits(torch, torchaudio):
     Returns
     -------
     bool
-        Whether it was tried and loaded. Older releases fit their own number,
-        newer ones are taken to fit.
+        Whether it was tried and loaded. Other releases of torchaudio fit the
+        torch of their own number.
 
     Example
     -------
@@ -47,7 +50,9 @@ def fits(torch, torchaudio):
     (True, False)
     """
     (release, build), (audio, audio_build) = _split(torch), _split(torchaudio)
-    if (build == "cpu") != (audio_build == "cpu"):
+    builds = build or REGISTRY_BUILD, audio_build or REGISTRY_BUILD
+    known = all(label.startswith(BUILDS) for label in builds)
+    if known and builds[0] != builds[1]:
         return False
     minor = release[:2]
     if audio < min(TORCH_BESIDE):
@@ -73,7 +78,7 @@ def check_pair():
         raise ImportError(
             f"torch {torch} and torchaudio {torchaudio} do not load side by "
             f"side; mend it by: {sys.executable} -m pip install "
-            f"torch=={TESTED} torchaudio=={TESTED}"
+            f"--force-reinstall torch=={TESTED} torchaudio=={TESTED}"
         )
 
 

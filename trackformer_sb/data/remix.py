@@ -401,7 +401,7 @@ class NamedWindows(torch.utils.data.Dataset):
     Arguments
     ---------
     songs : list of dict
-        As of ``list_tracks``.
+        As of ``list_tracks``; "group" is what a window says of its song.
     sample_rate : int
         In Hz.
     seconds : float
@@ -443,8 +443,8 @@ class NamedWindows(torch.utils.data.Dataset):
         stems : dict
             Class -> float32 [2, time], of the classes that the song has, at the
             level of ITEM_RMS in sum.
-        song : str
-            Its name.
+        group : str
+            That of its song.
         """
         song, start = self.windows[number]
         what = start, self.seconds, self.sample_rate
@@ -456,4 +456,4 @@ class NamedWindows(torch.utils.data.Dataset):
         }
         rms = sum(stems.values()).square().mean().sqrt()
         gain = ITEM_RMS / rms.clamp(min=1e-4)
-        return {name: gain * sig for name, sig in stems.items()}, song["song"]
+        return {name: gain * sig for name, sig in stems.items()}, song["group"]

@@ -208,6 +208,8 @@ def write_tables(folder):
     ]
     for make in (*PAPER_TABLES, *OUR_TABLES):
         table = make(cells)
+        if not table.rows:
+            continue
         if make is OUR_TABLES[0]:
             text.append("# Beside the paper")
         rows = markdown(table.columns, table.rows)

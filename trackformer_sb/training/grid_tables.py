@@ -345,7 +345,7 @@ def costs_table(cells):
 
 
 def over_fitting_table(cells):
-    """SI-SNR on training and held-out songs."""
+    """SI-SNR on training and held-out songs; no rows if not measured."""
     heads = {
         "train_mixture_si_snr": "training SI-SNR (dB)",
         "valid_mixture_si_snr": "validation SI-SNR (dB)",
@@ -354,12 +354,14 @@ def over_fitting_table(cells):
     notes = (
         "SI-SNR as in Table 1, of the epoch that is tested. In training it is "
         "of every tenth batch, over the epoch and with dropout. The gap is "
-        "training less test. The paper: training +3 to +4 dB, validation and "
-        "test << 0 dB, for which model and length is not said."
+        "training less validation. The paper: training +3 to +4 dB, "
+        "validation and test << 0 dB, for which model and length is not said."
     )
     title = "Over-fitting (section 5.5)"
     table = _cell_table(cells, "over_fitting", title, heads, notes)
-    rows = [(*row, difference(row[3], row[5])) for row in table.rows]
+    rows = [(*row, difference(row[3], row[4])) for row in table.rows]
+    if not any(is_number(row[3]) for row in rows):
+        rows = []  # of a grid that did not measure it
     return table._replace(columns=(*table.columns, "gap (dB)"), rows=rows)
 
 

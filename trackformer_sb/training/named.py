@@ -63,8 +63,8 @@ class NamedSeparation(sb.Brain):
         """Mean over the items; in evaluation measures instead."""
         est_mask, mix_w = predictions
         if stage != sb.Stage.TRAIN:
-            ((stems, song),) = batch
-            self.rows.append((song, self.measure(est_mask, mix_w, stems)))
+            ((stems, group),) = batch
+            self.rows.append((group, self.measure(est_mask, mix_w, stems)))
             return torch.zeros(())
         stems = batch[0].to(self.device)
         named = batch[1].to(self.device)
@@ -245,8 +245,8 @@ class NamedSeparation(sb.Brain):
         """Means over the windows of all ranks, by group and class."""
         rows = [row for part in of_all_ranks(self, self.rows) for row in part]
         found = {}
-        for group, members in self.groups.items():
-            means = self.means([row for song, row in rows if song in members])
+        for group in self.groups:
+            means = self.means([row for name, row in rows if name == group])
             if not means:
                 continue
             found |= {f"{group}_{k}": float(v[0]) for k, v in means.items()}
@@ -352,14 +352,19 @@ def train(experiment):
         hparams["segment_seconds"],
         hparams["seed"],
     )
-    brain.groups, windows = {}, []
+    brain.groups, windows = [], []
     for folder in hparams["valid_folders"]:
         group = pathlib.Path(folder).name
-        held_out = list_tracks(
+        if group in brain.groups:
+            raise ValueError(
+                "valid_folders: expected other names than twice "
+                f"{group}, which tell them apart"
+            )
+        brain.groups.append(group)
+        songs_of_group = list_tracks(
             "valid_folders", folder, "stems", hparams["stem_classes"]
         )
-        brain.groups[group] = {song["song"] for song in held_out}
-        windows += held_out
+        windows += [song | {"group": group} for song in songs_of_group]
     valid = NamedWindows(
         windows,
         hparams["sample_rate"],

@@ -1,0 +1,162 @@
+"""Items of named stems, and of two songs without."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from trackformer_sb.data import remix
+from trackformer_sb.data.audio import UnreadableAudio
+from trackformer_sb.data.remix import (
+    NamedWindows,
+    RemixedItems,
+    equalise,
+    list_tracks,
+    play_at,
+)
+
+RATE, SECONDS = 8000, 0.5
+CLASSES = ["drums", "bass", "vocals", "other"]
+
+
+def write(path, seconds=2.0, level=0.1, channels=2, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = round(seconds * RATE), channels
+    sig = level * np.random.default_rng(seed).standard_normal(shape)
+    soundfile.write(path, sig.astype(np.float32), RATE)
+
+
+@pytest.fixture
+def music(tmp_path):
+    folder = tmp_path / "music"
+    for song in range(3):
+        for seed, name in enumerate(("drums", "Bass guitar", "piano")):
+            write(folder / f"song{song}" / f"{name}.wav", seed=10 * song + seed)
+    write(folder / "voice0" / "vocals.wav", channels=1)
+    for song in range(3):
+        write(tmp_path / "songs" / f"{song}.wav", seed=100 + song)
+    return folder
+
+
+def make_items(music, **options):
+    songs = list_tracks("data_folder", music, "midi")
+    mixtures = list_tracks(
+        "mixtures_folder", music.parent / "songs", "mixtures"
+    )
+    options = {"mixture_share": 0.3, "num_items": 40, **options}
+    return RemixedItems(
+        songs,
+        CLASSES,
+        mixtures,
+        sample_rate=RATE,
+        segment_seconds=SECONDS,
+        **options,
+    )
+
+
+def test_stems_are_listed_by_class(music):
+    songs = list_tracks("data_folder", music, "midi")
+    assert [sorted(song["tracks"]) for song in songs] == [
+        *[["bass", "drums", "other"]] * 3,
+        ["vocals"],
+    ]
+    assert songs[0]["song_seconds"] == 2.0
+
+
+def test_items_are_finite_and_at_one_level(music):
+    items = make_items(music)
+    kinds = set()
+    for stems, named in items:
+        assert stems.shape == (4, 2, round(SECONDS * RATE))
+        assert stems.dtype == torch.float32
+        assert stems.isfinite().all()
+        if named:
+            level = stems.sum(0).square().mean().sqrt()
+            assert level == pytest.approx(remix.ITEM_RMS, rel=0.2)
+        else:
+            assert (stems[:2].square().mean((1, 2)) > 1e-4).all()
+            assert not stems[2:].any()
+        kinds.add(named)
+        if len(kinds) == 2:
+            break
+    assert kinds == {True, False}
+
+
+def test_an_item_depends_on_seed_epoch_and_number_alone(music):
+    items, again = make_items(music), make_items(music)
+    _ = items[3]
+    assert torch.equal(items[5][0], again[5][0])
+    again.set_epoch(1)
+    assert not torch.equal(items[5][0], again[5][0])
+    assert not torch.equal(items[5][0], make_items(music, seed=1)[5][0])
+
+
+def test_voices_are_heard_and_missing_too(music):
+    items = make_items(music, mixture_share=0.0)
+    heard = [bool(items[k][0][2].any()) for k in range(30)]
+    assert any(heard)
+    assert not all(heard)
+
+
+def test_a_broken_file_is_left_out_and_named(music):
+    (music / "song0" / "drums.wav").write_bytes(b"RIFF")
+    items = make_items(music, mixture_share=0.0)
+    for k in range(20):
+        assert items[k][0].isfinite().all()
+    assert len(items.pieces) == 2 or items.skipped
+
+
+def test_silence_alone_is_an_error(tmp_path):
+    for name in ("drums", "bass"):
+        write(tmp_path / "music" / "song" / f"{name}.wav", level=0.0)
+    songs = list_tracks("data_folder", tmp_path / "music", "stems")
+    items = RemixedItems(
+        songs, CLASSES, sample_rate=RATE, segment_seconds=SECONDS
+    )
+    with pytest.raises(UnreadableAudio, match="no sound found"):
+        items[0]
+
+
+@pytest.mark.parametrize(
+    ("songs", "share", "message"),
+    [([], 0.0, "data_folder"), ([], 1.0, "mixtures_folder"), ([], 2, "0 to 1")],
+)
+def test_too_little_music_is_refused(songs, share, message):
+    with pytest.raises(ValueError, match=message):
+        RemixedItems(songs, CLASSES, mixture_share=share)
+
+
+def test_windows_are_spread_over_songs_and_ranks(music):
+    songs = list_tracks("valid_folders", music, "stems")
+    songs = [song | {"group": "held out"} for song in songs]
+    options = {"sample_rate": RATE, "seconds": SECONDS}
+    whole = NamedWindows(songs, **options)
+    assert len(whole) == 4 * 4
+    few = NamedWindows(songs, per_song=2, **options)
+    assert [start for _, start in few.windows[:2]] == [0.5, 1.5]
+    parts = [
+        NamedWindows(songs, rank=r, world_size=2, **options) for r in range(2)
+    ]
+    assert sum(map(len, parts)) == 16
+    stems, group = whole[0]
+    assert group == "held out"
+    assert sorted(stems) == ["bass", "drums", "other"]
+    level = sum(stems.values()).square().mean().sqrt()
+    assert level == pytest.approx(0.1)
+
+
+def test_faster_is_higher():
+    time = np.arange(4000) / RATE
+    tone = np.sin(2 * np.pi * 440 * time)[None]
+    played = play_at(tone, 1.5, 2000)[0]
+    peak = np.abs(np.fft.rfft(played)).argmax() * RATE / 2000
+    assert peak == pytest.approx(660, abs=4)
+
+
+def test_equaliser_stays_within_its_gains():
+    rng = np.random.default_rng(0)
+    sig = rng.standard_normal((2, 4000)).astype(np.float32)
+    changed = equalise(sig, rng, RATE)
+    assert changed.dtype == np.float32
+    ratio = np.abs(np.fft.rfft(changed)) / np.abs(np.fft.rfft(sig))
+    assert 10 ** (-6.1 / 20) < ratio.min() < ratio.max() < 10 ** (6.1 / 20)
