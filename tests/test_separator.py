@@ -130,7 +130,11 @@ def test_one_stem_and_the_rest(folder, tmp_path, capsys):
         "rest.wav",
     ]
     assert main(["separate", song, *options, "--slots"]) == 0
-    slots = sum(read(name) for name in capsys.readouterr().out.split())
+    written = capsys.readouterr().out.split()
+    assert [name.rpartition("_")[2] for name in written] == [
+        f"source{k}.wav" for k in range(6)
+    ]
+    slots = sum(read(name) for name in written)
     both = sum(read(name) for name in names)
     np.testing.assert_allclose(slots, both, atol=1e-5)
 

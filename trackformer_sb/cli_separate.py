@@ -218,7 +218,7 @@ def _prepare(args):
         outputs = chosen_stems(args.stems, separator.groups)
     wanted = {
         "file_format": args.format,
-        "outputs": separator.named_outputs(outputs),
+        "outputs": outputs,
         "remix": args.remix,
         "figure": args.figure,
     }
@@ -227,7 +227,8 @@ def _prepare(args):
         out_folder = os.path.join(args.out, folder) if folder else args.out
         jobs[path] = {"out_folder": out_folder, "stem": stem, **wanted}
         planned[path] = output_paths(
-            num_spks=separator.hparams.num_spks, **jobs[path]
+            num_spks=separator.hparams.num_spks,
+            **{**jobs[path], "outputs": separator.named_outputs(outputs)},
         )
     check_overwriting(planned)
     return separator, jobs

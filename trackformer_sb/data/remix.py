@@ -32,7 +32,7 @@ STEM_CLASSES = {
     "other": ["*"],
 }
 
-MAX_PITCH = 2.5  # semitones
+MAX_PITCH, MAX_SOLO_PITCH = 2.5, 4.0  # semitones
 PITCH_SHARE = 0.6  # of songs that are played at another pitch and tempo
 MIX_SHARE = 0.5  # of items whose classes come from different songs
 SOLO_SHARE = 0.6  # of items in which a recording of one class takes its place
@@ -42,7 +42,9 @@ EQUALISER_DB = 6.0
 EQUALISER_POINTS = 6
 LEVEL_DB = 6.0
 SOLO_DB = (-10.0, 4.0)  # level of a recording of one class beside the others
-SILENT_ENERGY = 1e-7  # mean square
+ENOUGH_SOLOS = 20  # recordings of a class, fewer are used less
+SILENT_ENERGY, SOFT_ENERGY = 1e-7, 1e-5  # mean squares
+MAX_GAIN = 10.0  # of a class that takes another one's level, and its inverse
 ITEM_RMS = 0.1
 MIXTURE_RMS, MIXTURE_DB = 0.07, 3.0  # of each song of an item without stems
 TRIES = 20
@@ -294,8 +296,9 @@ class RemixedItems(torch.utils.data.Dataset):
     def _read(self, song, rng, names=None):
         """Tracks of a song: name -> [2, time], None where it is unreadable."""
         ratio = 1.0
+        limit = MAX_PITCH if len(song["tracks"]) > 1 else MAX_SOLO_PITCH
         if rng.random() < PITCH_SHARE:
-            ratio = 2 ** (rng.uniform(-MAX_PITCH, MAX_PITCH) / 12)
+            ratio = 2 ** (rng.uniform(-limit, limit) / 12)
         count = int(self.num_samples * ratio) + 2
         last = max(0.0, song["song_seconds"] - count / self.sample_rate)
         start = rng.uniform(0, last)
@@ -312,6 +315,7 @@ class RemixedItems(torch.utils.data.Dataset):
                     sig = read_segment(path, *what, channel="both").numpy()
                 except UnreadableAudio as error:
                     self.skipped[path] = str(error)
+                    logger.warning("left out from now on: %s", error)
                     return None
                 sig = play_at(sig, ratio, self.num_samples)
                 tracks[name] = tracks[name] + sig if name in tracks else sig
@@ -344,26 +348,31 @@ class RemixedItems(torch.utils.data.Dataset):
     def _mix(self, rng):
         """[classes, 2, time] of one song or several."""
         stems = np.zeros((len(self.classes), 2, self.num_samples), np.float32)
+        tracks = self._draw(self.pieces, rng, self.classes, least=2)
         several = rng.random() < MIX_SHARE
-        if not several:
-            tracks = self._draw(self.pieces, rng, self.classes, least=2)
-            for stem, name in zip(stems, self.classes):
-                if name in tracks:
-                    stem += self._coloured(tracks[name], rng)
         for stem, name in zip(stems, self.classes):
-            level, gain = ITEM_RMS**2, 1.0
-            if self.solos[name] and rng.random() < SOLO_SHARE:
-                songs = self.solos[name]
-                level = energy(stems.sum(0) - stem) or level
-                gain = db(rng.uniform(*SOLO_DB))
-            elif several and self.sources[name]:
-                songs = self.sources[name]
-            else:
-                continue
-            sig = self._draw(songs, rng, (name,)).get(name)
+            sig, gain = tracks.get(name), 1.0
+            if several and self.sources[name]:
+                # at the level that the class has in the song, so that
+                # balances and rests stay those of music
+                level = 0.0 if sig is None else energy(sig)
+                other = self._draw(self.sources[name], rng, (name,)).get(name)
+                if other is not None:
+                    sig, gain = other, np.sqrt((level + 1e-6) / energy(other))
+                    gain = np.clip(gain, 1 / MAX_GAIN, MAX_GAIN)
             if sig is not None:
-                gain *= np.sqrt(level / (energy(sig) + SILENT_ENERGY))
                 stem[:] = self._coloured(sig, rng) * np.float32(gain)
+        for stem, name in zip(stems, self.classes):
+            solos = self.solos[name]
+            share = SOLO_SHARE * min(1.0, len(solos) / ENOUGH_SOLOS)
+            if rng.random() < share:
+                sig = self._draw(solos, rng, (name,)).get(name)
+                level = energy(stems.sum(0) - stem)
+                if sig is not None and level > SILENT_ENERGY:
+                    gain = np.sqrt(level / energy(sig)) * db(
+                        rng.uniform(*SOLO_DB)
+                    )
+                    stem[:] = self._coloured(sig, rng) * np.float32(gain)
         if rng.random() < MISSING_SHARE:
             stems[int(rng.integers(len(stems)))] = 0
         gains = rng.uniform(-LEVEL_DB, LEVEL_DB, (len(stems), 1, 1))
@@ -383,7 +392,7 @@ class RemixedItems(torch.utils.data.Dataset):
             tracks = self._read(self.mixtures[index], rng)
             sig = sum(tracks.values()) if tracks else stems[0]
             rms = np.sqrt(energy(sig))
-            if index in used or rms**2 < SILENT_ENERGY:
+            if index in used or rms**2 < SOFT_ENERGY:
                 continue
             level = MIXTURE_RMS * db(rng.uniform(-MIXTURE_DB, MIXTURE_DB))
             stems[len(used)] = sig * np.float32(level / rms)

@@ -112,7 +112,8 @@ def chosen_stems(text, groups):
         )
     chosen = {name: tuple(groups[name]) for name in names}
     left = [x for name in groups if name not in chosen for x in groups[name]]
-    return chosen | ({"rest": tuple(left)} if left else {})
+    rest = "the_rest" if "rest" in chosen else "rest"
+    return chosen | ({rest: tuple(left)} if left else {})
 
 
 def parse_remix(text):

@@ -243,7 +243,7 @@ class FusionMaskNet(nn.Module):
                 NUM_FEATURES, fine, (bins, 1), (bins, 1)
             )
             self.heads[name] = nn.Conv2d(fine, num_spks * bins, 1)
-        self.position = nn.Parameter(torch.zeros(fine, positions, 1))
+        self.position = nn.Parameter(torch.zeros(1, fine, positions, 1))
         self.bin_bias = nn.Parameter(torch.zeros(num_spks, in_channels, 1))
         self.down_fine = ResidualBlock(fine)
         self.to_middle = nn.Conv2d(fine, middle, 2, 2)
@@ -355,6 +355,10 @@ class FusionMaskNet(nn.Module):
         """All positions of a frame as one token; the Performer along time."""
         batch, channels, positions, frames = x.shape
         tokens = x.permute(0, 3, 2, 1).reshape(batch, frames, -1)
-        tokens = self.from_tokens(self.performer(self.to_tokens(tokens)))
+        # no positions: what was learnt on 3 s holds for chunks of any length
+        tokens = self.performer(
+            self.to_tokens(tokens), positions=tokens.new_zeros(1)
+        )
+        tokens = self.from_tokens(tokens)
         tokens = tokens.view(batch, frames, positions, channels)
         return tokens.permute(0, 3, 2, 1)

@@ -24,6 +24,9 @@ MAY_CHANGE = (
     "valid_windows",
     "epoch_items",
     "finish_minutes",
+    "stem_classes",
+    "lr",
+    "ema_decay",
 )
 
 # What a training did before its yaml had the key.

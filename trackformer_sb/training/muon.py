@@ -34,7 +34,8 @@ def orthogonalise(matrix):
     x = matrix.mT if tall else matrix
     x = x / (x.norm() + 1e-7)
     # x <- p(x x') x five times, the polynomials in the Gram matrix alone: of a
-    # wide matrix two large products are left of fifteen
+    # wide matrix two large products are left of fifteen. Not in bfloat16, where
+    # errors of the Gram matrix grow.
     gram = x @ x.mT
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     product = identity

@@ -335,7 +335,7 @@ def train(experiment):
         run_opts=experiment.run_opts,
         checkpointer=hparams["checkpointer"],
     )
-    hparams["ema"].to(brain.device)
+    hparams["ema"].to(brain.device).eval()
     rank = getattr(brain, "rank", 0) if brain.distributed_launch else 0
     world = (
         torch.distributed.get_world_size() if brain.distributed_launch else 1
