@@ -334,6 +334,7 @@ def test_names_need_not_be_utf8(model, tmp_path, monkeypatch, capfdbinary):
         assert (len(lines) == 0) == (more == ("--skip-existing",))
         for name in names:
             assert bool(lines) == any(name in line for line in lines)
+        assert all(any(name in line for name in names) for line in lines)
     assert len(list((folder / "out").iterdir())) == 2 * (4 + 4 + 1)
     # what is wrong with a file is said as well
     for path in paths:
