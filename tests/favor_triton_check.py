@@ -132,12 +132,12 @@ def check_constant_values():
 
 
 def check_padding():
-    inputs, projection = make((3, 2, 90, 16))
-    hidden = torch.arange(90) >= torch.tensor([90, 41, 64])[:, None]
+    inputs, projection = make((2, 2, 70, 16))
+    hidden = torch.arange(70) >= torch.tensor([41, 64])[:, None]
+    where = hidden[:, None].expand(2, 2, 70)
     # keys that nobody sees may lie far above all others
-    inputs[1][hidden[:, None].expand(3, 2, 90)] *= 50
+    inputs[1][where] *= 50
     found = compare(inputs, projection, hidden)
-    where = hidden[:, None].expand(3, 2, 90)
     assert not found[2][where].any() and not found[3][where].any()
     changed = [x.clone() for x in inputs]
     changed[1][where] = 7.0
@@ -215,32 +215,28 @@ def check_strides():
 
 def check_splits():
     # sums over frames in several parts, as on a card with room for them
-    inputs, projection = make((1, 1, 700, 16))
-    hidden = (torch.arange(700) < 130).expand(1, 700)
+    inputs, projection = make((1, 1, 300, 16))
+    hidden = (torch.arange(300) < 130).expand(1, 300)
     compare(inputs, projection, hidden)
 
 
 def check_several_tiles_a_program():
     # as in training, where there are more sequences than programs are wanted
-    for wanted, dtype, tolerance in (
-        (1, torch.float32, 2e-3),
-        (3, torch.bfloat16, 2e-2),
-    ):
-        favor_triton.WANTED_PROGRAMS = wanted
-        inputs, projection = make((1, 1, 420, 16))
-        # the largest exponent grows on the way, in the other order it falls
-        inputs[1] *= torch.linspace(0.3, 2.0, 420)[:, None]
-        inputs = [x.to(dtype) for x in inputs]
-        compare(inputs, projection, tolerance=tolerance)
-        compare([x.flip(2) for x in inputs], projection, None, tolerance)
     favor_triton.WANTED_PROGRAMS = 1
-    hidden = (torch.arange(420) % 200 > 70).expand(1, 420)
-    compare(*make((1, 1, 420, 16)), hidden)
+    inputs, projection = make((1, 1, 260, 16))
+    # the largest exponent grows on the way, in the other order it falls
+    inputs[1] *= torch.linspace(0.3, 2.0, 260)[:, None]
+    compare(inputs, projection)
+    inputs = [x.flip(2) for x in inputs]
+    hidden = (torch.arange(260) % 200 > 170).expand(1, 260)
+    compare(inputs, projection, hidden)
+    reduced = [x.bfloat16() for x in inputs]
+    compare(reduced, projection, tolerance=2e-2)
 
 
 def check_types():
     for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
-        inputs, projection = make((1, 2, 100, 32), n_features=64)
+        inputs, projection = make((1, 1, 70, 16))
         inputs[2] += 3.0
         inputs = [x.to(dtype) for x in inputs]
         compare(inputs, projection, tolerance=tolerance)
@@ -260,10 +256,9 @@ def check_partial_gradients():
 
 def check_guard():
     favor_triton.WANTED_PROGRAMS = 4
-    for dtype, expected in ((torch.float32, 2e-3), (torch.bfloat16, 2e-2)):
-        error = _largest_error(torch.device("cpu"), dtype, 16, 16, 32)
-        print("trial", dtype, error)
-        assert error < expected
+    error = _largest_error(torch.device("cpu"), torch.bfloat16, 16, 16, 32)
+    print("trial", error)
+    assert error < 2e-2
 
 
 def main():

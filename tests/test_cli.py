@@ -305,33 +305,42 @@ def test_links_to_folders_are_followed(model, tmp_path, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
-@pytest.mark.parametrize("name", [b"x\xe9", "x\u00e9".encode()])
-def test_names_need_not_be_utf8(model, tmp_path, name):
+def test_names_need_not_be_utf8(model, tmp_path, monkeypatch, capfdbinary):
     folder = tmp_path / os.fsdecode(b"\xff")
     folder.mkdir()
+    names = [b"x\xe9", "x\u00e9".encode()]
+    paths = [folder / (os.fsdecode(name) + ".wav") for name in names]
     song = write_noise(tmp_path / "song.wav")
-    path = folder / (os.fsdecode(name) + ".wav")
-    shutil.move(song, path)
-    words = ["separate", path, "--model", model, "--out", folder / "out"]
-    words += ["--remix", "0:-3", "--figure", "--device", "cpu"]
+    for path in paths:
+        shutil.copy(song, path)
+
+    def run(*more):
+        """Exit code and what is printed by a process of its own."""
+        words = map(str, ("--remix", "0:-3", "--figure", *more))
+        with (
+            open(1, "w", encoding="utf-8", closefd=False) as stdout,
+            open(2, "w", errors="backslashreplace", closefd=False) as stderr,
+            monkeypatch.context() as context,
+        ):
+            context.setattr(sys, "stdout", stdout)
+            context.setattr(sys, "stderr", stderr)
+            code = separate(model, map(str, paths), folder / "out", *words)
+        return code, *capfdbinary.readouterr()
+
     for more in ((), ("--skip-existing",), ("--format", "ogg")):
-        done = subprocess.run(
-            [sys.executable, "-m", "trackformer_sb.cli", *words, *more],
-            capture_output=True,
-            env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
-        )
-        assert done.returncode == 0, done.stderr
-        printed = done.stdout.splitlines()
-        assert (len(printed) == 0) == (more == ("--skip-existing",))
-        assert all(name in line for line in printed)
-    assert len(list((folder / "out").iterdir())) == 4 + 4 + 1
+        code, printed, errors = run(*more)
+        assert code == 0, errors
+        lines = printed.splitlines()
+        assert (len(lines) == 0) == (more == ("--skip-existing",))
+        for name in names:
+            assert bool(lines) == any(name in line for line in lines)
+        assert all(any(name in line for name in names) for line in lines)
+    assert len(list((folder / "out").iterdir())) == 2 * (4 + 4 + 1)
     # what is wrong with a file is said as well
-    path.write_bytes(path.read_bytes()[:5000])
-    done = subprocess.run(
-        [sys.executable, "-m", "trackformer_sb.cli", *words],
-        capture_output=True,
-    )
-    assert done.returncode == 1 and b"truncated" in done.stderr
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:5000])
+    code, _, errors = run()
+    assert code == 1 and errors.count(b"truncated") == 2
 
 
 def test_names_that_look_like_placed_ones(model, tmp_path):

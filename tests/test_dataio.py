@@ -11,13 +11,14 @@ from recipe_runs import (
     load_recipe,
     read_results,
     tiny,
+    without_pictures,
     write_songs,
 )
 
 from trackformer_sb.data.audio import UnreadableAudio
 from trackformer_sb.data.packing import pack
 from trackformer_sb.training import dataio
-from trackformer_sb.training.experiment import load_experiment
+from trackformer_sb.training.experiment import load_experiment, make_brain
 
 recipe = load_recipe("train")
 
@@ -41,6 +42,20 @@ def packed(songs, tmp_path_factory):
     )
     assert len(list(out.glob("train-*.tar"))) > 3
     return out
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Runs without what takes most of them."""
+    without_pictures(monkeypatch, recipe.Separation)
+
+
+def prepare(songs, out, **more):
+    """What comes before training."""
+    argv = tiny("performer_mixit.yaml", songs, out, **more)
+    experiment = load_experiment(argv, recipe.SELECTION_METRICS)
+    dataio.prepare_data(experiment.hparams)
+    return experiment
 
 
 def run(songs, out, **more):
@@ -83,9 +98,7 @@ def test_shards_of_too_little_music_for_other_speeds(
     packed, tmp_path, percent, warned, caplog
 ):
     more = {"dataset": "shards", "speed_percent": percent}
-    argv = tiny("performer_mixit.yaml", packed, tmp_path / "run", **more)
-    experiment = load_experiment(argv, recipe.SELECTION_METRICS)
-    dataio.prepare_data(experiment.hparams)
+    prepare(packed, tmp_path / "run", **more)
     words = "no more than 0.4 s of each; those of 0.42 s would not"
     assert (words in caplog.text) == warned
 
@@ -202,7 +215,7 @@ def test_switches_reach_the_training_pairs_only(songs, tmp_path, monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(dataio, "MixtureOfMixtures", Noting)
-    run(
+    experiment = prepare(
         songs,
         tmp_path / "run",
         pitch_shift_semitones=2,
@@ -210,6 +223,7 @@ def test_switches_reach_the_training_pairs_only(songs, tmp_path, monkeypatch):
         equal_levels=True,
         strict=True,
     )
+    make_brain(recipe.Separation, experiment)
     train, valid, test = made
     assert train.augmentation.pitch_shift_semitones == 2
     assert train.channel == "left" and train.equal_levels
@@ -241,5 +255,5 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
     songs = write_songs(tmp_path / "songs")
     (songs / "song 2" / "tone.wav").write_bytes(b"")
     with caplog.at_level(logging.INFO):
-        run(songs, tmp_path / "run")
+        prepare(songs, tmp_path / "run")
     assert [m for m in caplog.messages if m.startswith("1 left out\n")]

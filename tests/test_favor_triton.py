@@ -208,16 +208,6 @@ def test_without_triton_nothing_uses_it(monkeypatch):
     assert not favor_triton.can_use_triton(one, one, one, stub((16, 16)))
 
 
-def test_package_imports_without_triton():
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "from trackformer_sb.nnet import favor_triton, favor_trial\n"
-        "from trackformer_sb.nnet import favor_kernels_backward\n"
-        "assert favor_triton.favor_kernels.triton is None\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parent)
-
-
 def test_tracing_takes_the_plain_form():
     def attend(query, projection):
         if favor_trial.should_use_triton(query, query, query, projection):

@@ -1,7 +1,10 @@
 """The training recipe with every yaml, as a user runs it."""
 
+import functools
 import itertools
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +21,7 @@ from recipe_runs import (
     RATE,
     ROOT,
     Killed,
+    apart,
     interrupted,
     load_recipe,
     read_results,
@@ -33,6 +37,7 @@ from tensorboard.backend.event_processing.event_accumulator import (
     EventAccumulator,
 )
 
+from trackformer_sb import cli
 from trackformer_sb.data.manifest import read_songs
 from trackformer_sb.inference.interfaces import PerformerSeparation
 from trackformer_sb.nnet.masknet import PerformerMaskNet
@@ -59,6 +64,21 @@ def songs(tmp_path_factory):
     return write_songs(tmp_path_factory.mktemp("songs"))
 
 
+@pytest.fixture(scope="module")
+def trained(songs, tmp_path_factory):
+    """The results of a training, with its pictures; to be read only."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    with apart():
+        recipe.main(tiny("performer_mixit.yaml", songs, out))
+    return out
+
+
+@pytest.fixture
+def begun(trained, tmp_path):
+    """A copy of that training, to go on from."""
+    return shutil.copytree(trained, tmp_path / "begun")
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Runs without what takes most of them."""
@@ -66,17 +86,19 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize("yaml_name", SEPARATION_YAMLS)
-def test_yaml_trains_and_leaves_all_results(yaml_name, songs, tmp_path):
+def test_yaml_trains_and_leaves_all_results(
+    yaml_name, songs, trained, tmp_path, quick
+):
     if "asteroid" in yaml_name:
         pytest.importorskip("asteroid")
-    out = tmp_path / "run"
-    recipe.main(tiny(yaml_name, songs, out))
-    for name in ("train_log.txt", "hyperparams.yaml", "env.log"):
+    out = trained
+    if yaml_name != "performer_mixit.yaml":
+        out = tmp_path / "run"
+        recipe.main(tiny(yaml_name, songs, out))
+    for name in ("train_log.txt", "hyperparams.yaml"):
         assert (out / name).stat().st_size > 0, name
     assert len(list((out / "save").glob("CKPT*"))) == 1
     assert list((out / "tensorboard").glob("events*"))
-    for name in ("training_curves", "test_item"):
-        assert (out / "figures" / f"{name}.png").stat().st_size > 10_000
     rows, average, metrics = read_results(out)
     assert average["id"] == "avg"
     assert list(average) == ["id", *recipe.COLUMNS]
@@ -88,10 +110,16 @@ def test_yaml_trains_and_leaves_all_results(yaml_name, songs, tmp_path):
     for name in ("epoch_seconds", "total_seconds", "peak_memory_mb"):
         assert metrics[name] > 0, name
     separator = PerformerSeparation.from_hparams(out / "separator")
-    mix = torch.randn(2, 1000)
+    mix = torch.randn(2, 2400)
     est_source = separator.separate_batch(mix)
-    assert est_source.shape == (2, 1000, 3)
+    assert est_source.shape == (2, 2400, 3)
     torch.testing.assert_close(est_source.sum(-1), mix, atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_and_packages_of_a_training(trained):
+    for name in ("training_curves", "test_item"):
+        assert (trained / "figures" / f"{name}.png").stat().st_size > 10_000
+    assert (trained / "env.log").stat().st_size > 0
 
 
 def test_paper_values():
@@ -192,37 +220,34 @@ def weights(out):
     return torch.load(out / "separator" / "masknet.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize(("batches_per_step", "stop_at"), [(1, 14), (2, 5)])
+@pytest.mark.parametrize(("batches_per_step", "stop_at"), [(1, 8), (2, 5)])
 def test_resumed_run_equals_uninterrupted_one(
     batches_per_step, stop_at, songs, tmp_path, monkeypatch, quick
 ):
-    def command(out):
+    def command(out, **more):
         return tiny(
             "performer_mixit.yaml",
             songs,
             out,
-            number_of_epochs=3,
+            number_of_epochs=2,
             dropout=0.3,
             redraw_interval=3,
             grad_accumulation_factor=batches_per_step,
-            ckpt_interval_minutes=0,
-            ckpt_interval_steps=1,
+            **more,
         )
 
     recipe.main(command(tmp_path / "whole"))
     # 3 songs of 4 segments in batches of 2: 6 batches an epoch
+    keys = {"ckpt_interval_minutes": 0, "ckpt_interval_steps": 1}
+    cut = command(tmp_path / "cut", **keys)
     interrupted(
-        recipe.main,
-        recipe.Separation,
-        command(tmp_path / "cut"),
-        monkeypatch,
-        stop_at=stop_at,
+        recipe.main, recipe.Separation, cut, monkeypatch, stop_at=stop_at
     )
-    recipe.main(command(tmp_path / "cut"))
+    recipe.main(cut)
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     for key in whole:
         torch.testing.assert_close(cut[key], whole[key], msg=key)
-    assert len(read_results(tmp_path / "cut")[2]["history"]) == 3
+    assert len(read_results(tmp_path / "cut")[2]["history"]) == 2
 
 
 def test_resumed_epoch_counts_its_time_from_the_start(
@@ -294,15 +319,13 @@ def test_data_parallel_is_refused(songs, tmp_path):
     assert not list(tmp_path.glob("run/*.yaml"))
 
 
-def test_another_number_of_processes_is_said(songs, tmp_path, quick):
-    argv = tiny("performer_mixit.yaml", songs, tmp_path)
-    recipe.main(argv)
-    (path,) = (tmp_path / "save").glob("CKPT*/brain.ckpt")
+def test_another_number_of_processes_is_said(songs, begun, quick):
+    (path,) = (begun / "save").glob("CKPT*/brain.ckpt")
     text = path.read_text()
     assert "processes: 1\n" in text
     path.write_text(text.replace("processes: 1\n", "processes: 4\n"))
-    recipe.main([*argv, "--number_of_epochs=2"])
-    log = (tmp_path / "log.txt").read_text("utf-8")
+    recipe.main(tiny("performer_mixit.yaml", songs, begun, number_of_epochs=2))
+    log = (begun / "log.txt").read_text("utf-8")
     assert "begun on 4 processes, now 1: the learning rate follows" in log
 
 
@@ -519,10 +542,9 @@ def test_more_outputs_than_can_be_grouped(songs, tmp_path, quick):
     assert np.isfinite(metrics["si_snri"])
 
 
-def test_debug_leaves_the_results_of_a_training(songs, tmp_path):
-    out = tmp_path / "run"
+def test_debug_leaves_the_results_of_a_training(songs, begun, quick):
+    out = begun
     argv = tiny("performer_mixit.yaml", songs, out)
-    recipe.main(argv)
     before = (out / "test_results.csv").read_bytes(), weights(out)
     log = (out / "train_log.txt").read_bytes()
     curves = sorted((out / "tensorboard").rglob("*"))
@@ -613,17 +635,15 @@ def test_bad_input_is_named(more, message, songs, tmp_path):
         recipe.main(argv)
 
 
-def test_checkpoint_of_another_architecture(songs, tmp_path):
-    out = tmp_path / "run"
-    recipe.main(tiny("performer_mixit.yaml", songs, out))
-    before = weights(out)
-    resolved = (out / "hyperparams.yaml").read_text("utf-8")
-    argv = tiny("performer_mixit.yaml", songs, out, d_model=32)
+def test_checkpoint_of_another_architecture(songs, begun):
+    before = weights(begun)
+    resolved = (begun / "hyperparams.yaml").read_text("utf-8")
+    argv = tiny("performer_mixit.yaml", songs, begun, d_model=32)
     with pytest.raises(ValueError, match=r"other sizes.*output_folder"):
         recipe.main(argv)
-    assert weights(out).keys() == before.keys()
+    assert weights(begun).keys() == before.keys()
     # the refused run has not written over the first one's settings
-    assert (out / "hyperparams.yaml").read_text("utf-8") == resolved
+    assert (begun / "hyperparams.yaml").read_text("utf-8") == resolved
 
 
 @pytest.mark.parametrize(
@@ -634,11 +654,8 @@ def test_checkpoint_of_another_architecture(songs, tmp_path):
         ("skip_nonfinite_grads=False", "was True, now False"),
     ),
 )
-def test_run_options_of_the_yaml_are_settings(
-    option, message, songs, tmp_path, quick
-):
-    argv = tiny("performer_mixit.yaml", songs, tmp_path)
-    recipe.main(argv)
+def test_run_options_of_the_yaml_are_settings(option, message, songs, begun):
+    argv = tiny("performer_mixit.yaml", songs, begun)
     with pytest.raises(ValueError, match=message):
         recipe.main([*argv, f"--{option}"])
 
@@ -676,23 +693,19 @@ def test_numbers_have_many_spellings(begun, goes_on, songs, tmp_path, quick):
 
 
 def test_moved_results_and_other_spellings_go_on(
-    songs, tmp_path, monkeypatch, quick
+    songs, begun, monkeypatch, quick
 ):
-    recipe.main(tiny("performer_mixit.yaml", songs, tmp_path / "a"))
-    (tmp_path / "a").rename(tmp_path / "b")
     monkeypatch.chdir(songs.parent)
-    argv = tiny("performer_mixit.yaml", f"{songs.name}/", tmp_path / "b")
+    argv = tiny("performer_mixit.yaml", f"{songs.name}/", begun)
     recipe.main([*argv, "--number_of_epochs=2"])
-    assert len(read_results(tmp_path / "b")[2]["history"]) == 2
+    assert len(read_results(begun)[2]["history"]) == 2
 
 
 @pytest.mark.parametrize("left", ["# Generated\n", "seed: 1\nstrict: 'no"])
-def test_cut_settings_of_a_run_do_not_stop_it(left, songs, tmp_path, quick):
-    argv = tiny("performer_mixit.yaml", songs, tmp_path)
-    recipe.main(argv)
-    (tmp_path / "hyperparams.yaml").write_text(left, "utf-8")
-    recipe.main([*argv, "--number_of_epochs=2"])
-    assert len(read_results(tmp_path)[2]["history"]) == 2
+def test_cut_settings_of_a_run_do_not_stop_it(left, songs, begun, quick):
+    (begun / "hyperparams.yaml").write_text(left, "utf-8")
+    recipe.main(tiny("performer_mixit.yaml", songs, begun, number_of_epochs=2))
+    assert len(read_results(begun)[2]["history"]) == 2
 
 
 def test_test_only_needs_a_checkpoint(songs, tmp_path):
@@ -834,27 +847,31 @@ def test_torchrun_trains(songs, tmp_path):
 
 
 @pytest.mark.slow
-def test_demo_from_band_to_report(tmp_path):
-    """What `make demo` runs, with two steps of training."""
+def test_demo_from_band_to_report(tmp_path, monkeypatch, quick):
+    """What `make demo` runs, with two steps of a small model."""
     out = tmp_path / "demo"
 
-    def run(*command):
-        subprocess.run([sys.executable, *map(str, command)], check=True)
+    def run(script, *words):
+        with monkeypatch.context() as context:
+            context.setattr(sys, "argv", [script, *map(str, words)])
+            runpy.run_path(str(ROOT / script), run_name="__main__")
 
-    run(
-        ROOT / "recipes" / "train.py",
-        ROOT / "hparams" / "demo.yaml",
+    argv = [
+        str(ROOT / "hparams" / "demo.yaml"),
         f"--output_folder={out}",
         "--optimizer_step_limit=2",
         "--device=cpu",
-    )
+        # one segment of each song
+        "--segment_hop_seconds=24",
+        *("--num_layers=1", "--d_model=16", "--n_features=16"),
+        *("--num_workers=0", "--noprogressbar"),
+    ]
+    recipe.main(argv)
     mix = out / "example" / "mix.wav"
-    run(ROOT / "benchmarks" / "demo_example.py", out)
-    run(
-        *("-m", "trackformer_sb.cli", "separate", mix),
-        *("--model", out / "separator", "--out", mix.parent),
-    )
-    run(ROOT / "benchmarks" / "demo_report.py", out)
+    run("benchmarks/demo_example.py", out)
+    words = ("--model", out / "separator", "--out", mix.parent)
+    assert cli.main(["separate", *map(str, (mix, *words))]) == 0
+    run("benchmarks/demo_report.py", out)
     sig, rate = soundfile.read(mix)
     assert rate == 22050
     sources = [
@@ -871,7 +888,10 @@ def test_demo_from_band_to_report(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_training(songs, tmp_path):
+def test_compiled_training(songs, tmp_path, monkeypatch, quick):
+    # all but machine code, which takes torch minutes
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiled)
     out = tmp_path / "run"
     recipe.main([*tiny("performer_mixit.yaml", songs, out), "--compile"])
     keys = weights(out).keys()
@@ -889,9 +909,7 @@ def test_readme_and_yaml_headers_name_existing_files():
         assert (ROOT / name).is_file(), name
 
 
-def test_run_is_listed_in_the_resolved_yaml(songs, tmp_path):
-    out = tmp_path / "run"
-    recipe.main(tiny("performer_mixit.yaml", songs, out))
-    text = (out / "hyperparams.yaml").read_text("utf-8")
+def test_run_is_listed_in_the_resolved_yaml(trained):
+    text = (trained / "hyperparams.yaml").read_text("utf-8")
     plain = re.sub(r"!\w+:\S+|!ref|!apply:\S+|!new:\S+", "", text)
     assert yaml.safe_load(plain)["num_spks"] == 3
