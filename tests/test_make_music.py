@@ -3,6 +3,7 @@
 import json
 import pathlib
 import struct
+from time import sleep
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("pyworld", reason="needs the extra music")
 from symusic import ControlChange, Note, Score, Tempo, Track
 
 from trackformer_sb.cli import main
+from trackformer_sb.data import music
 from trackformer_sb.data.drumkits import (
     HATS,
     Hit,
@@ -355,3 +357,17 @@ def test_nothing_made_is_an_error(soundfont, tmp_path, capsys):
     args += ["--soundfont", soundfont, "--jobs", "1"]
     assert main(list(map(str, args))) == 1
     assert "0 made, 0 there before, 1 left out" in capsys.readouterr().out
+
+
+def make_noise(rng, settings, seconds):
+    sleep(seconds)
+    return {"other": rng.normal(0, 0.1, (100, 2))}
+
+
+def test_a_song_without_end_is_left_out(tmp_path):
+    tasks = {"endless": (make_noise, 600)}
+    tasks |= {f"short{k}": (make_noise, 0) for k in range(3)}
+    done = dict(music._run_all(tmp_path, tasks, {"seed": 0}, 2, limit=3))
+    assert done.pop("endless") == "expected endless within 3 s: no end"
+    assert done == dict.fromkeys(["short0", "short1", "short2"])
+    assert sorted(x.name for x in tmp_path.iterdir()) == sorted(done)

@@ -5,11 +5,14 @@ stems` reads them: pieces with drums, bass and other, clips of drums alone, and
 clips of vocals alone. What a song is depends on the seed and its name alone.
 """
 
+import faulthandler
 import hashlib
 import json
+import shutil
 import tempfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,6 +34,8 @@ from trackformer_sb.data.voices import make_voice
 PACKAGES = ("symusic", "espeakng-loader", "pyworld-prebuilt")
 VERSION = 1  # raise it when the songs change
 DRUM_SOUNDFONT_SHARE = 0.3
+TRACE = "trace"
+LIMIT = 600  # seconds that a song may take: some soundfonts never fall silent
 
 
 def make_music(
@@ -187,41 +192,60 @@ def _voice(rng, settings):
     return {"vocals": make_voice(rng)}
 
 
-def _make(out, name, task, settings):
+def _make(out, name, task, settings, limit):
     """Makes one song; returns its name and why it could not be made."""
     make, *args = task
     rng = np.random.default_rng([settings["seed"], zlib.crc32(name.encode())])
-    try:
-        stems = make(rng, settings, *args)
-    except ValueError as error:
-        return name, str(error)
     # hidden: what a killed run leaves behind is no music
     with tempfile.TemporaryDirectory(prefix=".making_", dir=out) as new:
         song = Path(new, name)
         song.mkdir()
+        with open(Path(new, TRACE), "w") as trace:
+            # ends the process even where a library does not come back
+            faulthandler.dump_traceback_later(limit, exit=True, file=trace)
+            try:
+                stems = make(rng, settings, *args)
+            except ValueError as error:
+                return name, str(error)
+            finally:
+                faulthandler.cancel_dump_traceback_later()
         for stem, sig in stems.items():
             soundfile.write(song / f"{stem}.wav", sig, SAMPLE_RATE, "PCM_16")
         song.rename(out / name)
     return name, None
 
 
-def _run_all(out, tasks, settings, jobs):
+def _run_all(out, tasks, settings, jobs, limit=LIMIT):
     """Yields what ``_make`` returns, in the order in which songs are ready."""
-    if jobs == 1:
-        for name, task in tasks.items():
-            yield _make(out, name, task, settings)
-        return
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        futures = [
-            pool.submit(_make, out, name, task, settings)
-            for name, task in tasks.items()
-        ]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    left = dict(tasks)
+    while left:
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            futures = [
+                pool.submit(_make, out, name, task, settings, limit)
+                for name, task in left.items()
+            ]
+            try:
+                for future in as_completed(futures):
+                    name, reason = future.result()
+                    del left[name]
+                    yield name, reason
+            except BrokenProcessPool:
+                pass  # a process ended; the others' songs are made again
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        traces = [*out.glob(f".making_*/{TRACE}")]
+        stuck = [path for path in traces if path.stat().st_size]
+        if left and not stuck:
+            raise ValueError(
+                f"{out}: a process ended while it made {', '.join(left)[:200]}"
+            )
+        for path in stuck:
+            (song,) = (x for x in path.parent.iterdir() if x.is_dir())
+            del left[song.name]
+            yield song.name, f"expected {song.name} within {limit} s: no end"
+        for path in traces:
+            shutil.rmtree(path.parent)
 
 
 def _named(paths):
