@@ -20,6 +20,7 @@ from trackformer_sb.data.audio import (
 )
 from trackformer_sb.data.findings import Findings
 from trackformer_sb.data.headers import list_audio
+from trackformer_sb.data.layouts import group_stems
 from trackformer_sb.data.library import list_songs
 
 logger = logging.getLogger(__name__)
@@ -93,10 +94,9 @@ def list_tracks(key, folder, dataset, stem_classes=STEM_CLASSES):
     findings = Findings()
     dataset = "stems" if dataset == "midi" else dataset
     listing = list_audio(key, folder, findings, "music")
+    found = list_songs(key, folder, dataset, listing, findings)
     songs = []
-    for song in list_songs(
-        key, folder, dataset, listing, findings, stem_classes
-    ):
+    for song in group_stems(found, stem_classes):
         try:
             seconds = max(audio_info(path).duration for path in song.files)
         except UnreadableAudio as error:
