@@ -21,7 +21,7 @@ from trackformer_sb.data.audio import UnreadableAudio
 from trackformer_sb.nnet.transfer import plain_values
 from trackformer_sb.training.arguments import load_hparams, parse_arguments
 from trackformer_sb.training.dataio import dataio_prep
-from trackformer_sb.training.keys import BEFORE, MAY_CHANGE
+from trackformer_sb.training.keys import BEFORE, MAY_CHANGE, NAMED_MAY_CHANGE
 
 logger = get_logger(__name__)
 
@@ -165,10 +165,11 @@ def check_same(hparams_file, overrides, output_folder):
     recorded = "skip_nonfinite_grads" in begun
     unknown = () if recorded else ("grad_accumulation_factor", "max_grad_norm")
     begun = BEFORE | begun
+    changing = MAY_CHANGE + (NAMED_MAY_CHANGE if "classes" in begun else ())
     different = [
         f"{key} was {begun[key]!r}, now {value!r}"
         for key, value in plain_values(asked).items()
-        if key not in (*MAY_CHANGE, *unknown)
+        if key not in (*changing, *unknown)
         and key in begun
         and _one_spelling(begun[key]) != _one_spelling(value)
     ]
