@@ -72,10 +72,8 @@ def weights(out):
     return Separator.from_pretrained(out / "separator").state_dict()
 
 
-def test_a_run_leaves_its_curve_and_separator(music, tmp_path, monkeypatch):
-    monkeypatch.setattr(named, "PROBE_STEPS", 1)
-    monkeypatch.setattr(named, "LOG_STEPS", 4)
-    recipe.main(command(music, tmp_path))
+def test_a_run_leaves_its_curve_and_separator(music, tmp_path):
+    recipe.main(command(music, tmp_path, log_steps=4))
     rows = curve(tmp_path)
     assert [row["items"] for row in rows] == ["8.0", "16.0"]
     assert {"stems_drums", "stems_mean", "stems_static"} <= rows[0].keys()
@@ -152,7 +150,8 @@ def test_a_folder_that_is_not_there_is_named(music, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_train_and_measure(music, tmp_path):
-    words = command(music, tmp_path, number_of_epochs=1)
+    options = {"epoch_items": 16, "number_of_epochs": 1, "log_steps": 2}
+    words = command(music, tmp_path, **options)
     words.append("--distributed_backend=gloo")
     subprocess.run(
         [
@@ -165,5 +164,6 @@ def test_two_ranks_train_and_measure(music, tmp_path):
         cwd=tmp_path,
     )
     (row,) = curve(tmp_path)
-    assert row["items"] == "8.0"
-    assert row["step"] == "2.0"
+    assert row["items"] == "16.0"
+    assert row["step"] == "4.0"
+    assert (tmp_path / "train_log.txt").read_text().count("train named") == 2

@@ -29,6 +29,7 @@ NAMED_MAY_CHANGE = (
     "stem_classes",
     "lr",
     "ema_decay",
+    "log_steps",
 )
 
 # What a training did before its yaml had the key.

@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 
 # MixIT's loss is in dB, that of named stems a distance of about 1
 MIXIT_SHARE = 0.1
-PROBE_STEPS, LOG_STEPS = 10, 100
+PROBES = 10  # steps of those between two lines of the log that are measured
 
 
 class NamedSeparation(sb.Brain):
@@ -169,10 +169,8 @@ class NamedSeparation(sb.Brain):
         if not should_step:
             return
         self.hparams.ema.update_parameters(self.hparams.MaskNet)
-        step = self.optimizer_step
-        if not if_main_process():
-            return
-        if step % PROBE_STEPS == 0:
+        step, interval = self.optimizer_step, self.hparams.log_steps
+        if step % max(1, interval // PROBES) == 0:
             est_mask, mix_w = outputs
             for item in batch[1].nonzero()[:, 0]:
                 stems = dict(zip(self.hparams.classes, batch[0][item]))
@@ -181,21 +179,30 @@ class NamedSeparation(sb.Brain):
                         est_mask[:, item, None], mix_w[None, item], stems
                     )
                 )
-        if step % LOG_STEPS == 0:
-            stats = {k: torch.stack(v).mean() for k, v in self.sums.items()}
-            if self.probes:
-                means = self.means(self.probes).values()
-                masks, static = np.mean(list(means), axis=0)
-                stats |= {"probe": masks, "probe_static": static}
-            stats = {name: float(value) for name, value in stats.items()}
-            seconds = (time.monotonic() - self.started) / LOG_STEPS
-            self.started = time.monotonic()
-            self.hparams.train_logger.log_stats(
-                {"step": step, "seconds": round(seconds, 3)}, train_stats=stats
-            )
+        if step % interval == 0:
+            self.log_steps(step, interval)
+
+    def log_steps(self, step, interval):
+        """Losses and probes of the last steps; a call of all ranks."""
+        losses, probes = zip(*of_all_ranks(self, (self.sums, self.probes)))
+        stats = {}
+        for name in sorted(set().union(*losses)):
+            values = [x for rank in losses for x in rank.get(name, ())]
+            stats[name] = float(torch.stack(values).mean())
+        means = self.means([row for part in probes for row in part])
+        if means:
+            masks, static = np.mean(list(means.values()), axis=0)
+            stats |= {"probe": float(masks), "probe_static": float(static)}
+        seconds = (time.monotonic() - self.started) / interval
+        self.started = time.monotonic()
+        # loggers act on the main process, but all have to call them
+        self.hparams.train_logger.log_stats(
+            {"step": step, "seconds": round(seconds, 3)}, train_stats=stats
+        )
+        if if_main_process():
             for name, value in stats.items():
                 self.tensorboard.add_scalar(f"train/{name}", value, step)
-            self.sums, self.probes = {}, []
+        self.sums, self.probes = {}, []
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """After each epoch, measured or not, ``end_epoch``."""
