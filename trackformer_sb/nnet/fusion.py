@@ -16,7 +16,9 @@ from trackformer_sb.nnet.performer import PerformerEncoder
 
 NUM_FEATURES = 5
 LOCAL_FRAMES = LOCAL_BINS = 17  # of the means that features are compared with
-LOW_PATCH, HIGH_PATCH = 8, 32  # bins of a patch, below and above a quarter rate
+# bins of a patch, and the share of the bins up to where they are of that size:
+# fine where bass and voices lie, coarse where cymbals do
+PATCHES = ((4, 1 / 16), (8, 1 / 4), (16, 1 / 2), (64, 1))
 UPSAMPLINGS = ("transposed", "nearest")
 
 
@@ -147,8 +149,8 @@ class Upsampling(nn.Module):
 class FusionMaskNet(nn.Module):
     """Predicts one mask per source from mono or stereo spectra.
 
-    Bins are cut in patches: those of the lower half of the spectrum in patches
-    of 8, the others of 32; the highest bin copies its neighbour's mask. Each
+    The spectrum is cut in patches of some frames and of 4 bins at its low end,
+    up to 64 at its high end; the highest bin copies its neighbour's mask. Each
     patch has a learned position. See the module's docstring for the rest.
 
     Arguments
@@ -160,6 +162,8 @@ class FusionMaskNet(nn.Module):
         Number of sources to output.
     channels : sequence of int
         Channels of the three levels, finest first.
+    patch_frames : int
+        Frames of a patch.
     d_model, nhead, num_layers, d_ffn, n_features, dropout, attention
         Sizes of the Performer, see ``PerformerEncoder``; no layers, no
         Performer.
@@ -194,7 +198,8 @@ class FusionMaskNet(nn.Module):
         self,
         in_channels,
         num_spks,
-        channels=(48, 96, 192),
+        channels=(64, 96, 192),
+        patch_frames=2,
         d_model=192,
         nhead=4,
         num_layers=3,
@@ -220,6 +225,7 @@ class FusionMaskNet(nn.Module):
         self.arguments = {
             "num_spks": num_spks,
             "channels": list(channels),
+            "patch_frames": patch_frames,
             "d_model": d_model,
             "nhead": nhead,
             "num_layers": num_layers,
@@ -231,18 +237,18 @@ class FusionMaskNet(nn.Module):
             "upsampling": upsampling,
         }
         self.in_channels, self.num_spks = in_channels, num_spks
-        self.skips = skips
-        self.half = in_channels // 2
-        self.num_low = self.half // LOW_PATCH
-        positions = self.num_low + self.half // HIGH_PATCH
+        self.skips, self.patch_frames = skips, patch_frames
         fine, middle, coarse = channels
-        patches = {"low": LOW_PATCH, "high": HIGH_PATCH}
-        self.embed, self.heads = nn.ModuleDict(), nn.ModuleDict()
-        for name, bins in patches.items():
-            self.embed[name] = nn.Conv2d(
-                NUM_FEATURES, fine, (bins, 1), (bins, 1)
-            )
-            self.heads[name] = nn.Conv2d(fine, num_spks * bins, 1)
+        self.embed, self.heads = nn.ModuleList(), nn.ModuleList()
+        self.edges, self.patches = [0], []
+        for bins, share in PATCHES:
+            self.edges.append(int(share * (in_channels - 1)))
+            self.patches.append((self.edges[-1] - self.edges[-2]) // bins)
+            size = bins, patch_frames
+            self.embed.append(nn.Conv2d(NUM_FEATURES, fine, size, size))
+            outputs = num_spks * bins * patch_frames
+            self.heads.append(nn.Conv2d(fine, outputs, 1))
+        positions = sum(self.patches)
         self.position = nn.Parameter(torch.zeros(1, fine, positions, 1))
         self.bin_bias = nn.Parameter(torch.zeros(num_spks, in_channels, 1))
         self.down_fine = ResidualBlock(fine)
@@ -313,15 +319,17 @@ class FusionMaskNet(nn.Module):
     def masks(self, features):
         """Masks from ``fusion_features``, see ``forward``."""
         frames = features.shape[-1]
-        x = F.pad(features, (0, -frames % 4))
+        x = F.pad(features, (0, -frames % (4 * self.patch_frames)))
         device = x.device.type
         if device == "cuda" or torch.is_autocast_enabled(device):
             # in float32 on a CPU the backward pass would take twice the time
             x = x.contiguous(memory_format=torch.channels_last)
         fine = torch.cat(
             [
-                self.embed["low"](x[:, :, : self.half]),
-                self.embed["high"](x[:, :, self.half : -1]),
+                embed(x[:, :, start:end])
+                for embed, start, end in zip(
+                    self.embed, self.edges, self.edges[1:]
+                )
             ],
             2,
         )
@@ -333,19 +341,17 @@ class FusionMaskNet(nn.Module):
         x = self.from_coarse(self.up_coarse(coarse))
         x = self.up_middle(x + middle if self.skips else x)
         x = self.from_middle(x)
-        x = self.up_fine(x + fine if self.skips else x)[..., :frames]
-        low, high = (
+        x = self.up_fine(x + fine if self.skips else x)
+        logits = [
             head(part)
-            .unflatten(1, (self.num_spks, -1))
-            # [batch, sources, bins, patches, frames] -> patches before bins
-            .transpose(2, 3)
+            .unflatten(1, (self.num_spks, -1, self.patch_frames))
+            # [batch, sources, bins, frames of a patch, patches, time]
+            .permute(0, 1, 4, 2, 5, 3)
+            .flatten(4)
             .flatten(2, 3)
-            for head, part in (
-                (self.heads["low"], x[:, :, : self.num_low]),
-                (self.heads["high"], x[:, :, self.num_low :]),
-            )
-        )
-        logits = torch.cat([low, high, high[:, :, -1:]], 2)
+            for head, part in zip(self.heads, x.split(self.patches, 2))
+        ]
+        logits = torch.cat([*logits, logits[-1][:, :, -1:]], 2)[..., :frames]
         # in bfloat16 the masks would sum to one within 0.4 % only
         dtype = torch.promote_types(logits.dtype, torch.float32)
         logits = logits.to(dtype) + self.bin_bias
