@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := results/demo/1234
+EXCERPT := results/demo/excerpt
 
 PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --durations=10 -rs
 export MPLBACKEND ?= Agg
@@ -32,11 +33,12 @@ $(INSTALLED)-dev: $(INSTALLED)
 	touch $(INSTALLED)-dev
 
 demo: $(INSTALLED)
+	$(BIN)/trackformer separate examples/waterworks.ogg --figure --out $(EXCERPT)
 	$(BIN)/python recipes/train.py hparams/demo.yaml
 	$(BIN)/python benchmarks/demo_example.py $(DEMO)
 	$(BIN)/trackformer separate $(DEMO)/example/mix.wav \
 		--model $(DEMO)/separator --out $(DEMO)/example
-	$(BIN)/python benchmarks/demo_report.py $(DEMO)
+	$(BIN)/python benchmarks/demo_report.py $(DEMO) $(EXCERPT)
 
 test: $(INSTALLED)-dev
 	$(PYTEST) $(PYTEST_ARGS)

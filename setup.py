@@ -17,7 +17,10 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    package_data={"trackformer_sb.web": ["*.css", "*.js"]},
+    package_data={
+        "trackformer_sb": ["pretrained/*"],
+        "trackformer_sb.web": ["*.css", "*.js"],
+    },
     packages=find_packages(include=["trackformer_sb", "trackformer_sb.*"]),
     python_requires=">=3.10",
     install_requires=[

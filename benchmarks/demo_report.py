@@ -1,9 +1,10 @@
 """A short report of a training on the demo band.
 
-    python benchmarks/demo_report.py results/demo/1234
+    python benchmarks/demo_report.py results/demo/1234 results/demo/excerpt
 
-Reads what recipes/train.py has written and prints it for humans. Ends with
-exit code 1 if the separation was not measured.
+Reads what recipes/train.py has written and prints it for humans, with the
+files of the second folder, where the package's own separator left a song's
+stems. Ends with exit code 1 if the separation was not measured.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def read_average(folder):
     return average, len(items)
 
 
-def print_report(folder):
+def print_report(folder, excerpt):
     """Prints the report; returns the measures that are missing."""
     text = (folder / "metrics.json").read_text(encoding="utf-8")
     metrics = json.loads(text)
@@ -58,7 +59,10 @@ def print_report(folder):
         f"Trained for {metrics['total_seconds'] / 60:.1f} minutes, "
         f"{metrics['epochs']} epochs, on {metrics['device']}."
     )
-    print("To look at and to listen to:")
+    print("To look at and to listen to, of the model in the box:")
+    for path in [*excerpt.glob("*.png"), *sorted(excerpt.glob("*.wav"))]:
+        print(f"  {path}")
+    print("and of what was trained here:")
     wavs = [*folder.glob("example/**/*.wav")]
     for path in sorted([*folder.glob("figures/*.png"), *wavs]):
         print(f"  {path}")
@@ -69,9 +73,10 @@ def main():
     """Prints the report of a run folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_folder", type=pathlib.Path)
+    parser.add_argument("excerpt_folder", type=pathlib.Path)
     args = parser.parse_args()
     try:
-        missing = print_report(args.run_folder)
+        missing = print_report(args.run_folder, args.excerpt_folder)
     except (FileNotFoundError, KeyError, ValueError) as error:
         sys.exit(f"no finished run in {args.run_folder}: {error!r}")
     if missing:

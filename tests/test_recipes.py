@@ -1,5 +1,7 @@
 """The training recipe with every yaml, as a user runs it."""
 
+import contextlib
+import io
 import itertools
 import re
 import runpy
@@ -846,15 +848,18 @@ def test_torchrun_trains(songs, tmp_path):
 
 
 @pytest.mark.slow
-def test_demo_from_band_to_report(tmp_path, monkeypatch, quick):
+def test_demo_from_song_to_report(tmp_path, monkeypatch, quick):
     """What `make demo` runs, with two steps of a small model."""
-    out = tmp_path / "demo"
+    out, excerpt = tmp_path / "demo", tmp_path / "excerpt"
 
     def run(script, *words):
         with monkeypatch.context() as context:
             context.setattr(sys, "argv", [script, *map(str, words)])
             runpy.run_path(str(ROOT / script), run_name="__main__")
 
+    song = str(ROOT / "examples" / "waterworks.ogg")
+    words = ("--figure", "--out", str(excerpt))
+    assert cli.main(["separate", song, *words]) == 0
     argv = [
         str(ROOT / "hparams" / "demo.yaml"),
         f"--output_folder={out}",
@@ -870,7 +875,15 @@ def test_demo_from_band_to_report(tmp_path, monkeypatch, quick):
     run("benchmarks/demo_example.py", out)
     words = ("--model", out / "separator", "--out", mix.parent)
     assert cli.main(["separate", *map(str, (mix, *words))]) == 0
-    run("benchmarks/demo_report.py", out)
+    with contextlib.redirect_stdout(io.StringIO()) as report:
+        run("benchmarks/demo_report.py", out, excerpt)
+    named = report.getvalue().split()
+    names = ("figure.png", "drums.wav", "bass.wav", "vocals.wav", "other.wav")
+    for path in [
+        *(excerpt / f"waterworks_{name}" for name in names),
+        *(out / "figures").glob("*.png"),
+    ]:
+        assert path.is_file() and str(path) in named
     sig, rate = soundfile.read(mix)
     assert rate == 22050
     sources = [

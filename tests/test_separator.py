@@ -1,7 +1,11 @@
 """Separators of named stems: folders, files and the command line."""
 
 import json
+import pathlib
 import shutil
+import subprocess
+import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from trackformer_sb.inference.separator import Separator
 
 CLASSES = ["drums", "vocals", "other"]
 RATE = 8000
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +171,32 @@ def test_without_a_model_the_one_in_the_package_is_asked_for(
     shutil.copytree(folder, tmp_path / "pretrained")
     assert main(["separate", song]) == 0
     assert (tmp_path / "song_drums.wav").is_file()
+    capsys.readouterr()
+    assert main(["info", "--seconds=0.1"]) == 0
+    assert "default (config.json)" in capsys.readouterr().out
+
+
+def test_a_wheel_brings_the_separator(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(
+        ROOT / "trackformer_sb",
+        tmp_path / "trackformer_sb",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-index", "--no-deps"]
+    subprocess.run(
+        [*pip, "--no-build-isolation", "."], cwd=tmp_path, check=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "unpacked")
+    folder = tmp_path / "unpacked" / "trackformer_sb" / "pretrained"
+    assert {path.name for path in folder.iterdir()} == {
+        *("README.md", "config.json", "model.safetensors")
+    }
+    assert (folder / "model.safetensors").stat().st_size <= 12e6
+    separator = Separator.from_pretrained(folder)
+    assert list(separator.groups) == ["drums", "bass", "vocals", "other"]
 
 
 def test_chunks_keep_their_names(separator, folder, tmp_path):

@@ -421,7 +421,8 @@ def test_files_name_their_recipe_and_command(path):
 
 
 def test_all_files_are_listed():
-    assert {path.suffix for path in EXAMPLES.iterdir()} == {".yaml", ".md"}
+    suffixes = {path.suffix for path in EXAMPLES.iterdir()}
+    assert suffixes == {".yaml", ".md", ".ogg"}
     assert sorted(EXAMPLES.glob("*.yaml")) == sorted([*WSJ0MIX, FEATURES])
     assert len(WSJ0MIX) == 5
 

@@ -177,7 +177,7 @@ def test_an_upload_is_separated(separator, tmp_path):
     )
     assert done[1:] == (RATE, 2, RATE // 2)
     labels = [track.label for track in done.tracks]
-    assert labels == ["Original", "Source 0", "Source 1", "Source 2"]
+    assert labels == ["Original", "Source0", "Source1", "Source2"]
     sigs = [soundfile.read(track.path)[0] for track in done.tracks]
     assert np.array_equal(sigs[0], soundfile.read(path)[0])
     assert np.allclose(sum(sigs[1:]), sigs[0], atol=1e-6)
@@ -701,7 +701,7 @@ def test_the_command_leaves_nothing(end, gradio, model, tmp_path):
         assert words[0] == "Open"
         client = gradio_client.Client(words[1], verbose=False)
         page = upload(client, write_noise(tmp_path / "a.wav"))
-        assert "Source 2" in page
+        assert "Source2" in page
         assert len(list(temporary.rglob("a_source*.wav"))) == NUM_SPKS
         process.send_signal(end)
         assert process.wait(60) == 0

@@ -25,8 +25,7 @@ def build_parser():
 
     Example
     -------
-    >>> args = ["separate", "song.wav", "--model", "separator", "--out", "."]
-    >>> build_parser().parse_args(args).overlap
+    >>> build_parser().parse_args(["separate", "song.mp3"]).overlap
     0.25
     """
     from trackformer_sb import __version__

@@ -29,9 +29,9 @@ def add_demo(commands):
     -------
     >>> parser = argparse.ArgumentParser()
     >>> add_demo(parser.add_subparsers())
-    >>> args = parser.parse_args(["demo", "separator"])
-    >>> args.host, args.port
-    ('127.0.0.1', 7860)
+    >>> args = parser.parse_args(["demo"])
+    >>> args.model, args.host, args.port
+    ('default', '127.0.0.1', 7860)
     """
     parser = commands.add_parser(
         "demo",
@@ -45,7 +45,10 @@ def add_demo(commands):
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="separator folder as training leaves it, or a model on the hub",
+        nargs="?",
+        default="default",
+        help="separator folder as training leaves it, or a model on the hub "
+        "(default: the package's own)",
     )
     parser.add_argument(
         "--port",
@@ -98,8 +101,9 @@ def _demo(args):
     try:
         import_gradio()  # before the model, which may take long
         separator, _ = load_separator(args.model, args.device, args.trust_yaml)
+        sources = f"{separator.hparams.num_spks} sources"
         title = (
-            f"{args.model}: {separator.hparams.num_spks} sources at "
+            f"{args.model}: {', '.join(separator.groups or [sources])} at "
             f"{separator.hparams.sample_rate} Hz"
         )
         page = running_page(

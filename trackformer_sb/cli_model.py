@@ -116,7 +116,10 @@ def add_info(commands):
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="separator folder as training leaves it, or a model on the hub",
+        nargs="?",
+        default="default",
+        help="separator folder as training leaves it, or a model on the hub "
+        "(default: the package's own)",
     )
     add_loading(parser)
     parser.add_argument(

@@ -19,12 +19,12 @@ same memory.
 
 EPILOG = """\
 examples:
-  trackformer separate song.mp3 --model DIR
-  trackformer separate song.mp3 --model DIR --stems vocals
-  trackformer separate music/ --model DIR --out stems --skip-existing
-  trackformer separate "*.mp3" --model DIR --format flac
-  trackformer separate song.mp3 --model DIR --outputs none \\
-      --remix vocals:-inf,drums:+3
+  trackformer separate song.mp3
+  trackformer separate song.mp3 --stems vocals
+  trackformer separate music/ --out stems --skip-existing
+  trackformer separate "*.mp3" --format flac
+  trackformer separate song.mp3 --outputs none --remix vocals:-inf,drums:+3
+  trackformer separate song.mp3 --model results/separator/1234/separator
 
 exit codes: 0 if all went well, 1 if a file failed (the others are done), 2 for
 a wrong usage or a model that does not load, 130 after Ctrl+C, 143 if asked to
@@ -95,7 +95,7 @@ def add_separate(commands):
         default="default",
         metavar="DIR",
         help="separator folder as training leaves it, or a model on the hub "
-        "(default: the package's own, where it has one)",
+        "(default: the package's own)",
     )
     parser.add_argument(
         "--out",
@@ -146,7 +146,8 @@ def add_separate(commands):
         type=_remix,
         metavar="GAINS",
         help="write <file>_remix as well, the sum with gains in dB: "
-        "0:-inf,3:+3 mutes output 0 and raises output 3; the others stay",
+        "vocals:-inf,drums:+3 mutes the vocals and raises the drums, 0:-inf "
+        "mutes output 0 of a model without names; the others stay",
     )
     written.add_argument(
         "--figure",

@@ -7,6 +7,7 @@ import torch
 from trackformer_sb.inference.card import card_tables
 from trackformer_sb.inference.download import model_file
 from trackformer_sb.inference.loading import load_separator
+from trackformer_sb.inference.separator import DEFAULT, default_folder
 from trackformer_sb.memory import peak_memory_mb
 
 
@@ -52,7 +53,7 @@ def describe_model(source, device=None, seconds=10.0, trust_yaml=False):
     Arguments
     ---------
     source : str or Path
-        Folder, or id on the hub.
+        Folder, id on the hub, or "default": the one in the package.
     device : str, optional
         Where to run it; by default a GPU if there is one.
     seconds : float
@@ -82,7 +83,8 @@ def describe_model(source, device=None, seconds=10.0, trust_yaml=False):
         for value in module.state_dict().values()
     ]
     try:
-        path = model_file(source, "README.md")
+        folder = default_folder() if source == DEFAULT else source
+        path = model_file(folder, "README.md")
         card = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         card = ""

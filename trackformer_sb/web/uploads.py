@@ -145,7 +145,7 @@ def separate_upload(separator, path, folder, max_minutes=15, progress=None):
     -------
     Separated
         The original first, then the sources in the order of the model, which
-        sum to it.
+        sum to it, labelled as their files are named.
 
     Raises
     ------
@@ -159,7 +159,7 @@ def separate_upload(separator, path, folder, max_minutes=15, progress=None):
     >>> class Halves:
     ...     def separate_file(self, path, out_folder, progressbar):
     ...         sig, rate = soundfile.read(path)
-    ...         paths = [Path(out_folder, f"half{i}.wav") for i in range(2)]
+    ...         paths = [Path(out_folder, f"song_{i}.wav") for i in range(2)]
     ...         for half in paths:
     ...             soundfile.write(half, sig / 2, rate, "FLOAT")
     ...         return paths
@@ -167,7 +167,7 @@ def separate_upload(separator, path, folder, max_minutes=15, progress=None):
     ...     soundfile.write(f"{folder}/song.wav", np.ones(900) / 2, 8000)
     ...     done = separate_upload(Halves(), f"{folder}/song.wav", Path(folder))
     >>> [(track.label, round(track.level)) for track in done.tracks]
-    [('Original', 0), ('Source 0', -6), ('Source 1', -6)]
+    [('Original', 0), ('0', -6), ('1', -6)]
     """
     path = Path(path)
     progress = progress or (lambda share, text: None)
@@ -196,9 +196,10 @@ def separate_upload(separator, path, folder, max_minutes=15, progress=None):
             message = f"{path.name}: {message}"
         raise ValueError(message) from error
     named = [("Original", original, 0.0)]
-    for i, source in enumerate(sources):
+    for source in map(Path, sources):
         level = _level(_mean_power(source), power)
-        named.append((f"Source {i}", Path(source), level))
+        name = source.stem.removeprefix(f"{path.stem}_")
+        named.append((name.capitalize(), source, level))
     tracks = []
     for i, (label, wav, level) in enumerate(named):
         share = SEPARATED + (1 - SEPARATED) * i / len(named)
