@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from test_data_layouts import write_moises, write_musdb, write_slakh
 
 from trackformer_sb.data import remix
 from trackformer_sb.data.audio import UnreadableAudio
@@ -12,11 +13,16 @@ from trackformer_sb.data.remix import (
     RemixedItems,
     equalise,
     list_tracks,
+    mark_absent,
     play_at,
 )
 
 RATE, SECONDS = 8000, 0.5
 CLASSES = ["drums", "bass", "vocals", "other"]
+MOISES_STEMS = (
+    "bass bowed_strings drums guitar other_keys other_plucked percussion "
+    "piano vocals wind"
+).split()
 
 
 def write(path, seconds=2.0, level=0.1, channels=2, seed=0):
@@ -66,7 +72,8 @@ def test_stems_are_listed_by_class(music):
 def test_items_are_finite_and_at_one_level(music):
     items = make_items(music)
     kinds = set()
-    for stems, named in items:
+    for stems, named, absent in items:
+        assert not absent.any()
         assert stems.shape == (4, 2, round(SECONDS * RATE))
         assert stems.dtype == torch.float32
         assert stems.isfinite().all()
@@ -80,6 +87,66 @@ def test_items_are_finite_and_at_one_level(music):
         if len(kinds) == 2:
             break
     assert kinds == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "write_song", "stems", "expected"),
+    [
+        (
+            "moisesdb",
+            lambda root, stems: write_moises(root, "uuid", stems),
+            {name: ["a", "b"] for name in MOISES_STEMS},
+            {"bass": 2, "drums": 4, "other": 12, "vocals": 2},
+        ),
+        (
+            "musdb18hq",
+            lambda root, stems: write_musdb(root, "train/A - B", stems),
+            ("bass", "drums", "other", "vocals", "mixture"),
+            {"bass": 1, "drums": 1, "other": 1, "vocals": 1},
+        ),
+        (
+            "slakh2100",
+            lambda root, stems: write_slakh(root, "train/Track00001", stems),
+            {
+                "S00": ("Guitar", True),
+                "S01": ("Drums", True),
+                "S02": ("Chromatic Percussion", True),
+                "S03": ("Percussive", True),
+                "S04": ("Bass", True),
+                "S05": ("Strings (continued)", True),
+                "S06": ("Piano", False),
+            },
+            {"bass": 1, "drums": 2, "other": 3},
+        ),
+    ],
+)
+def test_stems_of_datasets_are_mapped_to_classes(
+    tmp_path, dataset, write_song, stems, expected
+):
+    write_song(tmp_path, stems)
+    (song,) = list_tracks("data_folder", tmp_path, dataset)
+    assert {k: len(paths) for k, paths in song["tracks"].items()} == expected
+
+
+def test_what_both_songs_lack_is_known(music):
+    songs = list_tracks("mixtures_folder", music.parent / "songs", "mixtures")
+    absent = {"[01].WAV": ["vocals", "drums"], "0*": ["bass"]}
+    songs = mark_absent(songs, absent, CLASSES)
+    items = make_items(music, mixture_share=1.0)
+    items.mixtures = songs
+    found = {tuple(items[k][2].tolist()) for k in range(20)}
+    assert found == {(True, False, True, False), (False,) * 4}
+
+
+@pytest.mark.parametrize(
+    "absent", [["vocals"], {"*": "vocals"}, {"*": ["voice"]}], ids=str
+)
+def test_absent_of_other_kinds_is_refused(absent):
+    with pytest.raises(ValueError, match="absent: expected") as error:
+        mark_absent([], absent, CLASSES)
+    assert str(error.value).endswith(
+        f"drums, bass, vocals, other, got {absent}"
+    )
 
 
 def test_an_item_depends_on_seed_epoch_and_number_alone(music):

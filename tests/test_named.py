@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from trackformer_sb.objectives.named import (
+    absent_loss,
     class_masks,
     named_loss,
     octave_weights,
@@ -42,6 +43,19 @@ def test_loss_equals_a_loop():
                 expected[b] += weights[f] / mean * both.mean()
     found = named_loss(masks, mix_w, stems_w, 44100)
     torch.testing.assert_close(found, expected / CLASSES / FREQ)
+
+
+def test_absent_classes_are_compared_with_silence():
+    absent = torch.tensor([[True, False], [False, True], [False, False]])
+    mix_w = spectra(3, 2, FREQ, FRAMES)
+    # all is in class 0, which is right in the second item alone
+    masks = torch.zeros(2, 3, FREQ, FRAMES)
+    masks[0] = 1.0
+    stems_w = torch.stack([torch.zeros_like(mix_w), mix_w], 1)
+    found = absent_loss(masks, mix_w, absent, 44100)
+    # half of what names of both classes would have found
+    expected = named_loss(masks, mix_w, stems_w, 44100) / 2
+    assert found.tolist() == pytest.approx([expected[0].item(), 0, 0])
 
 
 def test_octaves_count_alike():

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import soundfile
 import torch
 from recipe_runs import RATE, ROOT, interrupted, load_recipe
 
+from trackformer_sb.data.layouts import MUSDB18_VALIDATION
 from trackformer_sb.inference.separator import Separator
 from trackformer_sb.training import named
 from trackformer_sb.training.named import NamedSeparation
@@ -119,11 +121,100 @@ def test_learning_rate_falls_and_the_run_ends(music, tmp_path, monkeypatch):
     assert (tmp_path / "separator" / "model.safetensors").is_file()
 
 
-def test_unlabelled_music_alone_trains(music, tmp_path):
+def unlabelled(music, **more):
     songs = {"data_folder": music / "songs", "dataset": "mixtures"}
-    songs |= {"mixtures_folder": "null", "number_of_epochs": 1}
+    return songs | {"mixtures_folder": "null", "number_of_epochs": 1, **more}
+
+
+def test_unlabelled_music_alone_trains(music, tmp_path):
+    songs = unlabelled(music, log_steps=4, absent="{'*': [vocals]}")
     recipe.main(command(music, tmp_path, **songs))
     assert curve(tmp_path)
+    assert "train absent" in (tmp_path / "train_log.txt").read_text()
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A separator as a training by `command` would leave it."""
+    net = {"num_spks": 8, "channels": [8, 8, 8], "d_model": 16, "num_layers": 1}
+    names = ["drums", "bass", "vocals", "other"]
+    folder = tmp_path / "pretrained"
+    Separator(names, RATE, 512, 256, net).save_pretrained(folder)
+    return folder
+
+
+def test_a_training_starts_with_a_separator(music, tmp_path, pretrained):
+    still = {"pretrained_separator": pretrained, "lr": 1e-9}
+    out = tmp_path / "run"
+    recipe.main(command(music, out, **unlabelled(music, **still)))
+    start = Separator.from_pretrained(pretrained).state_dict()
+    for key, value in weights(out).items():
+        torch.testing.assert_close(value, start[key], msg=key)
+    # a run that goes on needs it no more
+    shutil.rmtree(pretrained)
+    options = still | {"lr": 1e-2, "number_of_epochs": 2}
+    recipe.main(command(music, out, **unlabelled(music, **options)))
+    assert len(curve(out)) == 2
+    again = weights(out)
+    assert any(not torch.equal(again[key], start[key]) for key in start)
+
+
+def test_a_separator_that_does_not_fit_is_refused(music, tmp_path, pretrained):
+    other = {"d_model": 32, "hop_length": 128, "classes": "[vocals, other]"}
+    words = command(
+        music, tmp_path / "run", pretrained_separator=pretrained, **other
+    )
+    with pytest.raises(ValueError, match="pretrained_separator: ") as error:
+        recipe.main(words)
+    for difference in (
+        "classes is ['drums', 'bass', 'vocals', 'other'], this training has "
+        "['vocals', 'other']; ",
+        "hop_length is 256, this training has 128; ",
+        "d_model is 16, this training has 32",
+    ):
+        assert difference in str(error.value)
+    words = command(music, tmp_path / "run", pretrained_separator="/no/such")
+    with pytest.raises(FileNotFoundError, match="pretrained_separator: /no/su"):
+        recipe.main(words)
+
+
+def test_a_dataset_with_stems_trains(music, tmp_path, pretrained):
+    root = tmp_path / "musdb"
+    for number, title in enumerate(("A - B", MUSDB18_VALIDATION[0])):
+        shutil.copytree(
+            music / "stems" / f"song{number}", root / "train" / title
+        )
+    shutil.copy(
+        root / "train" / "A - B" / "other.wav",
+        root / "train" / MUSDB18_VALIDATION[0] / "vocals.wav",
+    )
+    keys = {"data_folder": root, "dataset": "musdb18hq"}
+    keys |= {"mixtures_folder": "null", "number_of_epochs": 1}
+    keys["pretrained_separator"] = pretrained
+    out = tmp_path / "run"
+    recipe.main(command(music, out, stem_classes="{drums: ['d*']}", **keys))
+    assert curve(out)
+    assert "1 songs with stems" in (out / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kept", "keys", "message"),
+    [
+        ("stems/song0/drums.wav", {}, "data_folder: expected songs of 0.3 s"),
+        (
+            "song.wav",
+            {"dataset": "mixtures", "mixtures_folder": "null"},
+            r"data_folder with dataset: mixtures\): expected two songs",
+        ),
+    ],
+)
+def test_too_little_music_is_refused(music, tmp_path, kept, keys, message):
+    path = tmp_path / "music" / kept
+    path.parent.mkdir(parents=True)
+    shutil.copy(music / "songs" / "0.wav", path)
+    keys = {"data_folder": tmp_path / "music"} | keys
+    with pytest.raises(ValueError, match=message):
+        recipe.main(command(music, tmp_path / "run", **keys))
 
 
 def test_without_songs_to_validate_on_it_exports_too(music, tmp_path):

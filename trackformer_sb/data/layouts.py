@@ -202,7 +202,7 @@ def _slakh2100_files(song_folder):
             yield _entry(stem, "inst_class", str), file, False
 
 
-def group_stems(songs, stem_groups):
+def group_stems(songs, stem_groups, key="stem_groups"):
     """Sums the tracks of a group, such as all keyboards, to one track.
 
     Arguments
@@ -213,6 +213,8 @@ def group_stems(songs, stem_groups):
         Group -> list of patterns of track names (* any text, ? any letter, case
         ignored). A track joins the first group that matches; others keep their
         name, and so join a group of that name.
+    key : str
+        The yaml key of the groups, for messages.
 
     Returns
     -------
@@ -239,7 +241,7 @@ def group_stems(songs, stem_groups):
         and all(isinstance(pattern, str) for pattern in patterns)
         for group, patterns in stem_groups.items()
     ):
-        expected = "expected stem_groups of {group: [pattern, ...]}"
+        expected = f"expected {key} of {{group: [pattern, ...]}}"
         raise ValueError(f"{expected}, got {stem_groups}")
     pairs = [(g, p.lower()) for g, each in stem_groups.items() for p in each]
     grouped = []

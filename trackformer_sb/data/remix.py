@@ -65,6 +65,60 @@ def stem_class(name, stem_classes=STEM_CLASSES):
     return None
 
 
+def mark_absent(songs, absent, classes):
+    """Notes which classes songs without stems are known to lack.
+
+    Arguments
+    ---------
+    songs : list of dict
+        Of ``list_tracks``.
+    absent : dict
+        Pattern of paths below the folder (* any text, ? any letter, case
+        ignored) -> list of classes.
+    classes : list of str
+        All classes.
+
+    Returns
+    -------
+    list of dict
+        With "absent", the classes of all patterns that fit.
+
+    Raises
+    ------
+    ValueError
+        If `absent` is anything else.
+
+    Example
+    -------
+    >>> songs = [{"song": "Karaoke/one.ogg"}, {"song": "two.ogg"}]
+    >>> songs = mark_absent(songs, {"karaoke/*": ["vocals"]}, ["vocals"])
+    >>> [song["absent"] for song in songs]
+    [['vocals'], []]
+    """
+    if not isinstance(absent, dict) or not all(
+        isinstance(pattern, str)
+        and isinstance(names, list)
+        and all(name in classes for name in names)
+        for pattern, names in absent.items()
+    ):
+        raise ValueError(
+            "absent: expected {pattern: [class, ...]} with classes of "
+            f"{', '.join(classes)}, got {absent}"
+        )
+    return [
+        song
+        | {
+            "absent": [
+                name
+                for pattern, names in absent.items()
+                if fnmatchcase(song["song"].lower(), pattern.lower())
+                for name in names
+            ]
+        }
+        for song in songs
+    ]
+
+
 def list_tracks(key, folder, dataset, stem_classes=STEM_CLASSES):
     """Songs of a folder with their stems by class.
 
@@ -96,7 +150,7 @@ def list_tracks(key, folder, dataset, stem_classes=STEM_CLASSES):
     listing = list_audio(key, folder, findings, "music")
     found = list_songs(key, folder, dataset, listing, findings)
     songs = []
-    for song in group_stems(found, stem_classes):
+    for song in group_stems(found, stem_classes, "stem_classes"):
         try:
             seconds = max(audio_info(path).duration for path in song.files)
         except UnreadableAudio as error:
@@ -203,7 +257,8 @@ class RemixedItems(torch.utils.data.Dataset):
     classes : sequence of str
         Names of the classes; tracks of other names are left out.
     mixtures : list of dict
-        Songs of which the sum of all tracks is used.
+        Songs of which the sum of all tracks is used; "absent" may have classes
+        that they lack, see ``mark_absent``.
     mixture_share : float
         Share of items that are two of `mixtures`, in [0, 1].
     num_items : int
@@ -257,12 +312,13 @@ class RemixedItems(torch.utils.data.Dataset):
         }
         if mixture_share < 1 and not self.pieces:
             raise ValueError(
-                "data_folder: expected songs with stems of two of "
-                f"{', '.join(classes)} or more, got none"
+                f"data_folder: expected songs of {segment_seconds} s with "
+                f"stems of two of {', '.join(classes)} or more, got none"
             )
         if mixture_share > 0 and len(self.mixtures) < 2:
             raise ValueError(
-                "mixtures_folder: expected two songs or more for a "
+                "mixtures_folder (or data_folder with dataset: mixtures): "
+                f"expected two songs of {segment_seconds} s or more for a "
                 f"mixture_share of {mixture_share}, got {len(self.mixtures)}"
             )
         self.skipped = {}
@@ -285,13 +341,18 @@ class RemixedItems(torch.utils.data.Dataset):
             silence.
         named : bool
             Whether stems are named.
+        absent : torch.Tensor
+            bool, [classes]: what both of two songs without stems lack.
         """
         rng = np.random.default_rng((self.seed, self.epoch, number))
         named = rng.random() >= self.mixture_share
-        stems = self._named(rng) if named else self._two_songs(rng)
+        stems, lacking = (
+            (self._named(rng), ()) if named else self._two_songs(rng)
+        )
         if rng.random() < 0.5:
             stems = stems[:, ::-1]  # left and right
-        return torch.from_numpy(np.ascontiguousarray(stems)), named
+        absent = torch.tensor([name in lacking for name in self.classes])
+        return torch.from_numpy(np.ascontiguousarray(stems)), named, absent
 
     def _read(self, song, rng, names=None):
         """Tracks of a song: name -> [2, time], None where it is unreadable."""
@@ -384,7 +445,7 @@ class RemixedItems(torch.utils.data.Dataset):
         return sig
 
     def _two_songs(self, rng):
-        """Two songs in the place of the first two classes."""
+        """Two songs in the place of the first two classes; what both lack."""
         stems = np.zeros((len(self.classes), 2, self.num_samples), np.float32)
         used = set()
         for _ in range(TRIES):
@@ -398,7 +459,8 @@ class RemixedItems(torch.utils.data.Dataset):
             stems[len(used)] = sig * np.float32(level / rms)
             used.add(index)
             if len(used) == 2:
-                return stems
+                lacking = [self.mixtures[k].get("absent", ()) for k in used]
+                return stems, set.intersection(*map(set, lacking))
         raise UnreadableAudio(
             "no two songs with sound found, " + "; ".join(self.skipped.values())
         )

@@ -52,6 +52,21 @@ def octave_weights(num_bins, sample_rate, device=None):
     return (weights / weights.mean()).unsqueeze(1)
 
 
+def _distances(est_mask, mix_w, stems_w, sample_rate):
+    """The distance of each class, [batch, classes], see ``named_loss``."""
+    num_classes, bins = stems_w.shape[1], stems_w.shape[-2]
+    masks = class_masks(est_mask, num_classes).transpose(0, 1)
+    estimate = masks.unsqueeze(2) * mix_w.abs().unsqueeze(1)
+    target = stems_w.abs()
+    weights = octave_weights(bins, sample_rate, target.device)
+    # finite slopes where nothing sounds
+    distance = ((estimate + 1e-6).sqrt() - (target + 1e-6).sqrt()).abs()
+    distance = 2 * distance + LINEAR_SHARE * (estimate - target).abs()
+    # a product with the weights would be another pass over all of it
+    per_bin = distance.mean((2, 4))
+    return (per_bin * weights.squeeze(1)).mean(-1)
+
+
 def named_loss(est_mask, mix_w, stems_w, sample_rate):
     """Distance of the named stems' spectra, in compressed magnitudes.
 
@@ -77,14 +92,40 @@ def named_loss(est_mask, mix_w, stems_w, sample_rate):
     torch.Tensor
         [batch], lower is better.
     """
-    num_classes, bins = stems_w.shape[1], stems_w.shape[-2]
-    masks = class_masks(est_mask, num_classes).transpose(0, 1)
-    estimate = masks.unsqueeze(2) * mix_w.abs().unsqueeze(1)
-    target = stems_w.abs()
-    weights = octave_weights(bins, sample_rate, target.device)
-    # finite slopes where nothing sounds
-    distance = ((estimate + 1e-6).sqrt() - (target + 1e-6).sqrt()).abs()
-    distance = 2 * distance + LINEAR_SHARE * (estimate - target).abs()
-    # a product with the weights would be another pass over all of it
-    per_bin = distance.mean((1, 2, 4))
-    return (per_bin * weights.squeeze(1)).mean(-1)
+    return _distances(est_mask, mix_w, stems_w, sample_rate).mean(1)
+
+
+def absent_loss(est_mask, mix_w, absent, sample_rate):
+    """``named_loss`` where all that is known is that classes are absent.
+
+    These are compared with silence, the others count as perfect. That a class
+    is absent from one song of a mixture of two is not used: it would restrict
+    MixIT's assignment.
+
+    Arguments
+    ---------
+    est_mask, mix_w, sample_rate
+        As for ``named_loss``.
+    absent : torch.Tensor
+        bool, [batch, classes].
+
+    Returns
+    -------
+    torch.Tensor
+        [batch], lower is better.
+
+    Example
+    -------
+    >>> mix_w = torch.ones(1, 1, 33, 10, dtype=torch.complex64)
+    >>> drums, vocals = torch.tensor([[True, False], [False, True]])
+    >>> masks = torch.stack([torch.ones(1, 33, 10), torch.zeros(1, 33, 10)])
+    >>> [
+    ...     round(absent_loss(masks, mix_w, one[None], 44100).item(), 2)
+    ...     for one in (drums, vocals)
+    ... ]
+    [1.05, 0.0]
+    """
+    silence = torch.zeros_like(mix_w).unsqueeze(1)
+    silence = silence.expand(-1, absent.shape[1], -1, -1, -1)
+    distances = _distances(est_mask, mix_w, silence, sample_rate)
+    return (distances * absent).mean(1)

@@ -25,7 +25,14 @@ _FLAGS = {name for name in _OPTIONS if RunOptions()[name] is False}
 
 
 # Keys whose values are paths, be they called 2024 or 2024-05-01.
-PATHS = ("_folder", "_file", "_log", "pretrained_encoder", "shard_urls")
+PATHS = (
+    "_folder",
+    "_file",
+    "_log",
+    "pretrained_encoder",
+    "pretrained_separator",
+    "shard_urls",
+)
 
 
 def _as_yaml(key, value):

@@ -116,21 +116,21 @@ def prepare_data(hparams):
             f"{hparams['dataset']}"
         )
     options = {key: hparams[key] for key in DATA_KEYS}
-    options["stem_groups"] = _stem_groups(hparams)
+    options["stem_groups"] = read_mapping(hparams, "stem_groups")
     options["manifest_folder"] = manifest_folder(hparams)
     run_on_main(prepare, kwargs=options)
 
 
-def _stem_groups(hparams):
-    """The groups; a mapping on the command line arrives as a text."""
-    groups = hparams["stem_groups"]
-    if not isinstance(groups, str):
-        return groups
+def read_mapping(hparams, key, expected="{group: [pattern, ...]}"):
+    """The value of a key; a mapping on the command line arrives as a text."""
+    value = hparams[key]
+    if not isinstance(value, str):
+        return value
     try:
-        return yaml.safe_load(groups)
+        return yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ValueError(
-            f"stem_groups: expected {{group: [pattern, ...]}}, got {groups!r}"
+            f"{key}: expected {expected}, got {value!r}"
         ) from error
 
 
@@ -168,7 +168,7 @@ def _check_packed(hparams):
             f"segment_seconds: expected up to {packed['segment_seconds']}, the "
             f"length packed in {where}, got {hparams['segment_seconds']}"
         )
-    asked = {**hparams, "stem_groups": _stem_groups(hparams)}
+    asked = {**hparams, "stem_groups": read_mapping(hparams, "stem_groups")}
     for key in PACKED_KEYS:
         default = inspect.signature(prepare).parameters[key].default
         # of earlier packings, and of older yamls, not all are known

@@ -22,6 +22,7 @@ MAY_CHANGE = (
 NAMED_MAY_CHANGE = (
     "mixtures_folder",
     "mixture_share",
+    "absent",
     "valid_folders",
     "valid_windows",
     "epoch_items",

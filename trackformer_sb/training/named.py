@@ -12,10 +12,15 @@ from speechbrain.dataio.dataloader import SaveableDataLoader
 from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from speechbrain.utils.logger import get_logger
 
-from trackformer_sb.data.remix import NamedWindows, RemixedItems, list_tracks
+from trackformer_sb.data.remix import (
+    NamedWindows,
+    RemixedItems,
+    list_tracks,
+    mark_absent,
+)
 from trackformer_sb.inference.separation import apply_masks
 from trackformer_sb.objectives.mixit import mixit_loss
-from trackformer_sb.objectives.named import named_loss
+from trackformer_sb.objectives.named import absent_loss, named_loss
 from trackformer_sb.objectives.named_metrics import (
     decode_masks,
     named_si_snri,
@@ -23,6 +28,7 @@ from trackformer_sb.objectives.named_metrics import (
     time_averaged_masks,
 )
 from trackformer_sb.training.costs import of_all_ranks
+from trackformer_sb.training.dataio import read_mapping
 from trackformer_sb.training.optimization import clip_all_groups
 
 logger = get_logger(__name__)
@@ -83,9 +89,17 @@ class NamedSeparation(sb.Brain):
                 sources[..., :length].flatten(2), stems[~named, :2].flatten(2)
             )
             losses["mixit"] = MIXIT_SHARE * losses["mixit"]
+            absent = batch[2].to(self.device)[~named]
+            if absent.any():
+                losses["absent"] = absent_loss(
+                    est_mask[:, ~named],
+                    mix_w[~named],
+                    absent,
+                    self.hparams.sample_rate,
+                )
         for name, loss in losses.items():
             self.sums.setdefault(name, []).append(loss.detach().mean())
-        return torch.cat(list(losses.values())).mean()
+        return sum(loss.sum() for loss in losses.values()) / len(named)
 
     @torch.no_grad()
     def measure(self, est_mask, mix_w, stems):
@@ -309,6 +323,8 @@ def _songs(hparams):
     for key, folder in folders.items():
         if folder:
             mixtures += list_tracks(key, folder, "mixtures")
+    absent = read_mapping(hparams, "absent", "{pattern: [class, ...]}")
+    mixtures = mark_absent(mixtures, absent, classes)
     parts = [
         [
             song
@@ -320,9 +336,57 @@ def _songs(hparams):
     ]
     logger.info(
         f"{len(parts[0])} songs with stems of {', '.join(classes)}, "
-        f"{len(parts[1])} without"
+        f"{len(parts[1])} without, of which "
+        f"{sum(bool(song['absent']) for song in parts[1])} lack a class"
     )
     return parts
+
+
+def _mixture_share(hparams):
+    """Share of items without stems: all or none of one kind of folder."""
+    mixtures = hparams["dataset"] == "mixtures"
+    if not mixtures and not hparams["mixtures_folder"]:
+        return 0.0
+    named = hparams["data_folder"] and not mixtures
+    return hparams["mixture_share"] if named else 1.0
+
+
+def initialise(hparams):
+    """Loads the pre-trained separator, if a new run is to start with one.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is not there.
+    ValueError
+        Naming the keys in which it differs, with both values.
+    """
+    source = hparams["pretrained_separator"]
+    if not source or hparams["checkpointer"].find_checkpoint() is not None:
+        return
+    # Imported here: training needs no hub.
+    from trackformer_sb.inference.separator import Separator
+
+    try:
+        separator = Separator.from_pretrained(source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"pretrained_separator: {error}") from error
+    masknet = hparams["MaskNet"]
+    keys = "classes", "sample_rate", "n_fft", "hop_length"
+    asked = {key: hparams[key] for key in keys} | masknet.arguments
+    known = separator.config | separator.masknet.arguments
+    different = [
+        f"{key} is {known[key]}, this training has {value}"
+        for key, value in asked.items()
+        if known[key] != value
+    ]
+    if different:
+        raise ValueError(
+            f"pretrained_separator: the separator in {source} does not fit: "
+            + "; ".join(different)
+        )
+    for net in (masknet, hparams["ema"].module):
+        net.load_state_dict(separator.masknet.state_dict())
 
 
 def train(experiment):
@@ -334,6 +398,9 @@ def train(experiment):
         Of ``hparams/separator.yaml`` or one like it.
     """
     hparams = experiment.hparams
+    # before anything of an earlier run is written over
+    initialise(hparams)
+    hparams["stem_classes"] = read_mapping(hparams, "stem_classes")
     sb.create_experiment_directory(**experiment.directory)
     brain = NamedSeparation(
         modules=hparams["modules"],
@@ -348,12 +415,11 @@ def train(experiment):
         torch.distributed.get_world_size() if brain.distributed_launch else 1
     )
     songs, mixtures = _songs(hparams)
-    share = hparams["mixture_share"] if songs else 1.0
     brain.items = RemixedItems(
         songs,
         hparams["classes"],
         mixtures,
-        share if mixtures else 0.0,
+        _mixture_share(hparams),
         hparams["epoch_items"],
         hparams["sample_rate"],
         hparams["segment_seconds"],
