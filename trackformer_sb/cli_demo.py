@@ -6,7 +6,7 @@ import sys
 import threading
 
 from trackformer_sb.cli_data import complain, number, positive
-from trackformer_sb.cli_model import add_loading
+from trackformer_sb.cli_model import add_loading, add_model
 
 
 def _port(text):
@@ -42,11 +42,7 @@ def add_demo(commands):
             "it and removes the files it made."
         ),
     )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="separator folder as training leaves it, or a model on the hub",
-    )
+    add_model(parser)
     parser.add_argument(
         "--port",
         type=_port,
@@ -98,10 +94,9 @@ def _demo(args):
     try:
         import_gradio()  # before the model, which may take long
         separator, _ = load_separator(args.model, args.device, args.trust_yaml)
-        title = (
-            f"{args.model}: {separator.hparams.num_spks} sources at "
-            f"{separator.hparams.sample_rate} Hz"
-        )
+        num_spks = separator.hparams.num_spks
+        sources = ", ".join(separator.groups or [f"{num_spks} sources"])
+        title = f"{args.model}: {sources} at {separator.hparams.sample_rate} Hz"
         page = running_page(
             separator,
             title,
