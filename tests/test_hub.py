@@ -6,14 +6,18 @@ import subprocess
 import sys
 
 import pytest
+import soundfile
 import torch
 from hub_server import serving, use_hub
+from speechbrain.inference.separation import SepformerSeparation
 from speechbrain.utils.fetching import FetchConfig, LocalStrategy
 from test_export import loaded, mixtures, trained
 
+from trackformer_sb.cli import main
 from trackformer_sb.inference.export import export_separator
 from trackformer_sb.inference.interfaces import PerformerSeparation
 from trackformer_sb.inference.pretrained import PerformerSeparator
+from trackformer_sb.inference.separator import Separator
 
 REPO = "band/separator"
 
@@ -51,6 +55,12 @@ def by_yaml(source=REPO, revision=None, token=False, offline=False, **options):
         source, fetch_config=config, run_opts={"device": "cpu"}, **options
     )
     return separator.separate_batch
+
+
+def by_speechbrain(source):
+    return SepformerSeparation.from_hparams(
+        source, run_opts={"device": "cpu"}
+    ).separate_batch
 
 
 def by_values(source=REPO, offline=False, **options):
@@ -287,6 +297,28 @@ def test_push_to_hub(hub, folder, expected):
     ]
     again = by_values("me/mine", token="hf_right")
     assert torch.equal(again(mixtures()), expected)
+
+
+def test_named_stems_by_their_id(hub, tmp_path):
+    masknet = {"channels": [8, 8, 8], "d_model": 16, "num_layers": 1}
+    separator = Separator(["drums", "vocals"], 8000, 512, 256, masknet)
+    separator.push_to_hub("me/mine")
+    assert sorted(hub.repos["me/mine"]["main"]) == [
+        "README.md",
+        "config.json",
+        "hyperparams.yaml",
+        "model.safetensors",
+    ]
+    again = Separator.from_pretrained("me/mine")
+    mix = mixtures()[:1]
+    stems = torch.stack(list(again.separate(mix).values()), -1)
+    for load in (by_yaml, by_speechbrain):
+        torch.testing.assert_close(load("me/mine")(mix), stems)
+    song = tmp_path / "song.wav"
+    soundfile.write(song, mix[0], 8000)
+    words = ["separate", str(song), "--model=me/mine", f"--out={tmp_path}"]
+    assert main(words) == 0
+    assert (tmp_path / "song_vocals.wav").is_file()
 
 
 SCRIPT = """

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from speechbrain.inference.separation import SepformerSeparation
 
 from trackformer_sb.cli import main
 from trackformer_sb.inference import separator as separator_module
+from trackformer_sb.inference.interfaces import PerformerSeparation
 from trackformer_sb.inference.loading import load_separator
 from trackformer_sb.inference.separator import Separator
 
@@ -72,8 +74,35 @@ def test_a_folder_gives_the_same_stems(separator, folder):
 
 def test_saved_again_nothing_changes(folder, tmp_path):
     Separator.from_pretrained(folder).save_pretrained(tmp_path)
-    for name in ("config.json", "model.safetensors"):
+    names = "README.md config.json hyperparams.yaml model.safetensors".split()
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name in names:
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("cls", [PerformerSeparation, SepformerSeparation])
+def test_by_yaml_a_batch_has_the_stems_in_their_order(folder, cls, tmp_path):
+    mix = torch.randn(1, 5000)
+    stems = Separator.from_pretrained(folder).separate(mix)
+    expected = torch.stack(list(stems.values()), -1)
+    for savedir in (None, tmp_path / "saved"):
+        by_yaml = cls.from_hparams(str(folder), savedir=savedir)
+        torch.testing.assert_close(by_yaml.separate_batch(mix), expected)
+    loaded, _ = load_separator(folder, "cpu")
+    torch.testing.assert_close(loaded.separate_batch(mix), expected)
+
+
+@pytest.mark.parametrize("cls", [PerformerSeparation, SepformerSeparation])
+def test_by_yaml_weights_that_do_not_fit_are_refused(folder, cls, tmp_path):
+    text = (folder / "hyperparams.yaml").read_text()
+    other = text.replace('"d_model": 16', '"d_model": 32')
+    assert other != text
+    (tmp_path / "hyperparams.yaml").write_text(other)
+    with pytest.raises((FileNotFoundError, ValueError), match="safetensors"):
+        cls.from_hparams(str(tmp_path))
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    with pytest.raises(ValueError, match="does not fit StemMaskNet"):
+        cls.from_hparams(str(tmp_path))
 
 
 def test_of_masknet_takes_the_weights(separator):
@@ -125,6 +154,19 @@ def test_files_get_their_names(folder, tmp_path, channels, rate):
     np.testing.assert_allclose(sum(stems), read(song), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "load", [Separator.from_pretrained, PerformerSeparation.from_hparams]
+)
+def test_separate_file_writes_what_the_command_does(folder, tmp_path, load):
+    song = write_song(tmp_path / "song.wav", rate=11025)
+    main(["separate", song, f"--model={folder}", f"--out={tmp_path}/out"])
+    paths = load(str(folder)).separate_file(song, tmp_path, progressbar=False)
+    assert [path.name for path in paths] == [f"song_{x}.wav" for x in CLASSES]
+    for path in paths:
+        expected = read(tmp_path / "out" / path.name)
+        np.testing.assert_allclose(read(path), expected, atol=1e-6)
+
+
 def test_one_stem_and_the_rest(folder, tmp_path, capsys):
     song = write_song(tmp_path / "song.wav")
     options = [f"--model={folder}", f"--out={tmp_path}"]
@@ -173,7 +215,9 @@ def test_without_a_model_the_one_in_the_package_is_asked_for(
     assert (tmp_path / "song_drums.wav").is_file()
     capsys.readouterr()
     assert main(["info", "--seconds=0.1"]) == 0
-    assert "default (config.json)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "default (config.json)" in told
+    assert "drums, vocals, other" in told
 
 
 def test_a_wheel_brings_the_separator(tmp_path):
@@ -192,7 +236,8 @@ def test_a_wheel_brings_the_separator(tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "unpacked")
     folder = tmp_path / "unpacked" / "trackformer_sb" / "pretrained"
     assert {path.name for path in folder.iterdir()} == {
-        *("README.md", "config.json", "model.safetensors")
+        *("README.md", "config.json", "hyperparams.yaml"),
+        "model.safetensors",
     }
     assert (folder / "model.safetensors").stat().st_size <= 12e6
     separator = Separator.from_pretrained(folder)
@@ -212,12 +257,21 @@ def test_chunks_keep_their_names(separator, folder, tmp_path):
         assert torch.corrcoef(torch.stack([stem[0], expected[0]]))[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("seconds", [1 / RATE, 0.01])
-def test_short_songs(folder, tmp_path, seconds):
-    song = write_song(tmp_path / "song.wav", seconds=seconds)
+@pytest.mark.parametrize(
+    ("rate", "channels", "samples"),
+    [
+        (RATE, 1, 1),
+        (44100, 2, 1),
+        (RATE, 2, 300),  # shorter than a window
+        (RATE // 2, 1, 3000),
+    ],
+)
+def test_short_songs_and_low_rates(folder, tmp_path, rate, channels, samples):
+    song = write_song(tmp_path / "song.wav", channels, samples / rate, rate)
     options = [f"--model={folder}", f"--out={tmp_path}"]
     assert main(["separate", song, *options]) == 0
-    assert len(read(tmp_path / "song_drums.wav")) == len(read(song))
+    stems = [read(tmp_path / f"song_{name}.wav") for name in CLASSES]
+    np.testing.assert_allclose(sum(stems), read(song), atol=1e-5)
 
 
 def test_silence_stays_silent(folder, tmp_path):
@@ -226,3 +280,24 @@ def test_silence_stays_silent(folder, tmp_path):
     options = [f"--model={folder}", f"--out={tmp_path}"]
     assert main(["separate", str(path), *options]) == 0
     assert not read(tmp_path / "silence_vocals.wav").any()
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([], "holds no samples"),
+        ([0.1] * 9 + [np.nan], "NaN or infinite samples"),
+        ([0.1] * 9 + [np.inf], "NaN or infinite samples"),
+    ],
+    ids=["empty", "nan", "infinite"],
+)
+def test_no_stems_of_what_is_no_sound(
+    folder, tmp_path, capsys, samples, message
+):
+    path = tmp_path / "song.wav"
+    soundfile.write(path, np.array(samples), RATE, subtype="FLOAT")
+    options = [f"--model={folder}", f"--out={tmp_path}/out"]
+    assert main(["separate", str(path), *options]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(path) in line and message in line
+    assert not list((tmp_path / "out").glob("*"))

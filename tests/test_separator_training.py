@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from hub_server import serving, use_hub
 from recipe_runs import RATE, ROOT, interrupted, load_recipe
 
+from trackformer_sb.cli import main
 from trackformer_sb.data.layouts import MUSDB18_VALIDATION
 from trackformer_sb.inference.separator import Separator
 from trackformer_sb.training import named
@@ -86,6 +88,20 @@ def test_a_run_leaves_its_curve_and_separator(music, tmp_path):
     separator = Separator.from_pretrained(tmp_path / "separator")
     stems = separator.separate(torch.randn(2, RATE))
     assert list(stems) == ["drums", "bass", "vocals", "other"]
+
+
+def test_export_of_a_run_is_what_it_left(music, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    recipe.main(command(music, run, number_of_epochs=1))
+    with serving() as hub:
+        use_hub(monkeypatch, hub, tmp_path / "cache")
+        words = ["export", str(run), str(tmp_path / "again")]
+        assert main([*words, "--push=me/mine"]) == 0
+        assert f"{hub.url}/me/mine" in capsys.readouterr().out
+        for name in ("config.json", "hyperparams.yaml", "model.safetensors"):
+            left = (run / "separator" / name).read_bytes()
+            assert hub.repos["me/mine"]["main"][name] == left
+    assert "| epoch | 1 |" in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_resumed_run_equals_uninterrupted_one(music, tmp_path, monkeypatch):

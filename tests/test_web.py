@@ -25,6 +25,8 @@ from hyperpyyaml import load_hyperpyyaml
 from trackformer_sb.cli_demo import add_demo
 from trackformer_sb.inference.export import export_separator
 from trackformer_sb.inference.interfaces import PerformerSeparation
+from trackformer_sb.inference.loading import load_separator
+from trackformer_sb.inference.separator import Separator
 from trackformer_sb.web import uploads
 from trackformer_sb.web.markup import escaped, separation
 from trackformer_sb.web.page import Uploads, import_gradio
@@ -85,6 +87,15 @@ def separator(model):
     return PerformerSeparation.from_hparams(
         source=model, run_opts={"device": "cpu"}
     )
+
+
+@pytest.fixture(scope="module")
+def named_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("named")
+    masknet = {"channels": [8, 8, 8], "d_model": 16, "num_layers": 1}
+    separator = Separator(["drums", "vocals"], RATE, 512, 256, masknet)
+    separator.save_pretrained(folder)
+    return folder
 
 
 def write_noise(path, seconds=0.5, seed=0):
@@ -177,7 +188,7 @@ def test_an_upload_is_separated(separator, tmp_path):
     )
     assert done[1:] == (RATE, 2, RATE // 2)
     labels = [track.label for track in done.tracks]
-    assert labels == ["Original", "Source0", "Source1", "Source2"]
+    assert labels == ["Original", "Source 0", "Source 1", "Source 2"]
     sigs = [soundfile.read(track.path)[0] for track in done.tracks]
     assert np.array_equal(sigs[0], soundfile.read(path)[0])
     assert np.allclose(sum(sigs[1:]), sigs[0], atol=1e-6)
@@ -189,6 +200,18 @@ def test_an_upload_is_separated(separator, tmp_path):
     assert shares == sorted(shares) and 0 <= shares[0] and shares[-1] < 1
     assert told[0] == (0.0, "Reading")
     assert told[-1][1] == "Drawing spectrograms"
+
+
+def test_tracks_of_named_stems_have_their_names(named_model, tmp_path):
+    separator, _ = load_separator(named_model, "cpu")
+    path = write_noise(tmp_path / NAME)
+    done = separate_upload(separator, path, tmp_path)
+    labels = [track.label for track in done.tracks]
+    assert labels == ["Original", "Drums", "Vocals"]
+    assert done.tracks[2].path.name == f"{Path(NAME).stem}_vocals.wav"
+    page = Elements(separation(done, NAME))
+    for label in labels:
+        assert label in page.text
 
 
 def test_progress_of_the_separator_is_passed_on(tmp_path):
@@ -410,7 +433,6 @@ def free_port():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "MODEL"),
         (["m", "--port", "0"], "must be in [1, 65535], got 0"),
         (["m", "--port", "65536"], "must be in [1, 65535], got 65536"),
         (["m", "--max_minutes", "0"], "must be above 0, got 0"),
@@ -449,6 +471,26 @@ def test_without_gradio(monkeypatch, capsys):
     assert run_demo("nowhere") == 2
     error = capsys.readouterr().err
     assert error.startswith("trackformer demo: the page needs gradio: pip")
+
+
+def test_without_a_model_the_one_in_the_package_is_shown(
+    named_model, monkeypatch, capsys
+):
+    shown = []
+
+    @contextlib.contextmanager
+    def page(separator, title, **options):
+        shown.extend([separator.groups, title])
+        yield "http://127.0.0.1:7860"
+
+    monkeypatch.setattr("trackformer_sb.web.page.import_gradio", lambda: None)
+    monkeypatch.setattr("trackformer_sb.web.server.running_page", page)
+    monkeypatch.setattr("trackformer_sb.cli_demo._wait", lambda: None)
+    default = "trackformer_sb.inference.separator.default_folder"
+    monkeypatch.setattr(default, lambda: named_model)
+    assert run_demo("--device=cpu") == 0
+    assert list(shown[0]) == ["drums", "vocals"]
+    assert shown[1] == "default: drums, vocals at 8000 Hz"
 
 
 # --- the server --------------------------------------------------------------

@@ -6,7 +6,7 @@ import sys
 import threading
 
 from trackformer_sb.cli_data import complain, number, positive
-from trackformer_sb.cli_model import add_loading
+from trackformer_sb.cli_model import add_loading, add_model
 
 
 def _port(text):
@@ -29,9 +29,9 @@ def add_demo(commands):
     -------
     >>> parser = argparse.ArgumentParser()
     >>> add_demo(parser.add_subparsers())
-    >>> args = parser.parse_args(["demo"])
-    >>> args.model, args.host, args.port
-    ('default', '127.0.0.1', 7860)
+    >>> args = parser.parse_args(["demo", "separator"])
+    >>> args.host, args.port
+    ('127.0.0.1', 7860)
     """
     parser = commands.add_parser(
         "demo",
@@ -42,14 +42,7 @@ def add_demo(commands):
             "it and removes the files it made."
         ),
     )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?",
-        default="default",
-        help="separator folder as training leaves it, or a model on the hub "
-        "(default: the package's own)",
-    )
+    add_model(parser)
     parser.add_argument(
         "--port",
         type=_port,
@@ -101,11 +94,9 @@ def _demo(args):
     try:
         import_gradio()  # before the model, which may take long
         separator, _ = load_separator(args.model, args.device, args.trust_yaml)
-        sources = f"{separator.hparams.num_spks} sources"
-        title = (
-            f"{args.model}: {', '.join(separator.groups or [sources])} at "
-            f"{separator.hparams.sample_rate} Hz"
-        )
+        num_spks = separator.hparams.num_spks
+        sources = ", ".join(separator.groups or [f"{num_spks} sources"])
+        title = f"{args.model}: {sources} at {separator.hparams.sample_rate} Hz"
         page = running_page(
             separator,
             title,

@@ -5,6 +5,24 @@ import json
 from trackformer_sb.cli_data import complain, positive
 
 
+def add_model(parser):
+    """Adds which model: ``MODEL``.
+
+    Arguments
+    ---------
+    parser : argparse.ArgumentParser
+        Of a command.
+    """
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default="default",
+        help="separator folder as training leaves it, or a model on the hub "
+        "(default: the package's own, where it has one)",
+    )
+
+
 def add_loading(parser):
     """Adds how a model is loaded: ``--device`` and ``--trust_yaml``.
 
@@ -113,14 +131,7 @@ def add_info(commands):
             "this machine."
         ),
     )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?",
-        default="default",
-        help="separator folder as training leaves it, or a model on the hub "
-        "(default: the package's own)",
-    )
+    add_model(parser)
     add_loading(parser)
     parser.add_argument(
         "--seconds",

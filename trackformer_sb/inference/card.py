@@ -15,7 +15,9 @@ tags:
 ---
 
 # {title}
+"""
 
+UNNAMED = """
 Separates music into {num_spks} waveforms that sum to it. Trained with mixture
 invariant training (MixIT, arXiv 2006.12701), which needs no separated stems.
 
@@ -64,6 +66,27 @@ est_source = model(mix)  # [batch, time] -> [batch, sources, time]
 model from the safetensors.
 """
 
+NAMED = """
+Separates music into {stems}, which sum to it.
+
+## How to use
+
+```shell
+trackformer separate song.mp3 --model path/to/this/folder
+```
+
+```python
+from trackformer_sb.inference.separator import Separator
+
+separator = Separator.from_pretrained("path/to/this/folder")
+paths = separator.separate_file("song.mp3", out_folder="stems")
+```
+
+Neither runs code of this folder. `hyperparams.yaml` is code, for interfaces
+that load it: `separate_batch` of SpeechBrain's `SepformerSeparation` gives the
+stems in this order.
+"""
+
 YAML_ONLY = """
 This separator is no Performer on an STFT: it has no `config.json` and loads
 from its yaml only.
@@ -91,6 +114,36 @@ def separator_title(name, num_spks, sample_rate):
     'MaskNet separator: 4 outputs at 44100 Hz'
     """
     return f"{name} separator: {num_spks} outputs at {sample_rate} Hz"
+
+
+def named_title(classes, sample_rate):
+    """The first line of card and yaml of a separator of named stems."""
+    return f"Separator of {', '.join(classes)} at {sample_rate} Hz"
+
+
+def named_card(classes, sample_rate, metadata=None):
+    """The card of a separator of named stems.
+
+    Arguments
+    ---------
+    classes : list of str
+        Names of the stems.
+    sample_rate : int
+        In Hz.
+    metadata : dict, optional
+        Sections: title -> text, or a dict as a table.
+
+    Returns
+    -------
+    str
+        Markdown with YAML front matter.
+    """
+    title = named_title(classes, sample_rate)
+    return (
+        FRONT.format(title=title)
+        + NAMED.format(stems=", ".join(classes))
+        + card_sections(metadata or {})
+    )
 
 
 def separator_card(title, num_spks, sample_rate, metadata=None, plain=True):
@@ -127,6 +180,7 @@ def separator_card(title, num_spks, sample_rate, metadata=None, plain=True):
     }
     return (
         FRONT.format(**values)
+        + UNNAMED.format(**values)
         + (PLAIN if plain else YAML_ONLY)
         + card_sections(metadata or {})
         + LIMITS.format(**values)

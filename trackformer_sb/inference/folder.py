@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -171,6 +172,41 @@ def _replace_folder(new, folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def replaced_folder(folder, what, nodes):
+    """A new folder, which takes its place when all is in it.
+
+    Arguments
+    ---------
+    folder : Path
+        Where to; a model that is there is replaced.
+    what : str
+        What the folder holds, for messages.
+    nodes : iterable of str
+        Names of its modules.
+
+    Yields
+    ------
+    Path
+        The folder to fill, beside it.
+
+    Raises
+    ------
+    FileExistsError
+        If the folder holds other files than those of a model.
+    """
+    _check_replaceable(folder, what, nodes)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        _replace_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _check_replaceable(folder, what, nodes):
     """Refuses to replace a folder that is something else than such a model."""
     if not folder.exists():
@@ -272,13 +308,8 @@ def write_model(
         that fit the trained ones.
     """
     folder = Path(folder).resolve()
-    _check_replaceable(folder, what, nodes)
     modules = {name: unwrapped(modules[name]) for name in nodes}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with replaced_folder(folder, what, nodes) as partial:
         write_files(partial, hparams, modules, nodes, settings, header, config)
         (partial / "README.md").write_text(card, encoding="utf-8")
         # without touching the random state of a training
@@ -286,9 +317,6 @@ def write_model(
             _check_loads(partial)
             if check is not None:
                 check(partial)
-        _replace_folder(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

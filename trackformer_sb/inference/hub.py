@@ -17,7 +17,11 @@ from speechbrain.utils.fetching import (
 )
 
 from trackformer_sb.inference.download import model_file
-from trackformer_sb.inference.weights import load_weights
+from trackformer_sb.inference.folder import SAFETENSORS_FILE
+from trackformer_sb.inference.weights import (
+    SafetensorsPretrainer,
+    load_weights,
+)
 
 
 def fetched_file(
@@ -183,9 +187,15 @@ def load_strictly(
     _check_covered(pretrainer, hparams["modules"], path)
     if guess_source(source)[0] == FetchFrom.HUGGING_FACE:
         # fetched and checked here: the Pretrainer finds them on disk
-        for name in pretrainer.loadables:
-            if name not in pretrainer.paths and pretrainer.is_loadable(name):
-                fetched_file(source, f"{name}.ckpt", what, collect_in, **how)
+        files = [
+            f"{name}.ckpt"
+            for name in pretrainer.loadables
+            if name not in pretrainer.paths and pretrainer.is_loadable(name)
+        ]
+        if isinstance(pretrainer, SafetensorsPretrainer):
+            files = [SAFETENSORS_FILE]
+        for name in files:
+            fetched_file(source, name, what, collect_in, **how)
         source = str(path.parent)
         # beside the yaml they are already where they belong
         collect_in = collect_in if pretrainer.paths else None

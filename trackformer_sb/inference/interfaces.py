@@ -121,13 +121,20 @@ class PerformerSeparation(StrictPretrained):
         Returns
         -------
         torch.Tensor
-            [batch, time, sources], as of ``SepformerSeparation``.
+            [batch, time, sources], as of ``SepformerSeparation``: the outputs,
+            or the named stems in their order where the model has names.
         """
         if mix.dim() != 2:
             raise ValueError(
                 f"expected mix [batch, time], got {list(mix.shape)}"
             )
-        return self._separate(mix).transpose(1, 2)
+        est_source = self._separate(mix)
+        if self.groups is not None:
+            stems = [
+                est_source[:, list(x)].sum(1) for x in self.groups.values()
+            ]
+            return torch.stack(stems, -1)
+        return est_source.transpose(1, 2)
 
     def separate_channels(self, mix):
         """Separates mixtures of several channels, which share the masks.
@@ -173,9 +180,10 @@ class PerformerSeparation(StrictPretrained):
         path : str or Path
             Audio file that libsndfile reads.
         out_folder : str or Path, optional
-            Where to write one file per output: ``<stem>_source0.wav`` and so
-            on. They appear when all of them are whole. Memory then does not
-            depend on the length.
+            Where to write one file per output: ``<stem>_drums.wav`` and so
+            on, or ``<stem>_source0.wav`` where the model has no names. They
+            appear when all of them are whole. Memory then does not depend on
+            the length.
         chunk_seconds : float
             Length of what the model sees at once, in seconds.
         overlap : float

@@ -11,14 +11,12 @@ from trackformer_sb.inference.hub import is_local
 from trackformer_sb.inference.interfaces import PerformerSeparation
 from trackformer_sb.inference.pretrained import PerformerSeparator
 from trackformer_sb.inference.separator import (
-    DEFAULT,
+    YAML_FILE,
     Separator,
-    default_folder,
+    resolved,
 )
 
 logger = get_logger(__name__)
-
-YAML_FILE = "hyperparams.yaml"
 
 
 def load_separator(source, device=None, trust_yaml=False):
@@ -60,7 +58,7 @@ def load_separator(source, device=None, trust_yaml=False):
         raise ValueError(f"device {device}: torch finds no CUDA device")
     # SpeechBrain warns of "cuda" without a number
     run_opts = {"device": "cuda:0" if device == "cuda" else str(device)}
-    source = default_folder() if source == DEFAULT else source
+    source = resolved(source)
     try:
         plain = is_ours(model_file(source, CONFIG_FILE))
     except FileNotFoundError as error:
@@ -80,15 +78,13 @@ def load_separator(source, device=None, trust_yaml=False):
             logger.warning(danger)
         separator = PerformerSeparation.from_hparams(source, run_opts=run_opts)
         return separator, YAML_FILE
-    named = "classes" in read_json(model_file(source, CONFIG_FILE))
-    kind = Separator if named else PerformerSeparator
-    model = kind.from_pretrained(source)
-    hparams = dict(model.config)
-    if named:
-        hparams |= {"groups": model.groups, "num_spks": model.masknet.num_spks}
+    if "classes" in read_json(model_file(source, CONFIG_FILE)):
+        separator = Separator.from_pretrained(source).interface(run_opts)
+        return separator, CONFIG_FILE
+    model = PerformerSeparator.from_pretrained(source)
     separator = PerformerSeparation(
         modules=dict(model.named_children()),
-        hparams=hparams,
+        hparams=dict(model.config),
         run_opts=run_opts,
     )
     return separator, CONFIG_FILE

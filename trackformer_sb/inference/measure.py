@@ -7,7 +7,7 @@ import torch
 from trackformer_sb.inference.card import card_tables
 from trackformer_sb.inference.download import model_file
 from trackformer_sb.inference.loading import load_separator
-from trackformer_sb.inference.separator import DEFAULT, default_folder
+from trackformer_sb.inference.separator import resolved
 from trackformer_sb.memory import peak_memory_mb
 
 
@@ -53,7 +53,7 @@ def describe_model(source, device=None, seconds=10.0, trust_yaml=False):
     Arguments
     ---------
     source : str or Path
-        Folder, id on the hub, or "default": the one in the package.
+        Folder, or id on the hub.
     device : str, optional
         Where to run it; by default a GPU if there is one.
     seconds : float
@@ -64,8 +64,8 @@ def describe_model(source, device=None, seconds=10.0, trust_yaml=False):
     Returns
     -------
     dict
-        Plain values: sizes, rate, outputs, classes, what the card says of
-        the training, and the costs.
+        Plain values: sizes, rate, outputs, classes, names of the stems or
+        None, what the card says of the training, and the costs.
 
     Raises
     ------
@@ -74,6 +74,7 @@ def describe_model(source, device=None, seconds=10.0, trust_yaml=False):
     ValueError
         If it does not load.
     """
+    source = resolved(source)
     separator, loaded_from = load_separator(source, device, trust_yaml)
     modules = dict(separator.mods.items())
     parameters = [p for module in modules.values() for p in module.parameters()]
@@ -83,8 +84,7 @@ def describe_model(source, device=None, seconds=10.0, trust_yaml=False):
         for value in module.state_dict().values()
     ]
     try:
-        folder = default_folder() if source == DEFAULT else source
-        path = model_file(folder, "README.md")
+        path = model_file(source, "README.md")
         card = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         card = ""
@@ -95,6 +95,7 @@ def describe_model(source, device=None, seconds=10.0, trust_yaml=False):
             name: type(module).__name__ for name, module in modules.items()
         },
         "num_spks": separator.hparams.num_spks,
+        "stems": separator.groups and list(separator.groups),
         "sample_rate": separator.hparams.sample_rate,
         "mixture_consistency": getattr(
             separator.hparams, "mixture_consistency", False
@@ -130,6 +131,7 @@ def description_text(description):
         ("model", f"{about['model']} ({about['loaded_from']})"),
         ("classes", classes),
         ("outputs", about["num_spks"]),
+        *([("stems", ", ".join(about["stems"]))] if about["stems"] else []),
         ("rate", f"{about['sample_rate']} Hz"),
         (
             "parameters",

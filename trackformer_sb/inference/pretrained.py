@@ -11,8 +11,6 @@ import os
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
 from ruamel.yaml import YAML
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 import trackformer_sb
 from trackformer_sb.inference.card import separator_card, separator_title
@@ -28,7 +26,7 @@ from trackformer_sb.inference.folder import (
     write_files,
 )
 from trackformer_sb.inference.separation import separate
-from trackformer_sb.inference.weights import load_state
+from trackformer_sb.inference.weights import load_state, read_safetensors
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 
@@ -225,13 +223,7 @@ class PerformerSeparator(torch.nn.Module, ModelHubMixin):
             separator = cls(**config)
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{config_path}: {error}") from error
-        try:
-            state = load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(
-                f"{path}: no readable file of weights ({error})"
-            ) from error
-        load_state(separator, state, path)
+        load_state(separator, read_safetensors(path), path)
         return separator.to(device).eval()
 
     def _save_pretrained(self, save_directory):

@@ -15,13 +15,21 @@ from ruamel.yaml.error import YAMLError
 from speechbrain.utils.checkpoints import Checkpointer
 
 from trackformer_sb.inference.export import export_separator
-from trackformer_sb.inference.folder import bare_node, read_nodes
+from trackformer_sb.inference.folder import (
+    bare_node,
+    read_nodes,
+    replaced_folder,
+)
 from trackformer_sb.inference.pretrained import NODES, SETTINGS
-from trackformer_sb.inference.weights import load_weights
-from trackformer_sb.nnet.transfer import plain_values
+from trackformer_sb.inference.separator import Separator
+from trackformer_sb.inference.weights import load_state, load_weights
+from trackformer_sb.nnet.transfer import plain_values, read_state
 
 # The number by which a training keeps its best checkpoint; higher is better.
 SCORE = "score"
+
+# Weights averaged over the steps, which are better than the last ones.
+AVERAGE = "ema"
 
 # What the card says of the yaml, as the recipe does.
 TRAINING_KEYS = ("dataset", "segment_seconds", "seed", "selection_metric")
@@ -129,7 +137,14 @@ def _trained_modules(hparams_file, checkpoint):
         raise ValueError(f"{hparams_file}: {error}") from error
     modules = {name: built[key] for name, key in NODES.items()}
     for name, module in modules.items():
-        if name in checkpoint.paramfiles:
+        if name == "masknet" and AVERAGE in checkpoint.paramfiles:
+            path = checkpoint.paramfiles[AVERAGE]
+            state = read_state(path)
+            del state["n_averaged"]
+            begin = "module."
+            state = {k.removeprefix(begin): v for k, v in state.items()}
+            load_state(module, state, path)
+        elif name in checkpoint.paramfiles:
             load_weights(module, checkpoint.paramfiles[name])
         elif module.state_dict():
             raise ValueError(f"{checkpoint.path}: no weights of the {name}")
@@ -236,6 +251,17 @@ def export_run(run, folder, checkpoint=None):
             name: f"{value:.2f}" for name, value in metrics.items()
         }
     modules = _trained_modules(hparams_file, chosen)
+    if "classes" in settings:
+        keys = ("classes", "sample_rate", "n_fft", "hop_length")
+        separator = Separator.of_masknet(
+            modules["masknet"], **{key: settings[key] for key in keys}
+        )
+        folder = Path(folder).resolve()
+        with replaced_folder(folder, "separator", NODES) as partial:
+            separator.save_pretrained(
+                partial, model_card_kwargs={"metadata": metadata}
+            )
+        return folder
     return export_separator(hparams_file, modules, folder, metadata)
 
 

@@ -5,20 +5,49 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from safetensors.torch import save_file
 
 import trackformer_sb
+from trackformer_sb.inference.card import named_card, named_title
 from trackformer_sb.inference.config import ABOUT, LIBRARY
 from trackformer_sb.inference.download import model_file
+from trackformer_sb.inference.folder import CONFIG_FILE, SAFETENSORS_FILE
+from trackformer_sb.inference.interfaces import PerformerSeparation
 from trackformer_sb.inference.separation import separate
-from trackformer_sb.inference.weights import load_state
+from trackformer_sb.inference.weights import load_state, read_safetensors
 from trackformer_sb.nnet.fusion import FusionMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 DEFAULT = "default"
+YAML_FILE = "hyperparams.yaml"
+
+# For SpeechBrain, whose interfaces load yamls. JSON is yaml.
+YAML = """\
+# {title}
+# Written by trackformer_sb {version}. To use it:
+#   trackformer separate song.wav --model <this folder>
+sample_rate: {sample_rate}
+num_spks: {num_stems}
+groups: {groups}
+
+Encoder: !new:trackformer_sb.nnet.stft.STFTEncoder {stft}
+MaskNet: !new:trackformer_sb.inference.separator.StemMaskNet {masknet}
+Decoder: !new:trackformer_sb.nnet.stft.STFTDecoder {stft}
+
+modules:
+  encoder: !ref <Encoder>
+  masknet: !ref <MaskNet>
+  decoder: !ref <Decoder>
+
+audio_normalizer: !new:speechbrain.dataio.preprocess.AudioNormalizer
+  sample_rate: !ref <sample_rate>
+  mix: keep
+
+pretrainer: !new:trackformer_sb.inference.weights.SafetensorsPretrainer
+  loadables:
+    masknet: !ref <MaskNet>
+"""
 
 
 def default_folder():
@@ -32,10 +61,43 @@ def default_folder():
     folder = Path(str(resources.files("trackformer_sb") / "pretrained"))
     if not folder.is_dir():
         raise FileNotFoundError(
-            "this package brings no separator of its own: expected a folder "
-            "as training leaves it, or a model on the hub, as --model"
+            "this package brings no separator of its own: expected a model, "
+            "as a folder that training leaves or an id on the hub"
         )
     return folder
+
+
+def resolved(source):
+    """The folder that "default" means; any other source as it is."""
+    return default_folder() if source == DEFAULT else source
+
+
+class StemMaskNet(FusionMaskNet):
+    """A ``FusionMaskNet`` with one mask per stem, the sum of its slots.
+
+    Arguments
+    ---------
+    num_stems : int
+        Number of stems, each of as many slots, which follow each other.
+    in_channels, num_spks
+        Of ``FusionMaskNet``; ``num_spks`` counts slots.
+    **masknet : dict
+        Its other arguments.
+
+    Example
+    -------
+    >>> masknet = StemMaskNet(3, 257, 6, channels=(8, 8, 8), d_model=16)
+    >>> masknet(torch.randn(1, 257, 9, dtype=torch.cfloat)).shape
+    torch.Size([3, 1, 257, 9])
+    """
+
+    def __init__(self, num_stems, in_channels, num_spks, **masknet):
+        super().__init__(in_channels, num_spks, **masknet)
+        self.num_stems = num_stems
+
+    def forward(self, mix_w):
+        """Predicts masks [num_stems, batch, freq, frames]."""
+        return super().forward(mix_w).unflatten(0, (self.num_stems, -1)).sum(1)
 
 
 class Separator(torch.nn.Module, PyTorchModelHubMixin):
@@ -140,7 +202,7 @@ class Separator(torch.nn.Module, PyTorchModelHubMixin):
         ---------
         waveform : torch.Tensor
             [channels, time]. For files, and for songs of any length, see
-            ``PerformerSeparation.separate_file``.
+            ``separate_file``.
 
         Returns
         -------
@@ -169,8 +231,50 @@ class Separator(torch.nn.Module, PyTorchModelHubMixin):
         """Separates a waveform, see ``separate``."""
         return self.separate(waveform)
 
+    def interface(self, run_opts=None, **kwargs):
+        """The same separator as the command line uses it.
+
+        Arguments
+        ---------
+        run_opts, **kwargs
+            Of ``PerformerSeparation``.
+
+        Returns
+        -------
+        PerformerSeparation
+            It shares the modules.
+        """
+        return PerformerSeparation(
+            modules=dict(self.named_children()),
+            hparams={
+                **self.config,
+                "groups": self.groups,
+                "num_spks": self.masknet.num_spks,
+            },
+            run_opts=run_opts,
+            **kwargs,
+        )
+
+    def separate_file(self, path, out_folder=None, **options):
+        """Separates a file of any length at its own rate and channels.
+
+        Arguments
+        ---------
+        path, out_folder, **options
+            As of ``PerformerSeparation.separate_file``.
+
+        Returns
+        -------
+        torch.Tensor or list of Path
+            [stems, channels, time], or the written files:
+            ``<out_folder>/<song>_drums.wav`` and so on.
+        """
+        device = str(next(self.parameters()).device)
+        interface = self.interface({"device": device}, freeze_params=False)
+        return interface.separate_file(path, out_folder, **options)
+
     def _save_pretrained(self, save_directory):
-        """Writes config and weights, those in bfloat16."""
+        """Writes config, weights, those in bfloat16, and a yaml for both."""
         folder = Path(save_directory)
         text = json.dumps(self.config, indent=2) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -178,7 +282,43 @@ class Separator(torch.nn.Module, PyTorchModelHubMixin):
             name: value.to("cpu", torch.bfloat16).contiguous()
             for name, value in self.state_dict().items()
         }
-        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(state, folder / SAFETENSORS_FILE, metadata={"format": "pt"})
+        classes = self.config["classes"]
+        stft = {key: self.config[key] for key in ("n_fft", "hop_length")}
+        masknet = {
+            "num_stems": len(classes),
+            "in_channels": self.masknet.in_channels,
+            **self.config["masknet"],
+        }
+        text = YAML.format(
+            title=named_title(classes, self.config["sample_rate"]),
+            version=trackformer_sb.__version__,
+            sample_rate=self.config["sample_rate"],
+            num_stems=len(classes),
+            groups=json.dumps({name: [k] for k, name in enumerate(classes)}),
+            stft=json.dumps(stft),
+            masknet=json.dumps(masknet),
+        )
+        (folder / YAML_FILE).write_text(text, encoding="utf-8")
+
+    def generate_model_card(self, metadata=None):
+        """The card that ``save_pretrained`` and ``push_to_hub`` write.
+
+        Arguments
+        ---------
+        metadata : dict, optional
+            Sections: title -> text, or a dict as a table.
+
+        Returns
+        -------
+        huggingface_hub.ModelCard
+            It is written where there is no card yet.
+        """
+        return ModelCard(
+            named_card(
+                self.config["classes"], self.config["sample_rate"], metadata
+            )
+        )
 
     @classmethod
     def from_pretrained(cls, source=DEFAULT, **hub):
@@ -206,19 +346,13 @@ class Separator(torch.nn.Module, PyTorchModelHubMixin):
         ValueError
             If config or weights are damaged or do not fit.
         """
-        source = default_folder() if source == DEFAULT else source
+        source = resolved(source)
         path = model_file(source, CONFIG_FILE, **hub)
         try:
             config = json.loads(Path(path).read_text("utf-8"))
             separator = cls(**{k: config[k] for k in config if k not in ABOUT})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
-        path = model_file(source, WEIGHTS_FILE, **hub)
-        try:
-            state = {k: v.float() for k, v in load_file(path).items()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path}: no readable file of weights ({error})"
-            ) from error
-        load_state(separator, state, path)
+        path = model_file(source, SAFETENSORS_FILE, **hub)
+        load_state(separator, read_safetensors(path), path)
         return separator.eval()

@@ -1,5 +1,11 @@
-"""Strict loading of weights, the hook of an exported separator."""
+"""Strict loading of weights, as the yaml of an exported separator asks for."""
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from speechbrain.utils.fetching import FetchConfig, LocalStrategy, fetch
+from speechbrain.utils.parameter_transfer import Pretrainer
+
+from trackformer_sb.inference.folder import SAFETENSORS_FILE
 from trackformer_sb.nnet.transfer import read_state
 
 
@@ -59,6 +65,32 @@ def load_state(module, state, source):
     module.load_state_dict(state)
 
 
+def read_safetensors(path):
+    """Reads a file of weights that no code can hide in.
+
+    Arguments
+    ---------
+    path : str or Path
+        A .safetensors file.
+
+    Returns
+    -------
+    dict
+        Name -> tensor, on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: no readable file of weights ({error})"
+        ) from error
+
+
 def load_weights(module, path):
     """Loads a file of weights that fits a module exactly.
 
@@ -93,3 +125,45 @@ def load_weights(module, path):
     folder/masknet.ckpt does not fit Linear: missing bias
     """
     load_state(module, read_state(path), path)
+
+
+class SafetensorsPretrainer(Pretrainer):
+    """A Pretrainer whose weights are all in ``model.safetensors``.
+
+    There the names of a module's tensors begin with its name in ``loadables``.
+    SpeechBrain's own looks for a pickle per module.
+    """
+
+    def collect_files(
+        self,
+        default_source=None,
+        local_strategy=LocalStrategy.SYMLINK,
+        fetch_config=None,
+    ):
+        """Fetches the file, see ``Pretrainer``.
+
+        Returns
+        -------
+        dict
+            Name of each loadable -> the file.
+        """
+        path = fetch(
+            SAFETENSORS_FILE,
+            default_source,
+            savedir=self.collect_in,
+            local_strategy=local_strategy,
+            fetch_config=fetch_config or FetchConfig(),
+        )
+        self.paths = dict.fromkeys(self.loadables, str(path))
+        return self.paths
+
+    def load_collected(self):
+        """Loads the weights, which fit exactly or are refused."""
+        for name, module in self.loadables.items():
+            path, begin = self.paths[name], f"{name}."
+            state = {
+                key.removeprefix(begin): value
+                for key, value in read_safetensors(path).items()
+                if key.startswith(begin)
+            }
+            load_state(module, state, path)

@@ -245,7 +245,10 @@ class NamedSeparation(sb.Brain):
             self.export()
         means = [v for k, v in figures.items() if k.endswith("_mean")]
         self.checkpointer.save_and_keep_only(
-            meta={"score": float(np.mean(means)) if means else 0.0},
+            meta={
+                "score": float(np.mean(means)) if means else 0.0,
+                "epoch": epoch,
+            },
             max_keys=["score"],
             num_to_keep=1,
         )

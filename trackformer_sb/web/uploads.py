@@ -145,7 +145,7 @@ def separate_upload(separator, path, folder, max_minutes=15, progress=None):
     -------
     Separated
         The original first, then the sources in the order of the model, which
-        sum to it, labelled as their files are named.
+        sum to it, by their names where the model has names.
 
     Raises
     ------
@@ -195,11 +195,12 @@ def separate_upload(separator, path, folder, max_minutes=15, progress=None):
         if path.name not in message:
             message = f"{path.name}: {message}"
         raise ValueError(message) from error
+    groups = getattr(separator, "groups", None)
+    names = groups or [f"source {i}" for i in range(len(sources))]
     named = [("Original", original, 0.0)]
-    for source in map(Path, sources):
+    for name, source in zip(names, sources):
         level = _level(_mean_power(source), power)
-        name = source.stem.removeprefix(f"{path.stem}_")
-        named.append((name.capitalize(), source, level))
+        named.append((name.capitalize(), Path(source), level))
     tracks = []
     for i, (label, wav, level) in enumerate(named):
         share = SEPARATED + (1 - SEPARATED) * i / len(named)
