@@ -9,6 +9,7 @@ from trackformer_sb.training.optimization import (
     clip_all_groups,
     cosine_schedule,
     frozen_epochs,
+    moving_average,
     separate_group,
     separate_layers,
 )
@@ -406,3 +407,19 @@ def test_frozen_epochs_of_a_training_that_a_limit_ends(freeze):
     )
     # half an epoch, however many epochs the yaml has
     assert frozen_epochs(optimizer, 5000, epoch_steps=1000) == 1
+
+
+def test_averages_forget_where_they_began():
+    model = torch.nn.Linear(1, 1)
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=moving_average(0.9)
+    )
+    for step in range(300):
+        torch.nn.init.constant_(model.weight, 1000.0 if step < 3 else 1.0)
+        average.update_parameters(model)
+        if step == 30:
+            assert average.module.weight.item() < 30
+    assert average.module.weight.item() == pytest.approx(1, abs=1e-3)
+    torch.nn.init.constant_(model.weight, 2.0)
+    average.update_parameters(model)
+    assert average.module.weight.item() == pytest.approx(1.1, abs=1e-3)

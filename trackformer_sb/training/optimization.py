@@ -1,4 +1,4 @@
-"""Learning rates: a cosine over all steps, slower for what was pre-trained."""
+"""Learning rates and averages of weights."""
 
 import math
 from numbers import Real
@@ -210,3 +210,26 @@ def clip_all_groups(optimizer, max_norm):
         torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
     optimizer.register_step_pre_hook(clip)
+
+
+def moving_average(decay):
+    """Exponential moving average of weights that forgets where it began.
+
+    Arguments
+    ---------
+    decay : float
+        Share of the average that a step leaves, in [0, 1]; at first less, so
+        that it reaches back over a tenth of the steps at most.
+
+    Returns
+    -------
+    callable
+        ``multi_avg_fn`` of ``torch.optim.swa_utils.AveragedModel``.
+    """
+
+    @torch.no_grad()
+    def update(averages, weights, num_averaged):
+        kept = min(decay, 1 - 10 / (10 + float(num_averaged)))
+        torch._foreach_lerp_(averages, weights, 1 - kept)
+
+    return update
