@@ -51,7 +51,12 @@ setup(
         # make-music; later symusic renders silence
         "music": ["symusic==0.5.8", "espeakng-loader", "pyworld-prebuilt"],
         # the peers of benchmarks/
-        "bench": ["performer-pytorch", "asteroid>=0.7,<0.8"],
+        "bench": [
+            "performer-pytorch",
+            "asteroid>=0.7,<0.8",
+            "demucs",
+            "openunmix",
+        ],
         "dev": [
             "pytest>=8",
             "pytest-xdist",

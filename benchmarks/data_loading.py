@@ -1,7 +1,8 @@
 """How long a training step waits for its data.
 
     python benchmarks/data_loading.py \
-        [--data_folder FOLDER --dataset mixtures] [--workers 0 1 2]
+        [--data_folder FOLDER --dataset mixtures] [--workers 0 1 2] \
+        [--music_folder FOLDER]
 
 Batches come as in training: `dataio_prep` of `training.dataio` on prepared
 manifests, SpeechBrain's `make_dataloader`. The consumer is a training step of
@@ -17,6 +18,12 @@ next batch, as the recipe counts it, as a share of the time of both. Workers
 also slow the step down where they share its cores, which waiting does not
 show: so the whole step is compared with that on batches in memory. Last, the
 loader alone, in segments a second, from its first batch on.
+
+Named stems. With --music_folder, what `trackformer make-music` left: how long
+`RemixedItems` takes to make a stereo item with its stems, against a training
+step of a batch of them with FusionMaskNet as separator.yaml has it, compiled,
+both on one core, which a rank of a training shares with its loader worker; turn
+by turn. The share is of the means, as items differ.
 """
 
 import argparse
@@ -24,12 +31,14 @@ import pathlib
 import statistics
 import tempfile
 import time
+from itertools import count
 from typing import NamedTuple
 
 import torch
 from common import (
     Record,
     add_arguments,
+    interleave,
     parse_args,
     say,
     spread,
@@ -38,8 +47,11 @@ from common import (
     verdict,
 )
 from speechbrain.dataio.dataloader import make_dataloader
+from training_step import COMPILED
+from training_step import make_step as make_candidate
 
 from trackformer_sb.data.catalogue import prepare
+from trackformer_sb.data.remix import STEM_CLASSES, RemixedItems, list_tracks
 from trackformer_sb.inference.separation import separate
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
@@ -54,6 +66,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SAMPLE_RATE = 44100
 IN_MEMORY = None  # in place of a number of workers
 TARGET = 5.0  # percent of waiting with 2 workers
+MAKING_TARGET = 0.25  # of the training of an item
 
 
 def label(workers):
@@ -85,6 +98,7 @@ def training_set(args, dataset, data_folder, folder):
         "output_folder": folder,
         "dataset": dataset,
         "sample_rate": SAMPLE_RATE,
+        "segment_seconds": args.segment_seconds,
         "seed": 1234,
         "equal_levels": False,
         "channel": "mean",
@@ -236,6 +250,38 @@ def report(name, dataset, args, times):
     return [*blocks, "\n".join(lines)] if lines else blocks
 
 
+def named_blocks(args):
+    """Making items with named stems against training on them, on one core."""
+    torch.set_num_threads(1)
+    songs = list_tracks("music_folder", args.music_folder, "midi")
+    items = RemixedItems(
+        songs, list(STEM_CLASSES), segment_seconds=args.segment_seconds
+    )
+    batch = torch.stack([items[i][0] for i in range(args.batch_size)])
+    batch = batch.to(args.device)
+    step, _ = make_candidate(COMPILED, 2 * len(STEM_CLASSES), args.device)
+    step(batch)
+    numbers = count(args.batch_size)
+    what = "an item", f"a step of {args.batch_size}"
+    times = interleave(
+        {what[0]: lambda: items[next(numbers)], what[1]: lambda: step(batch)},
+        {what[0]: args.batch_size * args.steps, what[1]: args.steps},
+        args.device,
+    )
+    making, training = (statistics.mean(times[name]) for name in what)
+    share = making / (training / args.batch_size)
+    rows = [[name, len(times[name]), spread(times[name])] for name in what]
+    header = ["named stems, one core", "times", "ms, median (range)"]
+    return [
+        f"## Named stems ({args.music_folder.name}): {len(songs)} songs",
+        table(header, rows),
+        verdict(
+            "making an item, share of its training",
+            *(share, MAKING_TARGET, False),
+        ),
+    ]
+
+
 def main():
     """Measures each set and writes the record after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -244,6 +290,7 @@ def main():
     parser.add_argument(
         "--dataset", default="mixtures", choices=("mixtures", "stems")
     )
+    parser.add_argument("--music_folder", type=pathlib.Path)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=20, help="in a round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -270,6 +317,10 @@ def main():
             say(f"{name}: {len(dataset)} training segments")
             times = measure(dataset, args, step)
             blocks += report(name, dataset, args, times)
+        record.write(*blocks)
+    if args.music_folder:
+        # last, as it has one thread
+        blocks += named_blocks(args)
         record.write(*blocks)
     say(*blocks, sep="\n\n")
     say(f"wrote {args.output}")

@@ -59,6 +59,8 @@ def machine(device):
         "speechbrain",
         "asteroid",
         "performer-pytorch",
+        "demucs",
+        "openunmix",
     )
     lines.append(
         f"- Python {platform.python_version()}, "

@@ -30,13 +30,25 @@ GPU, or the resident set. A candidate that takes over --limit_gb (of address
 space, on a CPU) or over --timeout with its start is recorded as such, and runs
 on the first --excerpt_seconds instead. Runs of over 60 s are not repeated.
 
+Named stems. The same for --named_seconds of stereo, drums, bass, vocals and
+other, always on one CPU core: one thread, whose processor time is counted,
+which other processes change little.
+
+- ours: the separator of the package, or where there is none its size with
+  random weights, as `trackformer separate` runs it;
+- HTDemucs: `demucs.apply.apply_model` as it is by default, with the sizes of
+  the released htdemucs (5 layers, 512 bottom channels, segments of 7.8 s);
+- open-unmix: `openunmix.umxhq` as it is by default, which takes the file whole.
+
+Both peers with random weights, of a file in memory, written as ours are.
+
 Memory against length. `separate_file` with a model of 2 layers, d_model 64 and
 2 outputs, so that an hour takes minutes: the largest resident set (VmHWM)
 during the call, in a fresh process for each length, in all and beyond what the
 process held before it, the model included. The target is for all of it; the
 latter, smaller by what Python and torch take, tells more of what grows.
 
-Sum. The outputs of the Performer, read back from disk, against the file.
+Sum. Our outputs, read back from disk, against the file.
 """
 
 import argparse
@@ -46,6 +58,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import psutil
@@ -66,7 +79,10 @@ from common import (
 from training_step import FAVOR, build
 
 from trackformer_sb.data.band import make_song
+from trackformer_sb.data.remix import STEM_CLASSES
 from trackformer_sb.inference.interfaces import PerformerSeparation
+from trackformer_sb.inference.loading import load_separator
+from trackformer_sb.inference.separator import DEFAULT, Separator
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 
@@ -78,10 +94,12 @@ SLOW_SECONDS = 60.0  # what takes longer is run once
 SONG_SECONDS = 30.0
 WINDOW_SECONDS = 10.0
 MAX_RATIO = 1.1  # of the memory for the longest to that for the one before
-PARTS = ["speed", "memory"]
+PARTS = ["speed", "named", "memory"]
 MAX_RESIDUAL = -80.0  # dB
 
-OURS = "ours"
+OURS, HTDEMUCS, OPEN_UNMIX = "ours", "HTDemucs", "open-unmix"
+CLASSES = list(STEM_CLASSES)
+TARGETS = {HTDEMUCS: 20, OPEN_UNMIX: 5}  # times slower than ours, at least
 
 # Where each stem of the band is, from 0 (left) to 1 (right).
 PANS = {"drums": 0.5, "bass": 0.4, "chords": 0.9, "lead": 0.1}
@@ -169,23 +187,81 @@ def make_asteroid(device, overlap_add=False):
     return call
 
 
+def make_named(device):
+    """The separator of the package; without one, random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            separator, _ = load_separator(DEFAULT, device)
+        except FileNotFoundError:
+            Separator(CLASSES).save_pretrained(folder)
+            separator, _ = load_separator(folder, device)
+
+    def call(path, folder):
+        separator.separate_file(path, folder, progressbar=False)
+
+    return call
+
+
+def from_disk_to_disk(separate):
+    """A call of [1, 2, time] -> [1, stems, 2, time] as one of files."""
+
+    def call(path, folder):
+        sig, _ = soundfile.read(path, dtype="float32")
+        with torch.no_grad():
+            stems = separate(torch.from_numpy(sig.T.copy())[None])[0].cpu()
+        for name, stem in zip(CLASSES, stems.numpy(), strict=True):
+            path = folder / f"{name}.wav"
+            soundfile.write(path, stem.T, SAMPLE_RATE, "FLOAT")
+
+    return call
+
+
+def make_htdemucs(device):
+    """HTDemucs, of the sizes of the released one."""
+    from demucs.apply import apply_model
+    from demucs.htdemucs import HTDemucs
+
+    # grids/mmi.py; the segment is that of the released file
+    model = HTDemucs(CLASSES, bottom_channels=512, segment=Fraction(39, 5))
+    return from_disk_to_disk(
+        functools.partial(apply_model, model, device=device)
+    )
+
+
+def make_open_unmix(device):
+    """The smaller of open-unmix's models of music."""
+    from openunmix import umxhq
+
+    model = umxhq(pretrained=False, device=device).eval()
+    return from_disk_to_disk(lambda mix: model(mix.to(device)))
+
+
 CANDIDATES = {
-    OURS: make_ours,
-    "SpeechBrain": make_speechbrain,
-    "Asteroid, whole": make_asteroid,
-    "Asteroid, overlap-add": functools.partial(make_asteroid, overlap_add=True),
+    "speed": {
+        OURS: make_ours,
+        "SpeechBrain": make_speechbrain,
+        "Asteroid, whole": make_asteroid,
+        "Asteroid, overlap-add": functools.partial(
+            make_asteroid, overlap_add=True
+        ),
+    },
+    "named": {
+        OURS: make_named,
+        HTDEMUCS: make_htdemucs,
+        OPEN_UNMIX: make_open_unmix,
+    },
 }
 
 
-def measured(call, device, memory_device):
+def measured(call, device, memory_device, clock=time.perf_counter):
     """Seconds of a call and its extra memory in MB."""
     seconds = []
 
     def timed_call():
-        start = time.perf_counter()
+        start = clock()
         call()
         synchronise(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
 
     memory = peak_extra_mb(timed_call, memory_device)
     return seconds[0], memory
@@ -207,16 +283,20 @@ def residual_db(path, folder):
     return 10 * np.log10(max(missing, 1e-30) / whole)
 
 
-def run_candidate(path, folder, name, args):
+def run_candidate(path, folder, part, name, args):
     """Seconds, memory and, of ours, residual; in a process of its own."""
     warnings.simplefilter("ignore")
-    call = CANDIDATES[name](args.device)
-    limit_memory(args.limit_gb, args.device)
-    if torch.device(args.device).type == "cuda":
+    device, clock = args.device, time.perf_counter
+    if part == "named":
+        device, clock = "cpu", time.process_time
+        torch.set_num_threads(1)
+    call = CANDIDATES[part][name](device)
+    limit_memory(args.limit_gb, device)
+    if torch.device(device).type == "cuda":
         with tempfile.TemporaryDirectory() as other:
             other = pathlib.Path(other)
             call(write_mixture(other / "short.wav", 1.0), other)
-    cost = measured(lambda: call(path, folder), args.device, args.device)
+    cost = measured(lambda: call(path, folder), device, device, clock)
     return *cost, residual_db(path, folder) if name == OURS else None
 
 
@@ -243,8 +323,8 @@ def in_folder(function, path, *args, timeout=None):
         return in_fresh_process(function, path, folder, *args, timeout=timeout)
 
 
-def speed_runs(files, args):
-    """What each candidate took for each file, in turns.
+def speed_runs(part, files, args):
+    """What each candidate of a part took for the longest file it can, in turns.
 
     Returns
     -------
@@ -254,7 +334,8 @@ def speed_runs(files, args):
         Name and seconds of audio -> why there is no result.
     """
     runs, reasons = {}, {}
-    turns = [(i, name) for i in range(args.repetitions) for name in CANDIDATES]
+    names = CANDIDATES[part]
+    turns = [(i, name) for i in range(args.repetitions) for name in names]
     for turn, name in turns:
         for seconds, path in files.items():
             key = name, seconds
@@ -263,7 +344,7 @@ def speed_runs(files, args):
             if key in reasons:
                 continue
             result, reason = in_folder(
-                run_candidate, path, name, args, timeout=args.timeout
+                run_candidate, path, part, name, args, timeout=args.timeout
             )
             say(f"{name}, {seconds:g} s:", reason or result)
             if result:
@@ -275,16 +356,20 @@ def speed_runs(files, args):
     return runs, reasons
 
 
-def speed_table(runs, reasons, args):
-    """Real-time factors."""
-    rows = []
-    middle = {
-        key: statistics.median(cost[0] for cost in run)
+def real_time_factors(runs):
+    """Name and seconds of audio -> median seconds for one of audio."""
+    return {
+        key: statistics.median(cost[0] for cost in run) / key[1]
         for key, run in runs.items()
     }
-    ours = middle.get((OURS, args.seconds), 0) / args.seconds
-    for name in CANDIDATES:
-        for seconds in (args.seconds, args.excerpt_seconds):
+
+
+def speed_table(part, runs, reasons, files):
+    """Real-time factors."""
+    rows, factors = [], real_time_factors(runs)
+    ours = factors.get((OURS, next(iter(files))))
+    for name in CANDIDATES[part]:
+        for seconds in files:
             key = name, seconds
             row = [f"{seconds:g}", name]
             if key in reasons:
@@ -292,11 +377,12 @@ def speed_table(runs, reasons, args):
             if key not in runs:
                 continue
             times, memory, _ = zip(*runs[key], strict=True)
+            times = statistics.median(times), min(times), max(times)
             row += [
-                f"{middle[key]:.1f} ({min(times):.1f} to {max(times):.1f})",
-                len(times),
-                f"{middle[key] / seconds:.3f}",
-                f"{middle[key] / seconds / ours:.1f}" if ours else "-",
+                "{:.1f} ({:.1f} to {:.1f})".format(*times),
+                len(runs[key]),
+                f"{factors[key]:.3f}",
+                f"{factors[key] / ours:.1f}" if ours else "-",
                 f"{max(memory):.0f}",
             ]
             rows.append(row)
@@ -313,13 +399,42 @@ def speed_blocks(folder, args):
         seconds: write_mixture(folder / f"{seconds:g}.wav", seconds)
         for seconds in (args.seconds, args.excerpt_seconds)
     }
-    runs, reasons = speed_runs(files, args)
-    blocks = ["## Speed", speed_table(runs, reasons, args)]
+    runs, reasons = speed_runs("speed", files, args)
+    blocks = ["## Speed", speed_table("speed", runs, reasons, files)]
     if (OURS, args.seconds) in runs:
-        residual = runs[OURS, args.seconds][0][2]
-        what = "sum of the outputs minus the file, dB"
-        blocks += ["## Sum", verdict(what, residual, MAX_RESIDUAL, False)]
+        blocks += ["## Sum", sum_line(runs[OURS, args.seconds])]
     return blocks
+
+
+def sum_line(costs):
+    """Whether the outputs sum to the file."""
+    what = "sum of the outputs minus the file, dB"
+    return verdict(what, costs[0][2], MAX_RESIDUAL, False)
+
+
+def named_blocks(folder, args):
+    """Table of real-time factors of one core, and the targets."""
+    seconds = args.named_seconds
+    files = {seconds: write_mixture(folder / "named.wav", seconds)}
+    runs, reasons = speed_runs("named", files, args)
+    factors = real_time_factors(runs)
+    ours = factors[OURS, seconds]
+    lines = [
+        verdict(
+            f"{name}: times slower than ours",
+            factors[name, seconds] / ours,
+            target,
+        )
+        if (name, seconds) in factors
+        else f"- {name}: not compared, {reasons[name, seconds]}"
+        for name, target in TARGETS.items()
+    ]
+    lines.append(sum_line(runs[OURS, seconds]))
+    return [
+        "## Named stems, one core",
+        speed_table("named", runs, reasons, files),
+        "\n".join(lines),
+    ]
 
 
 def memory_blocks(folder, args):
@@ -352,11 +467,12 @@ def memory_blocks(folder, args):
 
 
 def main():
-    """Measures speed and sum, then memory; writes the record after each."""
+    """Measures each part; writes the record after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser, "separation")
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--excerpt_seconds", type=float, default=12.0)
+    parser.add_argument("--named_seconds", type=float, default=30.0)
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument(
         "--memory_seconds", type=float, nargs="+", default=[10, 180, 3600]
@@ -376,18 +492,21 @@ def main():
         folder = pathlib.Path(folder)
         if args.quick:
             args.seconds, args.excerpt_seconds = 12.0, 3.0
+            args.named_seconds = 12.0
             args.memory_seconds, args.repetitions = [5, 20, 60], 1
             args.output = folder / "quick.md"
         record = Record(
             "Separation of a file", __doc__, args.output, args.device
         )
         blocks = []
-        if "speed" in args.parts:
-            blocks += speed_blocks(folder, args)
-            record.write(*blocks)
-        if "memory" in args.parts:
-            blocks += memory_blocks(folder, args)
-            record.write(*blocks)
+        for part, measure in (
+            ("speed", speed_blocks),
+            ("named", named_blocks),
+            ("memory", memory_blocks),
+        ):
+            if part in args.parts:
+                blocks += measure(folder, args)
+                record.write(*blocks)
         say(args.output.read_text(encoding="utf-8"))
 
 

@@ -14,6 +14,13 @@ attention, and both ConvTasNets at kernel 88 with the latter alone, as the
 former makes Asteroid's slower. "medium" allows products of rounded inputs; how
 far they are from float64 is recorded.
 
+Beside them the FusionMaskNet of separator.yaml: masks for the sum of four
+stereo stems of noise, its loss of named stems, backward, MuonAdamW. In float32
+as it is and compiled, as that yaml has it, and compiled with
+`--precision=bf16`; the memory of compiled ones includes that of compiling. With
+OMP_NUM_THREADS=1 times are those of a rank on a core of its own, without the
+exchange of gradients.
+
 Memory first: each candidate in a fresh process makes 2 steps (the second with
 the optimizer's state); recorded is the largest extra memory beyond the built
 model. A candidate that needs more than --skip_above_gb (on a GPU with the built
@@ -58,13 +65,15 @@ from ruamel.yaml import YAML
 
 from trackformer_sb.inference.separation import separate
 from trackformer_sb.objectives.mixit import mixit_loss
+from trackformer_sb.objectives.named import named_loss
+from trackformer_sb.training.muon import MuonAdamW
 
 HPARAMS = pathlib.Path(__file__).resolve().parents[1] / "hparams"
 SAMPLE_RATE = 44100
 SLOW_SECONDS = 10.0
 NODES = ("Encoder", "MaskNet", "Decoder")
 
-PERFORMER = "performer_mixit.yaml"
+PERFORMER, SEPARATOR = "performer_mixit.yaml", "separator.yaml"
 TDCONVNET = "asteroid_convtasnet_mixit.yaml"
 FAVOR, EXACT = "Performer, favor", "Performer, softmax"
 ASTEROID, DEFAULTS = "Asteroid, kernel 88", "Asteroid, kernel 16"
@@ -72,6 +81,8 @@ FAVOR_MEDIUM = f"{FAVOR}, medium"
 FAVOR_BF16, ASTEROID_BF16 = f"{FAVOR}, bf16", f"{ASTEROID}, bf16"
 EXACT_BF16, SPEECHBRAIN = f"{EXACT}, bf16", "SpeechBrain, kernel 88"
 SPEECHBRAIN_BF16 = f"{SPEECHBRAIN}, bf16"
+FUSION, COMPILED = "Fusion", "Fusion, compiled"
+COMPILED_BF16 = f"{COMPILED}, bf16"
 CANDIDATES = {
     FAVOR: (PERFORMER, {"attention": "favor"}),
     EXACT: (PERFORMER, {"attention": "softmax"}),
@@ -84,9 +95,17 @@ CANDIDATES = {
     ASTEROID: (TDCONVNET, {}),
     ASTEROID_BF16: (TDCONVNET, {}),
     DEFAULTS: (TDCONVNET, {"kernel_size": 16}),
+    FUSION: (SEPARATOR, {}),
+    COMPILED: (SEPARATOR, {}),
+    COMPILED_BF16: (SEPARATOR, {}),
 }
-AUTOCAST = (FAVOR_BF16, EXACT_BF16, SPEECHBRAIN_BF16, ASTEROID_BF16)
+NAMED = (FUSION, COMPILED, COMPILED_BF16)
+AUTOCAST = (
+    *(FAVOR_BF16, EXACT_BF16, SPEECHBRAIN_BF16, ASTEROID_BF16),
+    COMPILED_BF16,
+)
 MEDIUM = (FAVOR_MEDIUM, FAVOR_BF16, EXACT_BF16)
+NUM_CLASSES = 4
 
 # Seconds -> candidate -> how many times slower than the Performer with FAVOR+
 # it is to be at least, and how many times its memory it is to need. At 3 s
@@ -105,6 +124,8 @@ PEERS = (
 )
 # GB of a GPU that segments of 30 s and more are to fit in.
 FITS_GB = 32
+# Seconds, batch and threads of a rank -> s a step of FusionMaskNet, with AMX.
+RANK_TARGETS = {(3, 4, 1): 1.2}
 # Percent of a step that the loss may take.
 LOSS_TARGET = 3.0
 LOSS = "MixIT loss"
@@ -134,25 +155,43 @@ def build(name, num_spks, device, **more):
     return modules.to(device)
 
 
-def make_mixtures(batch_size, seconds, device):
-    """Noise [batch, 2, time]: the cost does not depend on the music."""
+def make_batch(named, batch_size, seconds, device):
+    """Noise: the cost does not depend on the music.
+
+    Mixtures [batch, 2, time] or named stems [batch, classes, 2, time].
+    """
     generator = torch.Generator().manual_seed(0)
+    shape = (NUM_CLASSES, 2) if named else (2,)
     time = round(seconds * SAMPLE_RATE)
-    noise = torch.randn(batch_size, 2, time, generator=generator)
+    noise = torch.randn(batch_size, *shape, time, generator=generator)
     return 0.1 * noise.to(device)
 
 
-def train_step(name, modules, optimizer, mixtures):
-    """One step of MixIT training."""
-    encoder, masknet, decoder = modules
+def mixit_objective(modules, mixtures):
+    """Loss of mixtures [batch, 2, time]."""
+    est_source, _ = separate(mixtures.sum(1), *modules)
+    return mixit_loss(est_source, mixtures)[0].mean()
+
+
+def named_objective(modules, stems):
+    """Loss of stems [batch, classes, 2, time], as training has it."""
+    encoder, masknet, _ = modules
+    mix = stems.sum(1)
+    mix_w = encoder(mix.flatten(0, 1)).unflatten(0, mix.shape[:2])
+    stems_w = encoder(stems.flatten(0, 2)).unflatten(0, stems.shape[:3])
+    return named_loss(masknet(mix_w), mix_w, stems_w, SAMPLE_RATE).mean()
+
+
+def train_step(name, modules, optimizer, batch):
+    """One step of training."""
     precision = "medium" if name in MEDIUM else "high"
     torch.set_float32_matmul_precision(precision)
     optimizer.zero_grad(set_to_none=True)
+    objective = named_objective if name in NAMED else mixit_objective
     with torch.autocast(
-        mixtures.device.type, torch.bfloat16, enabled=name in AUTOCAST
+        batch.device.type, torch.bfloat16, enabled=name in AUTOCAST
     ):
-        est_source, _ = separate(mixtures.sum(1), encoder, masknet, decoder)
-        loss = mixit_loss(est_source, mixtures)[0].mean()
+        loss = objective(modules, batch)
     loss.backward()
     optimizer.step()
 
@@ -173,22 +212,27 @@ def loss_alone(num_spks, mixtures):
 
 
 def make_step(name, num_spks, device):
-    """A function of mixtures that makes a step, and its modules."""
+    """A function of a batch that makes a step, and its modules."""
     modules = build(name, num_spks, device)
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-4, fused=True)
+    if name in NAMED:
+        optimizer = MuonAdamW(modules.parameters())
+    else:
+        optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-4, fused=True)
+    if name in (COMPILED, COMPILED_BF16):
+        modules[1].compile(dynamic=False)
     return functools.partial(train_step, name, modules, optimizer), modules
 
 
 def cost_of(name, args, seconds):
     """Cost of a candidate; runs in a process of its own."""
     step, modules = make_step(name, args.num_spks, args.device)
-    mixtures = make_mixtures(args.batch_size, seconds, args.device)
+    batch = make_batch(name in NAMED, args.batch_size, seconds, args.device)
     limit_memory(args.skip_above_gb, args.device)
     times = []
 
     def two_steps():
         for _ in range(2):
-            times.append(timed(lambda: step(mixtures), args.device))
+            times.append(timed(lambda: step(batch), args.device))
 
     memory = peak_extra_mb(two_steps, args.device)
     parameters = sum(p.numel() for p in modules.parameters())
@@ -219,17 +263,25 @@ def costs_at(args, seconds):
 
 def times_at(args, seconds, costs):
     """Seconds of each step, interleaved."""
-    mixtures = make_mixtures(args.batch_size, seconds, args.device)
-    # SpeechBrain's ConvTasNet takes no less than 0.13 s
-    short = make_mixtures(args.batch_size, 0.2, args.device)
+    batches, short = (
+        {
+            named: make_batch(named, args.batch_size, length, args.device)
+            for named in (False, True)
+        }
+        # SpeechBrain's ConvTasNet takes no less than 0.13 s
+        for length in (seconds, 0.2)
+    )
     calls, repetitions = {}, {}
     for name, cost in costs.items():
         step, _ = make_step(name, args.num_spks, args.device)
-        step(short)
-        calls[name] = functools.partial(step, mixtures)
+        named = name in NAMED
+        # what is compiled is so for one length
+        warm_up = batches if name in (COMPILED, COMPILED_BF16) else short
+        step(warm_up[named])
+        calls[name] = functools.partial(step, batches[named])
         slow = cost.seconds > SLOW_SECONDS
         repetitions[name] = args.slow_repetitions if slow else args.repetitions
-    calls[LOSS] = loss_alone(args.num_spks, mixtures)
+    calls[LOSS] = loss_alone(args.num_spks, batches[False])
     calls[LOSS]()
     repetitions[LOSS] = max(repetitions.values(), default=0)
     return interleave(calls, repetitions, args.device)
@@ -332,6 +384,12 @@ def report(seconds, costs, reasons, times, args):
         share = 100 * medians[LOSS] / medians[FAVOR]
         what = "share of the MixIT loss in a step of favor, %"
         lines.append(verdict(what, share, LOSS_TARGET, False))
+    compiled = [medians[x] for x in (COMPILED, COMPILED_BF16) if x in costs]
+    rank = seconds, args.batch_size, torch.get_num_threads()
+    if compiled and rank in RANK_TARGETS:
+        what = f"{COMPILED}, the faster of its two: s a step on one core"
+        target = RANK_TARGETS[rank]
+        lines.append(verdict(what, min(compiled), target, False))
     lines += gpu_and_paper(seconds, costs, medians, args)
     blocks = [f"## {seconds:g} s", table(header, rows)]
     return [*blocks, "\n".join(lines)] if lines else blocks
