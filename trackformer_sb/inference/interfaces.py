@@ -6,6 +6,8 @@ of three modules from the hub.
 
 import os
 from contextlib import ExitStack
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import soundfile
@@ -100,13 +102,14 @@ class PerformerSeparation(StrictPretrained):
             return self.groups
         return None if outputs == ALL else outputs
 
-    def _separate(self, mix):
+    def _separate(self, mix, groups=None):
         est_source, _ = separate(
             mix.to(self.device),
             self.mods.encoder,
             self.mods.masknet,
             self.mods.decoder,
             getattr(self.hparams, "mixture_consistency", False),
+            groups,
         )
         return est_source
 
@@ -128,21 +131,18 @@ class PerformerSeparation(StrictPretrained):
             raise ValueError(
                 f"expected mix [batch, time], got {list(mix.shape)}"
             )
-        est_source = self._separate(mix)
-        if self.groups is not None:
-            stems = [
-                est_source[:, list(x)].sum(1) for x in self.groups.values()
-            ]
-            return torch.stack(stems, -1)
-        return est_source.transpose(1, 2)
+        groups = None if self.groups is None else self.groups.values()
+        return self._separate(mix, groups).transpose(1, 2)
 
-    def separate_channels(self, mix):
+    def separate_channels(self, mix, groups=None):
         """Separates mixtures of several channels, which share the masks.
 
         Arguments
         ---------
         mix : torch.Tensor
             [batch, channels, time], at the rate of the model.
+        groups : iterable of tuples of int, optional
+            Outputs to add up, see ``separate``.
 
         Returns
         -------
@@ -153,7 +153,7 @@ class PerformerSeparation(StrictPretrained):
             raise ValueError(
                 f"expected mix [batch, channels, time], got {list(mix.shape)}"
             )
-        return self._separate(mix)
+        return self._separate(mix, groups)
 
     @torch.no_grad()
     def separate_file(
@@ -279,6 +279,14 @@ class PerformerSeparation(StrictPretrained):
             if skip_existing and up_to_date(path, paths, comment):
                 return paths
             check_paths(paths)
+        separate_chunk = self.separate_channels
+        chosen = check_outputs(outputs, self.hparams.num_spks)
+        each_once = sorted(chain(*chosen.values())) == list(
+            range(self.hparams.num_spks)
+        )
+        if self.groups is not None and each_once and not (ranked or remix):
+            separate_chunk = partial(separate_chunk, groups=chosen.values())
+            outputs = {name: (k,) for k, name in enumerate(chosen)}
         with ExitStack() as stack:
             # names need not be valid UTF-8
             try:
@@ -298,7 +306,7 @@ class PerformerSeparation(StrictPretrained):
             blocks = _counted(
                 separate_stream(
                     reader,
-                    self.separate_channels,
+                    separate_chunk,
                     self.hparams.sample_rate,
                     chunk_seconds,
                     overlap,

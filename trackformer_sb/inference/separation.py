@@ -19,7 +19,9 @@ def apply_masks(mix_w, est_mask):
     return torch.complex(mix_w.real * est_mask, mix_w.imag * est_mask)
 
 
-def separate(mix, encoder, masknet, decoder, mixture_consistency=False):
+def separate(
+    mix, encoder, masknet, decoder, mixture_consistency=False, groups=None
+):
     """Separates mixtures with any three-module separator of SpeechBrain.
 
     The encoded mixture is multiplied by one mask per source and decoded, all
@@ -42,13 +44,16 @@ def separate(mix, encoder, masknet, decoder, mixture_consistency=False):
         Whether to distribute what the sources lack of the mixture evenly over
         them (arXiv 1811.08521, equation 3), so that they sum to it. Softmax
         masks on an STFT sum to it by themselves.
+    groups : iterable of tuples of int, optional
+        Sources to add up, which then are the sources; their masks are added, so
+        that fewer have to be decoded.
 
     Returns
     -------
     est_source : torch.Tensor
         [batch, sources, time] or [batch, sources, channels, time].
     est_mask : torch.Tensor
-        [num_spks, batch, channels, frames].
+        [sources, batch, channels, frames].
 
     Raises
     ------
@@ -74,19 +79,26 @@ def separate(mix, encoder, masknet, decoder, mixture_consistency=False):
             f"{list(mix.shape)}"
         )
     length = mix.shape[-1]
+
+    def predict(mix_w):
+        est_mask = masknet(mix_w)
+        if groups is not None:
+            est_mask = torch.stack([est_mask[list(x)].sum(0) for x in groups])
+        return est_mask
+
     if mix.dim() == 2:
         mix_w = encoder(mix)
-        est_mask = masknet(mix_w)
-        # [num_spks, batch, channels, frames]
+        est_mask = predict(mix_w)
+        # [sources, batch, channels, frames]
         sep_w = apply_masks(mix_w.unsqueeze(0), est_mask)
     else:
         batch, num_channels, _ = mix.shape
         mix_w = encoder(mix.flatten(0, 1)).unflatten(0, (batch, num_channels))
         if num_channels == 2 and getattr(masknet, "stereo", False):
-            est_mask = masknet(mix_w)
+            est_mask = predict(mix_w)
         else:
-            est_mask = masknet(encoder(mix.mean(1)))
-        # [num_spks, batch * audio channels, channels, frames]
+            est_mask = predict(encoder(mix.mean(1)))
+        # [sources, batch * audio channels, channels, frames]
         sep_w = apply_masks(mix_w.unsqueeze(0), est_mask.unsqueeze(2))
         sep_w = sep_w.flatten(1, 2)
     est_source = decoder(sep_w.flatten(0, 1))

@@ -220,12 +220,13 @@ class Separator(torch.nn.Module, PyTorchModelHubMixin):
                 f"{list(waveform.shape)}"
             )
         est_source, _ = separate(
-            waveform.unsqueeze(0), self.encoder, self.masknet, self.decoder
+            waveform.unsqueeze(0),
+            self.encoder,
+            self.masknet,
+            self.decoder,
+            groups=self.groups.values(),
         )
-        return {
-            name: est_source[0, list(slots)].sum(0)
-            for name, slots in self.groups.items()
-        }
+        return dict(zip(self.groups, est_source[0]))
 
     def forward(self, waveform):
         """Separates a waveform, see ``separate``."""
