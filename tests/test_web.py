@@ -743,7 +743,7 @@ def test_the_command_leaves_nothing(end, gradio, model, tmp_path):
         assert words[0] == "Open"
         client = gradio_client.Client(words[1], verbose=False)
         page = upload(client, write_noise(tmp_path / "a.wav"))
-        assert "Source2" in page
+        assert "Source 2" in page
         assert len(list(temporary.rglob("a_source*.wav"))) == NUM_SPKS
         process.send_signal(end)
         assert process.wait(60) == 0

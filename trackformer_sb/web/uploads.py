@@ -167,7 +167,7 @@ def separate_upload(separator, path, folder, max_minutes=15, progress=None):
     ...     soundfile.write(f"{folder}/song.wav", np.ones(900) / 2, 8000)
     ...     done = separate_upload(Halves(), f"{folder}/song.wav", Path(folder))
     >>> [(track.label, round(track.level)) for track in done.tracks]
-    [('Original', 0), ('0', -6), ('1', -6)]
+    [('Original', 0), ('Source 0', -6), ('Source 1', -6)]
     """
     path = Path(path)
     progress = progress or (lambda share, text: None)
