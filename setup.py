@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 here = pathlib.Path(__file__).parent
-version = "0.1.0"
+version = "0.2.0"
 
 setup(
     name="trackformer_sb",
@@ -47,7 +47,7 @@ setup(
     extras_require={
         "asteroid": ["asteroid>=0.7,<0.8"],
         "shards": ["webdataset>=1.0"],
-        "demo": ["gradio>=6,<7"],
+        "demo": ["gradio>=6.10,<7"],
         # make-music; later symusic renders silence
         "music": ["symusic==0.5.8", "espeakng-loader", "pyworld-prebuilt"],
         # the peers of benchmarks/

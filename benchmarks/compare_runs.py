@@ -36,18 +36,11 @@ MEASURES = (
     "effective_mask_count",
 )
 SAME = (
-    "data_folder",
-    "dataset",
-    "test_folder",
-    "test_dataset",
-    "split_ratio",
-    "split",
-    "split_file",
+    "music",
     "seed",
     "sample_rate",
     "segment_seconds",
-    "mixit_objective",
-    "snr_max",
+    "loss",
     "epoch_segments",
 )
 

@@ -27,6 +27,7 @@ by turn. The share is of the means, as items differ.
 """
 
 import argparse
+import functools
 import pathlib
 import statistics
 import tempfile
@@ -50,17 +51,14 @@ from speechbrain.dataio.dataloader import make_dataloader
 from training_step import COMPILED
 from training_step import make_step as make_candidate
 
-from trackformer_sb.data.catalogue import prepare
-from trackformer_sb.data.remix import STEM_CLASSES, RemixedItems, list_tracks
+from trackformer_sb.data.mixtures import MixtureOfMixtures
+from trackformer_sb.data.music import Music
+from trackformer_sb.data.remix import STEM_CLASSES, RemixedItems
 from trackformer_sb.inference.separation import separate
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 from trackformer_sb.objectives.mixit import mixit_loss
-from trackformer_sb.training.dataio import (
-    AUGMENTATION_KEYS,
-    PAIR_KEYS,
-    dataio_prep,
-)
+from trackformer_sb.training.dataio import dataio_prep
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SAMPLE_RATE = 44100
@@ -86,27 +84,25 @@ class Times(NamedTuple):
 
 def training_set(args, dataset, data_folder, folder):
     """The training set of a folder of music, as the recipe makes it."""
-    prepare(
+    music = Music(
         data_folder,
         dataset,
-        folder / "manifests",
-        segment_seconds=args.segment_seconds,
         sample_rate=SAMPLE_RATE,
         demo_songs=args.demo_songs,
     )
+    music.prepare(folder / "manifests", args.segment_seconds)
     hparams = {
         "output_folder": folder,
         "dataset": dataset,
         "sample_rate": SAMPLE_RATE,
         "segment_seconds": args.segment_seconds,
         "seed": 1234,
-        "equal_levels": False,
-        "channel": "mean",
-        "strict": False,
-        **dict.fromkeys(PAIR_KEYS[:3], 0.0),
-        **dict.fromkeys(AUGMENTATION_KEYS, 0.0),
+        "music": music,
+        "pairs": functools.partial(
+            MixtureOfMixtures, sample_rate=SAMPLE_RATE, seed=1234
+        ),
     }
-    datasets, _ = dataio_prep(hparams, rank=0)
+    datasets, _ = dataio_prep(hparams)
     return datasets["train"]
 
 
@@ -253,10 +249,9 @@ def report(name, dataset, args, times):
 def named_blocks(args):
     """Making items with named stems against training on them, on one core."""
     torch.set_num_threads(1)
-    songs = list_tracks("music_folder", args.music_folder, "midi")
-    items = RemixedItems(
-        songs, list(STEM_CLASSES), segment_seconds=args.segment_seconds
-    )
+    music = Music(args.music_folder, "midi", stem_groups=STEM_CLASSES)
+    songs = music.songs()
+    items = RemixedItems(songs, segment_seconds=args.segment_seconds)
     batch = torch.stack([items[i][0] for i in range(args.batch_size)])
     batch = batch.to(args.device)
     step, _ = make_candidate(COMPILED, 2 * len(STEM_CLASSES), args.device)

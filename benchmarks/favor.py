@@ -25,26 +25,6 @@ inputs as ours. Timed is `FastAttention` as it is.
 
 `attention: auto` is timed as a whole `SelfAttention`, with the projections of
 inputs and output, against the same layer with either kind.
-
-On a GPU there is the time of the device too, between two events around a call
-that is queued in full before it starts: what remains where launching is hidden
-behind other work. FLOPs of our kernels, forward and backward, are those of 14
-matrix products of a head,
-
-    14 * 2 * batch * heads * frames * features * 64
-
-(sums over keys 2, output 2, gradient of queries 4, of the state 2, of keys and
-values 4; each counted once, though float32 makes 5 of them of three TF32
-products). Bytes are what the kernels read and write, each reading its inputs
-once; features are made anew and never written:
-
-    batch * heads * frames * (13 * 64 * bytes of a number + 20)
-
-(keys, values; queries, output; queries, gradient of the output, gradient of
-queries; queries, gradient of the output; keys, values and their gradients; and
-5 float32 of the queries' sums). Some of that stays in the cache. Peaks are
-those of a product of two matrices of 8192 x 8192 in --dtype and of a copy of
-1 GiB, in the same run.
 """
 
 import argparse
@@ -75,13 +55,10 @@ from favor_calls import (
     allow_tf32,
     forward_backward,
     gradients_apart,
-    kernel_cost,
     make_attention,
     make_inputs,
     setting,
-    uses_kernels,
 )
-from rates import achieved, device_seconds, peak_bytes, peak_flops
 
 from trackformer_sb.nnet.performer import ATTENTION_KINDS, SelfAttention
 
@@ -102,8 +79,8 @@ MEMORY_TARGETS = {20000: 0.1}
 # Slowest that auto may be beside the better kind.
 AUTO_TARGET = 1.05
 
-# Largest difference of gradients, relative to their norm; on GPUs what our
-# kernels state.
+# Largest difference of gradients, relative to their norm; float32 on GPUs is
+# multiplied as TF32.
 TOLERANCES = {
     ("cpu", "float32"): 1e-5,
     ("cuda", "float32"): 1e-3,
@@ -131,7 +108,7 @@ def repetitions_at(frames, args):
     return max(3, min(args.repetitions, args.repetitions * 2000 // frames))
 
 
-def measure(frames, args, peaks):
+def measure(frames, args):
     """Rows of the table and lines below it."""
     flash = setting(args) == ("cuda", "bfloat16")
     exact = FLASH if flash else EXACT
@@ -161,12 +138,6 @@ def measure(frames, args, peaks):
             f"{memory[who]:.0f} MB"
         )
     medians = {who: statistics.median(seconds[who]) for who in names}
-    alone = {}
-    if setting(args)[0] == "cuda":
-        alone = {
-            who: device_seconds(calls[who], args.device, number)
-            for who in names
-        }
     rows = [
         [
             frames,
@@ -176,7 +147,6 @@ def measure(frames, args, peaks):
             f"{memory[who]:.0f}",
             f"{medians[who] / medians[OURS]:.2f}",
             f"{memory[who] / memory[OURS]:.2f}",
-            *([f"{1e3 * alone[who]:.3f}"] if alone else []),
         ]
         for who in names
     ]
@@ -184,13 +154,8 @@ def measure(frames, args, peaks):
     targets = SPEED_TARGETS.get(setting(args), {}).get(frames, {})
     for who in [who for who in targets if who in names]:
         what = f"{frames} frames, times faster than {who}"
-        for times, where in ((medians, ""), (alone, ", on the device")):
-            if times:
-                faster = times[who] / times[OURS]
-                lines.append(verdict(what + where, faster, targets[who]))
-    if alone and peaks:
-        rates = achieved(*kernel_cost(frames, args), alone[OURS], peaks)
-        lines.append(f"- {frames} frames, {OURS} on the device: {rates}")
+        faster = medians[who] / medians[OURS]
+        lines.append(verdict(what, faster, targets[who]))
     if frames in MEMORY_TARGETS:
         share = memory[OURS] / memory[PEER]
         what = f"{frames} frames, share of the memory of {PEER}"
@@ -274,14 +239,6 @@ def main():
         f"Batch {args.batch_size}, {args.nhead} heads of {HEAD_DIM}, "
         f"{N_FEATURES} features, {args.dtype}."
     )
-    peaks = None
-    if setting(args)[0] == "cuda":
-        kernels = uses_kernels(args)
-        what = "its Triton kernels" if kernels else "PyTorch, without kernels"
-        head += f" {OURS} runs on {what}."
-        if kernels:
-            dtype = getattr(torch, args.dtype)
-            peaks = peak_flops(dtype, args.device), peak_bytes(args.device)
     tolerance = TOLERANCES[setting(args)]
     apart = gradients_apart(517, args)
     agree = max(apart) <= tolerance
@@ -300,12 +257,11 @@ def main():
         "extra memory, MB",
         "times slower",
         "times the memory",
-        *(["ms, device alone"] if setting(args)[0] == "cuda" else []),
     ]
     rows, auto_rows = [], []
     auto_header = ["frames", "calls", *ATTENTION_KINDS, "auto / better"]
     for frames in args.frames:
-        new_rows, new_lines = measure(frames, args, peaks)
+        new_rows, new_lines = measure(frames, args)
         rows += new_rows
         lines += new_lines
         record.write(head, table(header, rows), "\n".join(lines))

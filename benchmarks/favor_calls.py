@@ -24,7 +24,7 @@ def setting(args):
 
 
 def allow_tf32(args):
-    """On a GPU our kernels multiply float32 as TF32: so may the others."""
+    """On a GPU float32 is multiplied as TF32, as recipes do by default."""
     if setting(args)[0] == "cuda":
         torch.set_float32_matmul_precision("high")
 
@@ -111,18 +111,3 @@ def gradients_apart(frames, args):
         float((x - y).norm() / y.norm())
         for x, y in zip(found, expected, strict=True)
     ]
-
-
-def uses_kernels(args):
-    """Whether ours runs on its Triton kernels, which must work here."""
-    from trackformer_sb.nnet.favor_trial import should_use_triton
-
-    return should_use_triton(*make_inputs(16, args), make_projection(args))
-
-
-def kernel_cost(frames, args):
-    """FLOPs and bytes of our kernels, as the docstring of favor.py has them."""
-    rows = args.batch_size * args.nhead * frames
-    size = getattr(torch, args.dtype).itemsize
-    flops = 14 * 2 * rows * N_FEATURES * HEAD_DIM
-    return flops, rows * (13 * HEAD_DIM * size + 20)

@@ -11,8 +11,8 @@ pages of mapped files that no other process happens to have touched. Beside
 ours, SpeechBrain's DynamicItemDataset of the same rows in a dict, as
 `from_json` makes it. Each in a fresh process.
 
-Catalogue. `prepare` on --files files of a quarter of a second, wav: into an
-empty folder, for another experiment, and after one file in a hundred was
+Catalogue. `Music.prepare` on --files files of a quarter of a second, wav: into
+an empty folder, for another experiment, and after one file in a hundred was
 written anew, with the size of what it leaves. All reads come from the system's
 cache.
 """
@@ -38,8 +38,8 @@ from common import (
 from speechbrain.dataio.dataset import DynamicItemDataset
 from torch.utils.data import DataLoader
 
-from trackformer_sb.data.catalogue import prepare
 from trackformer_sb.data.manifest import MappedManifest, write_manifest
+from trackformer_sb.data.music import Music
 from trackformer_sb.training.dataio import SegmentDataset
 
 SEGMENTS_A_SONG = 60  # three minutes in segments of three seconds
@@ -162,13 +162,8 @@ def catalogue_rows(count):
             if "1 %" in name:
                 write_files(folder / "music", count, step=100, seed=1)
             start = time.perf_counter()
-            report = prepare(
-                folder / "music",
-                "mixtures",
-                folder / out,
-                segment_seconds=0.25,
-                sample_rate=RATE,
-            )
+            music = Music(folder / "music", "mixtures")
+            report = music.prepare(folder / out, segment_seconds=0.25)
             seconds = time.perf_counter() - start
             songs = sum(part["songs"] for part in report["splits"].values())
             if songs != count:

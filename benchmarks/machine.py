@@ -55,7 +55,6 @@ def machine(device):
         )
     packages = (
         "torch",
-        "triton",
         "speechbrain",
         "asteroid",
         "performer-pytorch",

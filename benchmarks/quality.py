@@ -44,7 +44,6 @@ music. Hydrogen and Resonate_house are for choices; the other songs of
 import argparse
 import csv
 import fnmatch
-import json
 import math
 import pathlib
 import statistics
@@ -58,7 +57,7 @@ from scipy.ndimage import median_filter
 from torchaudio.functional import resample
 
 from trackformer_sb.data.remix import STEM_CLASSES, stem_class
-from trackformer_sb.inference.pretrained import PerformerSeparator
+from trackformer_sb.inference.separator import Separator
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 from trackformer_sb.objectives import metrics
 from trackformer_sb.objectives.named_metrics import (
@@ -298,29 +297,22 @@ def load_method(name):
     if name in METHODS:
         stft = STFTEncoder(2048, 1024), STFTDecoder(2048, 1024)
         return Method(METHODS[name], *stft)
-    config = pathlib.Path(name) / "config.json"
-    values = json.loads(config.read_text("utf-8")) if config.exists() else {}
-    if name == "default" or "classes" in values:
-        from trackformer_sb.inference.separator import Separator
-
-        model = Separator.from_pretrained(name)
+    model = Separator.from_pretrained(name)
+    classes = None
+    if model.groups is not None:
         classes = [name for name in model.groups for _ in model.groups[name]]
-        rate = model.config["sample_rate"]
 
-        def masks(spectrum, stems):
-            return model.masknet(spectrum.unsqueeze(0))[:, 0], classes
+    def masks(spectrum, stems):
+        if not getattr(model.masknet, "stereo", False):
+            spectrum = spectrum.mean(0, keepdim=True)
+        else:
+            spectrum = spectrum.unsqueeze(0)
+        masks = model.masknet(spectrum)[:, 0]
+        if model.mixture_consistency:
+            masks = masks + (1 - masks.sum(0)) / len(masks)
+        return masks, classes
 
-    else:
-        model = PerformerSeparator.from_pretrained(name)
-        rate = model.config["sample_rate"]
-
-        def masks(spectrum, stems):
-            masks = model.masknet(spectrum.mean(0, keepdim=True))[:, 0]
-            if model.config["mixture_consistency"]:
-                masks = masks + (1 - masks.sum(0)) / len(masks)
-            return masks, None
-
-    return Method(masks, model.encoder, model.decoder, rate)
+    return Method(masks, model.encoder, model.decoder, model.sample_rate)
 
 
 # -- measures

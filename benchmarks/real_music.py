@@ -38,16 +38,17 @@ import time
 import torch
 import yaml
 from common import Record, add_arguments, parse_args, say, table
-from hyperpyyaml import load_hyperpyyaml, resolve_references
+from hyperpyyaml import resolve_references
 
 from trackformer_sb.data.manifest import MappedManifest
 from trackformer_sb.data.mixtures import MixtureOfMixtures
-from trackformer_sb.inference.interfaces import PerformerSeparation
 from trackformer_sb.inference.separation import separate
+from trackformer_sb.inference.separator import Separator, load_separator
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.performer import SelfAttention
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 from trackformer_sb.objectives import metrics
+from trackformer_sb.training.arguments import PlainLoader
 
 TRAINED, ORACLE = "trained", "ideal ratio masks"
 MAX_EPOCHS = 30  # rows of the training curve
@@ -83,15 +84,10 @@ def relocated(rows, folder):
 
 def load_separators(folder, seed, device):
     """The trained separator, and one of its architecture without training."""
-    run_opts = {"device": device}
-    trained = PerformerSeparation.from_hparams(str(folder), run_opts=run_opts)
+    trained = load_separator(folder, device)
     torch.manual_seed(seed)
-    text = (folder / "hyperparams.yaml").read_text(encoding="utf-8")
-    hparams = load_hyperpyyaml(text)
-    untrained = PerformerSeparation(
-        modules=hparams["modules"], hparams=hparams, run_opts=run_opts
-    )
-    return trained, untrained
+    untrained = Separator(**trained.config).to(device).eval()
+    return trained.requires_grad_(False), untrained.requires_grad_(False)
 
 
 def ideal_ratio_masks(mix, stems):
@@ -149,35 +145,34 @@ def make_methods(args):
     trained, untrained = load_separators(
         args.run_folder / "separator", args.seed, args.device
     )
-    num_spks = trained.hparams.num_spks
+    num_spks = trained.num_spks
 
     def outputs_of(separator):
-        return lambda mix, stems: separator.separate_batch(mix[None])[0].T
+        return lambda mix, stems: separator(mix[None])[0]
 
     def averaged(mix, stems):
-        modules = trained.mods
         est_source, _ = separate(
             mix[None],
-            modules.encoder,
-            constant(modules.masknet),
-            modules.decoder,
-            trained.hparams.mixture_consistency,
+            trained.encoder,
+            constant(trained.masknet),
+            trained.decoder,
+            trained.mixture_consistency,
         )
         return est_source[0]
 
     def without_attention(replacement):
         def outputs(mix, stems):
-            with attention_replaced(trained.mods.masknet, replacement):
-                return trained.separate_batch(mix[None])[0].T
+            with attention_replaced(trained.masknet, replacement):
+                return trained(mix[None])[0]
 
         return outputs
 
-    sample_rate = trained.hparams.sample_rate
+    sample_rate = trained.sample_rate
     methods = {
         TRAINED: outputs_of(trained),
         "trained, masks averaged over time": averaged,
     }
-    if isinstance(trained.mods.masknet, PerformerMaskNet):
+    if isinstance(trained.masknet, PerformerMaskNet):
         methods |= {
             "trained, without attention": without_attention(torch.zeros_like),
             "trained, attention averaged": without_attention(
@@ -329,9 +324,15 @@ def training_curve(history):
 
 
 def plain_values(text):
-    """The top-level numbers, words and lists of a yaml, without tags."""
-    lines = re.findall(r"^([a-z]\w*):[ \t]*([^!\n]*)$", text, re.M)
-    return {key: yaml.safe_load(value) for key, value in lines}
+    """The numbers, words, lists and mappings of a yaml, without tags."""
+    return yaml.load(text, PlainLoader)
+
+
+def changes(value, before):
+    """What of a mapping is another one now; anything else as it is."""
+    if not isinstance(value, dict) or not isinstance(before, dict):
+        return value
+    return {k: x for k, x in value.items() if before.get(k) != x}
 
 
 def training_command(folder):
@@ -353,11 +354,13 @@ def training_command(folder):
             for key, value in used.items()
             if before.get(key, value) != value and key not in overrides
         ]
-        overrides |= {key: used[key] for key in found[:1]}
+        overrides |= {key: changes(used[key], before[key]) for key in found[:1]}
     words = [f"python recipes/train.py hparams/{name}"]
     for key, value in overrides.items():
         if isinstance(value, str) and pathlib.Path(value).is_absolute():
             value = f".../{pathlib.Path(value).name}"
+        if isinstance(value, dict):
+            value = f"'{json.dumps(value)}'"
         words.append(f"--{key}={'null' if value is None else value}")
     return " ".join(words)
 

@@ -24,8 +24,8 @@ import soundfile
 import torch
 from common import Record, add_arguments, parse_args, say, table, verdict
 
-from trackformer_sb.inference.loading import load_separator
 from trackformer_sb.inference.overlap_add import FADE_SHARE
+from trackformer_sb.inference.separator import load_separator
 
 QUIET_DB = -40.0
 LEVEL_TARGET_DB, STEP_TARGET_DB = 0.1, 0.3
@@ -113,7 +113,7 @@ def main():
     parser.add_argument("--note", default="", help="about the separator")
     args = parse_args(parser)
     record = Record("Seams between chunks", __doc__, args.output, args.device)
-    separator, _ = load_separator(args.separator, args.device)
+    separator = load_separator(args.separator, args.device)
     rows, all_levels, all_steps = [], [], []
 
     def add_row(name, levels, steps):

@@ -80,9 +80,8 @@ from training_step import FAVOR, build
 
 from trackformer_sb.data.band import make_song
 from trackformer_sb.data.remix import STEM_CLASSES
-from trackformer_sb.inference.interfaces import PerformerSeparation
-from trackformer_sb.inference.loading import load_separator
-from trackformer_sb.inference.separator import DEFAULT, Separator
+from trackformer_sb.inference.separator import load_separator
+from trackformer_sb.inference.speechbrain import PerformerSeparation
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 
@@ -188,13 +187,8 @@ def make_asteroid(device, overlap_add=False):
 
 
 def make_named(device):
-    """The separator of the package; without one, random weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            separator, _ = load_separator(DEFAULT, device)
-        except FileNotFoundError:
-            Separator(CLASSES).save_pretrained(folder)
-            separator, _ = load_separator(folder, device)
+    """The separator of the package."""
+    separator = load_separator(device=device)
 
     def call(path, folder):
         separator.separate_file(path, folder, progressbar=False)

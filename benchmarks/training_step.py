@@ -84,12 +84,12 @@ SPEECHBRAIN_BF16 = f"{SPEECHBRAIN}, bf16"
 FUSION, COMPILED = "Fusion", "Fusion, compiled"
 COMPILED_BF16 = f"{COMPILED}, bf16"
 CANDIDATES = {
-    FAVOR: (PERFORMER, {"attention": "favor"}),
-    EXACT: (PERFORMER, {"attention": "softmax"}),
-    "Performer, auto": (PERFORMER, {"attention": "auto"}),
-    FAVOR_MEDIUM: (PERFORMER, {"attention": "favor"}),
-    FAVOR_BF16: (PERFORMER, {"attention": "favor"}),
-    EXACT_BF16: (PERFORMER, {"attention": "softmax"}),
+    FAVOR: (PERFORMER, {"MaskNet": {"attention": "favor"}}),
+    EXACT: (PERFORMER, {"MaskNet": {"attention": "softmax"}}),
+    "Performer, auto": (PERFORMER, {"MaskNet": {"attention": "auto"}}),
+    FAVOR_MEDIUM: (PERFORMER, {"MaskNet": {"attention": "favor"}}),
+    FAVOR_BF16: (PERFORMER, {"MaskNet": {"attention": "favor"}}),
+    EXACT_BF16: (PERFORMER, {"MaskNet": {"attention": "softmax"}}),
     SPEECHBRAIN: ("convtasnet_mixit.yaml", {}),
     SPEECHBRAIN_BF16: ("convtasnet_mixit.yaml", {}),
     ASTEROID: (TDCONVNET, {}),

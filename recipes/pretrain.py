@@ -30,29 +30,22 @@ from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 from torch.nn import functional as F
 
-from trackformer_sb.inference.features import export_encoder
-from trackformer_sb.training import figures
+from trackformer_sb import plots
+from trackformer_sb.inference.features import PerformerFeatures
 from trackformer_sb.training.brain import MusicBrain
 from trackformer_sb.training.dataio import data_report, prepare_data
-from trackformer_sb.training.experiment import (
-    load_experiment,
-    make_brain,
-    run,
-    train_and_test,
-)
+from trackformer_sb.training.experiment import load_experiment, run
 
 logger = get_logger(__name__)
 
 COLUMNS = ("reconstruction_loss", "explained_variance")
 
-# Higher is better; "loss" is the validation loss.
-SELECTION_METRICS = ("explained_variance", "loss")
-
 
 class Pretraining(MusicBrain):
     """Training of a masked autoencoder on songs, or on sums of two."""
 
-    columns, curves = COLUMNS, figures.PRETRAINING_CURVES
+    columns, curves = COLUMNS, plots.PRETRAINING_CURVES
+    selection_metrics = ("explained_variance", "loss")
 
     def compute_forward(self, batch, stage):
         """Hides a part of the spectrograms and rebuilds it.
@@ -64,10 +57,10 @@ class Pretraining(MusicBrain):
         """
         self.note_input(batch)
         mixtures = batch.to(self.device, non_blocking=True).mixtures.data
-        if stage != sb.Stage.TRAIN and self.hparams.silent_share == 1.0:
+        if stage != sb.Stage.TRAIN and self.pairs.silent_share == 1.0:
             # in training a silent partner was drawn
             mixtures = mixtures[:, :1]
-        if self.hparams.mask_mode == "mix":
+        if self.hparams.AudioMAE.mask_mode == "mix":
             spectrum, cover = (self.modules.stft(x) for x in mixtures.unbind(1))
         else:
             spectrum, cover = self.modules.stft(mixtures.sum(1)), None
@@ -114,7 +107,7 @@ class Pretraining(MusicBrain):
 
     def reconstruction_figure(self):
         """Picture of the first readable item."""
-        return figures.reconstruction_figure(
+        return plots.reconstruction_figure(
             self.picture.target[0],
             self.picture.prediction[0],
             self.picture.hidden[0],
@@ -131,32 +124,35 @@ class Pretraining(MusicBrain):
 
     def write_figures(self, folder):
         """Draws a test item."""
-        figures.save_figure(
+        plots.save_figure(
             self.reconstruction_figure(), folder / "reconstruction.png"
         )
 
 
 def check_masking(hparams):
     """Refuses spans that do not fit into a segment, before anything runs."""
-    if hparams["mask_mode"] == "mix" and hparams["silent_share"] > 0:
+    mae = hparams["AudioMAE"]
+    silent_share = hparams["pairs"].keywords["silent_share"]
+    if mae.mask_mode == "mix" and silent_share > 0:
         raise ValueError(
             "silent_share: expected 0 with mask_mode mix, which hides music "
-            f"under other music, got {hparams['silent_share']}"
+            f"under other music, got {silent_share}"
         )
     samples = round(hparams["segment_seconds"] * hparams["sample_rate"])
     frames = -(-samples // hparams["hop_length"])
-    hparams["AudioMAE"].draw_hidden(1, frames, torch.Generator())
+    mae.draw_hidden(1, frames, torch.Generator())
 
 
 def model_card(hparams, brain):
-    """What the card of the exported encoder says of the training."""
+    """What the card of the exported encoder says of the run."""
+    mae = hparams["AudioMAE"]
     return {
         "Training": {
             "dataset": hparams["dataset"],
             "segments": f"{hparams['segment_seconds']} s",
-            "hidden": f"{100 * hparams['mask_ratio']:g} % in spans of "
-            f"{hparams['mask_span']} frames ({hparams['mask_mode']})",
-            "weight of what is visible": hparams["AudioMAE"].visible_weight,
+            "hidden": f"{100 * mae.mask_ratio:g} % in spans of "
+            f"{mae.mask_span} frames ({mae.mask_mode})",
+            "weight of what is visible": mae.visible_weight,
             "epochs": len(hparams["history"].epochs),
             "seed": hparams["seed"],
         },
@@ -169,35 +165,27 @@ def model_card(hparams, brain):
 
 def main(argv):
     """Pre-trains, evaluates and exports an encoder."""
-    experiment = load_experiment(argv, SELECTION_METRICS)
+    experiment = load_experiment(argv, Pretraining.selection_metrics)
     hparams = experiment.hparams
     check_masking(hparams)
     prepare_data(hparams)
     sb.create_experiment_directory(**experiment.directory)
-    brain, datasets = make_brain(Pretraining, experiment)
+    brain = Pretraining(experiment)
     brain.redrawn = hparams["AudioMAE"]
-    train_and_test(brain, datasets, hparams)
+    brain.train_and_test()
     folder = brain.results_folder / "encoder"
-    run_on_main(
-        export_encoder,
-        args=[
-            pathlib.Path(hparams["output_folder"]) / "hyperparams.yaml",
-            {"stft": hparams["Encoder"], "encoder": hparams["Features"]},
-            folder,
-        ],
-        kwargs={
-            "metadata": model_card(hparams, brain),
-            "songs": sorted(
-                {
-                    name
-                    for split in ("train", "valid")
-                    for name in data_report(hparams)["splits"][split][
-                        "song_names"
-                    ]
-                }
-            ),
-        },
+    splits = data_report(hparams)["splits"]
+    heard = {
+        name
+        for split in ("train", "valid")
+        for name in splits[split]["song_names"]
+    }
+    features = PerformerFeatures.of_recipe(
+        pathlib.Path(hparams["output_folder"]) / "hyperparams.yaml",
+        hparams["Features"],
+        sorted(heard),
     )
+    run_on_main(features.export, args=[folder, model_card(hparams, brain)])
     logger.info(f"encoder: {folder}")
 
 

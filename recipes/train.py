@@ -29,10 +29,11 @@ import torch
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 
+from trackformer_sb import plots
 from trackformer_sb.data.manifest import read_songs
-from trackformer_sb.inference.export import export_separator
-from trackformer_sb.inference.features import encoder_folder
+from trackformer_sb.inference.hub import model_folder
 from trackformer_sb.inference.separation import separate
+from trackformer_sb.inference.separator import Separator
 from trackformer_sb.nnet.transfer import (
     check_settings,
     encoder_layers,
@@ -45,26 +46,13 @@ from trackformer_sb.objectives.regularizers import (
     mask_count_loss,
     sparsity_loss,
 )
-from trackformer_sb.training import figures, named
+from trackformer_sb.training import named
 from trackformer_sb.training.brain import MusicBrain
 from trackformer_sb.training.dataio import manifest_folder, prepare_data
-from trackformer_sb.training.experiment import (
-    load_experiment,
-    make_brain,
-    run,
-    train_and_test,
-)
-from trackformer_sb.training.optimization import check_groups
+from trackformer_sb.training.experiment import load_experiment, run
 
 logger = get_logger(__name__)
 
-# how a pre-trained encoder is trained, as check_groups takes it, and what makes
-# no difference
-FINE_TUNING = {
-    "pretrained_lr_scale": 1,
-    "pretrained_freeze_steps": 0,
-    "pretrained_layer_decay": 1,
-}
 COLUMNS = (
     "si_snr",
     "si_snri",
@@ -76,20 +64,18 @@ COLUMNS = (
 )
 MEASURED_EVERY = 10  # batches of a training
 
-# Higher is better in all of them; "loss" is the validation loss.
-SELECTION_METRICS = (
-    "si_snr",
-    "si_snri",
-    "si_snri_grouped",
-    "mixture_si_snr",
-    "loss",
-)
-
 
 class Separation(MusicBrain):
     """MixIT training of any encoder, masknet and decoder."""
 
     columns, more_averages = COLUMNS, ("mixit_loss",)
+    selection_metrics = (
+        "si_snr",
+        "si_snri",
+        "si_snri_grouped",
+        "mixture_si_snr",
+        "loss",
+    )
 
     def compute_forward(self, batch, stage):
         """Separates sums of mixtures, and in evaluation the first mixture.
@@ -126,7 +112,7 @@ class Separation(MusicBrain):
         masks = est_mask.transpose(0, 1)
         if self.hparams.lambda_diversity:
             parts["diversity"] = diversity_loss(masks)
-        if getattr(self.hparams, "lambda_mask_count", 0):
+        if self.hparams.lambda_mask_count:
             parts["mask_count"] = mask_count_loss(masks)
         if self.hparams.lambda_sparsity:
             mix = mixtures.sum(1)
@@ -231,13 +217,13 @@ class Separation(MusicBrain):
     def separation_figure(self):
         """Picture of the readable item with the most active stems."""
         picture = {k: v for k, v in self.picture.items() if k != "interest"}
-        return figures.separation_figure(
+        return plots.item_figure(
             **picture, sample_rate=self.hparams.sample_rate
         )
 
     def write_figures(self, folder):
         """Draws a test item."""
-        figures.save_figure(self.separation_figure(), folder / "test_item.png")
+        plots.save_figure(self.separation_figure(), folder / "test_item.png")
 
     def more_results(self):
         """What else belongs in metrics.json."""
@@ -280,16 +266,17 @@ def initialise(hparams):
     source = hparams.get("pretrained_encoder")
     if not source:
         return [], None
-    check_groups(*(hparams[key] for key in FINE_TUNING))
     try:
-        folder = encoder_folder(source)
+        folder = model_folder(source)
     except FileNotFoundError as error:
         if hparams["checkpointer"].find_checkpoint() is not None:
             # which takes the place of these weights
             return [], None
         raise FileNotFoundError(f"pretrained_encoder: {error}") from error
-    settings = check_settings(hparams, folder)
-    keys = load_pretrained_encoder(hparams["MaskNet"], folder)
+    masknet = hparams["MaskNet"]
+    asked = {**hparams, "spec_norm": masknet.spec_norm}
+    settings = check_settings(asked, folder)
+    keys = load_pretrained_encoder(masknet, folder)
     return keys, settings.get("songs")
 
 
@@ -305,16 +292,16 @@ def songs_heard(hparams, songs):
     if heard:
         logger.warning(
             f"pretrained_encoder: its training had {len(heard)} of the test "
-            f"songs: {', '.join(sorted(heard)[:5])} ... The test flatters; "
-            "pre-train with the same seed, split_ratio and segment_seconds, or "
-            "test on a test_folder"
+            f"songs: {', '.join(sorted(heard)[:5])} ... Test scores are "
+            "optimistic: pre-train with the same seed, or test on a "
+            "test_folder"
         )
     return len(heard)
 
 
 def main(argv):
     """Trains, evaluates and exports a separator."""
-    experiment = load_experiment(argv, SELECTION_METRICS)
+    experiment = load_experiment(argv, Separation.selection_metrics)
     hparams = experiment.hparams
     if "classes" in hparams:
         named.train(experiment)
@@ -331,22 +318,18 @@ def main(argv):
             f"pretrained_encoder: no encoder in {source}; going on from the "
             "checkpoint. Test songs that it was trained on are not counted"
         )
-    brain, datasets = make_brain(Separation, experiment)
+    brain = Separation(experiment)
     brain.redrawn = hparams["MaskNet"]
     brain.songs_pretrained_on = songs_heard(hparams, songs)
-    if source and any(hparams[key] != x for key, x in FINE_TUNING.items()):
+    if source and "fine_tuning" in hparams:
         brain.pretrained = encoder_layers(hparams["MaskNet"])
-    train_and_test(brain, datasets, hparams)
+    brain.train_and_test()
     folder = brain.results_folder / "separator"
-    run_on_main(
-        export_separator,
-        args=[
-            pathlib.Path(hparams["output_folder"]) / "hyperparams.yaml",
-            dict(hparams["modules"]),
-            folder,
-        ],
-        kwargs={"metadata": model_card(hparams, brain)},
+    separator = Separator.of_recipe(
+        pathlib.Path(hparams["output_folder"]) / "hyperparams.yaml",
+        hparams["modules"],
     )
+    run_on_main(separator.export, args=[folder, model_card(hparams, brain)])
     logger.info(f"separator: {folder}")
 
 

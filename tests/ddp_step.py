@@ -37,6 +37,11 @@ def one_step(folder, batch):
     sb.utils.distributed.ddp_init_group(run_opts)
 
     class Recorder(recipe.Separation):
+        def __init__(self, **options):
+            # without data
+            sb.Brain.__init__(self, **options)
+            self.num_processes = 1
+
         def optimizers_step(self):
             self.gradient = {
                 name: p.grad.clone()

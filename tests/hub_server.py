@@ -17,7 +17,7 @@ RESOLVE = re.compile(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)")
 CREATE = "/api/repos/create"
 PREUPLOAD = re.compile(r"/api/models/([\w.-]+/[\w.-]+)/preupload/.+")
 COMMIT = re.compile(r"/api/models/([\w.-]+/[\w.-]+)/commit/.+")
-LARGE = (".safetensors", ".ckpt", ".bin")
+LARGE = (".safetensors", ".bin")
 
 
 class Hub:
@@ -36,8 +36,6 @@ class Hub:
         self.token = None  # which it asks for
         self.status = None  # with which it answers everything
         self.cut = 0  # downloads of large files to break off half way
-        self.change = None  # content of large files -> what is sent
-        self.plain = False  # whether it is any other web server
         self.asked = []
 
     def put(self, repo, folder, revision="main"):
@@ -119,9 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_file(content, commit, match[3].endswith(LARGE))
 
     def send_file(self, content, commit, large):
-        if self.server.hub.plain:
-            self.answer(200, content)
-        elif large:
+        if large:
             digest = hashlib.sha256(content).hexdigest()
             self.answer(
                 302,
@@ -138,8 +134,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_large(self, content):
         hub = self.server.hub
-        if hub.change is not None:
-            content = hub.change(content)
         start, status, headers = 0, 200, {}
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if wanted:

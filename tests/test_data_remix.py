@@ -8,12 +8,14 @@ from test_data_layouts import write_moises, write_musdb, write_slakh
 
 from trackformer_sb.data import remix
 from trackformer_sb.data.audio import UnreadableAudio
+from trackformer_sb.data.music import Music
 from trackformer_sb.data.remix import (
+    STEM_CLASSES,
     NamedWindows,
     RemixedItems,
     equalise,
-    list_tracks,
     mark_absent,
+    place,
     play_at,
 )
 
@@ -44,16 +46,18 @@ def music(tmp_path):
     return folder
 
 
+def songs_of(folder, dataset="midi"):
+    return Music(folder, dataset, stem_groups=STEM_CLASSES).songs()
+
+
 def make_items(music, **options):
-    songs = list_tracks("data_folder", music, "midi")
-    mixtures = list_tracks(
-        "mixtures_folder", music.parent / "songs", "mixtures"
-    )
+    songs = songs_of(music)
+    mixtures = songs_of(music.parent / "songs", "mixtures")
     options = {"mixture_share": 0.3, "num_items": 40, **options}
     return RemixedItems(
         songs,
-        CLASSES,
         mixtures,
+        CLASSES,
         sample_rate=RATE,
         segment_seconds=SECONDS,
         **options,
@@ -61,12 +65,12 @@ def make_items(music, **options):
 
 
 def test_stems_are_listed_by_class(music):
-    songs = list_tracks("data_folder", music, "midi")
-    assert [sorted(song["tracks"]) for song in songs] == [
+    songs = songs_of(music)
+    assert [sorted(song.tracks) for song in songs] == [
         *[["bass", "drums", "other"]] * 3,
         ["vocals"],
     ]
-    assert songs[0]["song_seconds"] == 2.0
+    assert songs[0].seconds == 2.0
 
 
 def test_items_are_finite_and_at_one_level(music):
@@ -124,12 +128,12 @@ def test_stems_of_datasets_are_mapped_to_classes(
     tmp_path, dataset, write_song, stems, expected
 ):
     write_song(tmp_path, stems)
-    (song,) = list_tracks("data_folder", tmp_path, dataset)
-    assert {k: len(paths) for k, paths in song["tracks"].items()} == expected
+    (song,) = songs_of(tmp_path, dataset)
+    assert {k: len(paths) for k, paths in song.tracks.items()} == expected
 
 
 def test_what_both_songs_lack_is_known(music):
-    songs = list_tracks("mixtures_folder", music.parent / "songs", "mixtures")
+    songs = songs_of(music.parent / "songs", "mixtures")
     absent = {"[01].WAV": ["vocals", "drums"], "0*": ["bass"]}
     songs = mark_absent(songs, absent, CLASSES)
     items = make_items(music, mixture_share=1.0)
@@ -160,7 +164,7 @@ def test_an_item_depends_on_seed_epoch_and_number_alone(music):
 
 def test_voices_are_heard_and_missing_too(music):
     items = make_items(music, mixture_share=0.0)
-    heard = [bool(items[k][0][2].any()) for k in range(30)]
+    heard = [bool(items[k][0][2].any()) for k in range(150)]
     assert any(heard)
     assert not all(heard)
 
@@ -184,31 +188,28 @@ def test_a_song_that_breaks_later_is_left_out_and_named(music):
 def test_silence_alone_is_an_error(tmp_path):
     for name in ("drums", "bass"):
         write(tmp_path / "music" / "song" / f"{name}.wav", level=0.0)
-    songs = list_tracks("data_folder", tmp_path / "music", "stems")
-    items = RemixedItems(
-        songs, CLASSES, sample_rate=RATE, segment_seconds=SECONDS
-    )
+    songs = songs_of(tmp_path / "music")
+    items = RemixedItems(songs, sample_rate=RATE, segment_seconds=SECONDS)
     with pytest.raises(UnreadableAudio, match="no sound found"):
         items[0]
 
 
 @pytest.mark.parametrize(
     ("songs", "share", "message"),
-    [([], 0.0, "data_folder"), ([], 1.0, "mixtures_folder"), ([], 2, "0 to 1")],
+    [([], 0.0, "mixtures_folder"), ([], 2, "0 to 1")],
 )
 def test_too_little_music_is_refused(songs, share, message):
     with pytest.raises(ValueError, match=message):
-        RemixedItems(songs, CLASSES, mixture_share=share)
+        RemixedItems(songs, mixture_share=share)
 
 
 def test_windows_are_spread_over_songs_and_ranks(music):
-    songs = list_tracks("valid_folders", music, "stems")
-    songs = [song | {"group": "held out"} for song in songs]
+    songs = {"held out": songs_of(music)}
     options = {"sample_rate": RATE, "seconds": SECONDS}
     whole = NamedWindows(songs, **options)
     assert len(whole) == 4 * 4
     few = NamedWindows(songs, per_song=2, **options)
-    assert [start for _, start in few.windows[:2]] == [0.5, 1.5]
+    assert [start for *_, start in few.windows[:2]] == [0.5, 1.5]
     parts = [
         NamedWindows(songs, rank=r, world_size=2, **options) for r in range(2)
     ]
@@ -235,3 +236,16 @@ def test_equaliser_stays_within_its_gains():
     assert changed.dtype == np.float32
     ratio = np.abs(np.fft.rfft(changed)) / np.abs(np.fft.rfft(sig))
     assert 10 ** (-6.1 / 20) < ratio.min() < ratio.max() < 10 ** (6.1 / 20)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_places_are_between_mono_and_wide(number):
+    rng = np.random.default_rng(number)
+    mid = rng.standard_normal(4000).astype(np.float32)
+    centre = place(np.stack([mid, mid]), rng)
+    assert centre.dtype == np.float32
+    balance = 20 * np.log10(centre[0].std() / centre[1].std())
+    assert abs(balance) <= remix.BALANCE_DB + 1e-3
+    np.testing.assert_allclose(
+        centre[0] / centre[0].std(), centre[1] / centre[1].std(), atol=1e-4
+    )

@@ -278,16 +278,18 @@ def test_same_files_from_any_number_of_threads(packed, rows, tmp_path):
 def test_unreadable_segments_are_skipped_and_named(tmp_path, caplog):
     rows = make_rows(tmp_path)
     path = tmp_path / "song1.wav"
-    path.write_bytes(path.read_bytes()[: 44 + 2 * 120])
+    sig, _ = soundfile.read(path, dtype="float32")
+    sig[120:] = np.nan
+    soundfile.write(path, sig, RATE, "FLOAT")
     index = make_shards(rows, tmp_path, "x", RATE, SIX)
     skipped = [entry["id"] for entry in index["skipped"]]
     assert sorted(skipped) == [f"song1_{i:04d}" for i in range(2, 6)]
     assert {entry["file"] for entry in index["skipped"]} == {str(path)}
-    assert all("truncated" in entry["reason"] for entry in index["skipped"])
+    assert all("NaN" in entry["reason"] for entry in index["skipped"])
     assert (index["segments"], index["songs"]) == (20, SONGS)
     # once a file, not a segment
     warnings = [x for x in caplog.messages if str(path) in x]
-    assert len(warnings) == 1 and "truncated" in warnings[0]
+    assert len(warnings) == 1 and "NaN" in warnings[0]
     assert sorted(ids_of(dataset_of(tmp_path))) == sorted(rows.keys() - skipped)
     # and it is known without reading again
     caplog.clear()
@@ -1154,7 +1156,8 @@ def test_first_damage_can_be_an_error(shards, whole_shard):
     named = path if whole_shard else f"{path}/{key}"
     with pytest.raises(UnreadableAudio, match=re.escape(f"{named}: ")):
         list(dataset_of(shards, max_failures=1))
-    assert len(list(dataset_of(shards, max_failures=2))) == 24
+    # it may be drawn again in its own place
+    assert len(list(dataset_of(shards, max_failures=3))) == 24
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -5,15 +5,12 @@ reason; never wrong samples, never a process that hangs.
 """
 
 import os
-import socket
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from trackformer_sb.data import audio as audio_module
 from trackformer_sb.data.audio import (
     AUDIO_EXTENSIONS,
     UnreadableAudio,
@@ -87,12 +84,9 @@ def assert_unreadable(path, reason):
 
 # --- rates -------------------------------------------------------------------
 
-RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
-HIGH_RATES = (88200, 96000, 176400, 192000)
 
-
-@pytest.mark.parametrize("rate_in", RATES + HIGH_RATES)
-@pytest.mark.parametrize("rate_out", [8000, 16000, 44100, 48000])
+@pytest.mark.parametrize("rate_in", [8000, 11025, 44100, 48000, 192000])
+@pytest.mark.parametrize("rate_out", [8000, 44100])
 def test_tones_keep_frequency_and_level_or_vanish(tmp_path, rate_in, rate_out):
     """What fits below the lower Nyquist frequency passes; nothing aliases."""
     time = np.arange(rate_in) / rate_in
@@ -112,23 +106,6 @@ def test_tones_keep_frequency_and_level_or_vanish(tmp_path, rate_in, rate_out):
     segment = read_segment(path, start / rate_out, 0.4, rate_out)
     places = (start + np.arange(len(segment))) / rate_out
     np.testing.assert_allclose(segment, tones(places, kept), atol=2e-4)
-
-
-@pytest.mark.parametrize(("rate_out", "times"), [(RATE, 0), (16000, 1)])
-def test_audio_is_resampled_once_or_not_at_all(
-    tmp_path, monkeypatch, rate_out, times
-):
-    path = write(tmp_path / "song.wav", music(1), subtype="PCM_16")
-    calls = []
-    resample = audio_module.resample
-
-    def counted(*args, **options):
-        calls.append(args[1:])
-        return resample(*args, **options)
-
-    monkeypatch.setattr(audio_module, "resample", counted)
-    read_segment(path, 0.1, 0.5, rate_out)
-    assert len(calls) == times
 
 
 # --- formats -----------------------------------------------------------------
@@ -156,7 +133,7 @@ LINEAR = [
 EXTENSIONS = {"AIFF": "aiff", "FLAC": "flac"}
 
 
-@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("channels", [1, 6])
 @pytest.mark.parametrize(("kind", "subtype", "step"), LINEAR)
 def test_linear_samples_are_exact(tmp_path, kind, subtype, step, channels):
     sig = music(1.3, 8000, channels)
@@ -166,15 +143,7 @@ def test_linear_samples_are_exact(tmp_path, kind, subtype, step, channels):
     segment = read_segment(path, 0.5, 0.25, 8000)
     expected = sig[4000:6000].mean(axis=1)
     np.testing.assert_allclose(segment, expected, atol=1.01 * step)
-    levels = measure_levels(path)
-    assert levels.peak == pytest.approx(np.abs(sig).max(), abs=1.01 * step)
-    assert len(levels.codes) == 13
-
-
-@pytest.mark.parametrize("subtype", ["ULAW", "ALAW", "IMA_ADPCM", "MS_ADPCM"])
-def test_old_compressed_wav(tmp_path, subtype):
-    path = write(tmp_path / "song.wav", music(2), subtype=subtype)
-    assert_segments_are_slices(path)
+    assert len(measure_levels(path)) == 13
 
 
 MP3 = {
@@ -185,8 +154,8 @@ MP3 = {
 }
 
 
-@pytest.mark.parametrize("rate", [8000, 22050, 32000, 48000])
-@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", [8000, 22050, 48000])
+@pytest.mark.parametrize("channels", [2])
 @pytest.mark.parametrize("kind", MP3)
 def test_mp3(tmp_path, kind, channels, rate):
     """MPEG 1, 2 and 2.5: frames of 1152 and of 576 samples."""
@@ -196,8 +165,7 @@ def test_mp3(tmp_path, kind, channels, rate):
     assert_segments_are_slices(path, atol=1e-6, slack=2304)
 
 
-@pytest.mark.parametrize("rate", [8000, 44100, 96000])
-@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize(("rate", "channels"), [(8000, 1), (96000, 6)])
 @pytest.mark.parametrize("level", [0.1, 0.9])
 def test_vorbis(tmp_path, level, channels, rate):
     path = tmp_path / "song.ogg"
@@ -205,8 +173,7 @@ def test_vorbis(tmp_path, level, channels, rate):
     assert_segments_are_slices(path, atol=1e-6)
 
 
-@pytest.mark.parametrize("rate", [16000, 48000])
-@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize(("rate", "channels"), [(16000, 1), (48000, 6)])
 @pytest.mark.parametrize("level", [0.1, 0.9])
 def test_opus(tmp_path, level, channels, rate):
     """Down to 33 kbit/s; at 7 kbit/s, for speech, a seek leaves traces."""
@@ -236,17 +203,6 @@ def contents(tmp_path_factory):
         write(path, music(2, rate), rate, **options)
         made[extension] = path.read_bytes(), decoded(path)
     return made
-
-
-@pytest.mark.parametrize("extension", ["wav", "flac", "aiff", "ogg", "mp3"])
-def test_extension_may_be_wrong(contents, tmp_path, extension):
-    content, whole = contents[extension]
-    for other in AUDIO_EXTENSIONS:
-        path = tmp_path / f"song{other}"
-        path.write_bytes(content)
-        segment = read_segment(path, 0.5, 0.5, RATE)
-        expected = whole[RATE // 2 : RATE]
-        torch.testing.assert_close(segment, expected, atol=1e-6, rtol=0)
 
 
 def test_speech_codecs_that_cannot_seek_are_refused_at_once(tmp_path):
@@ -301,219 +257,50 @@ def test_tags_and_other_bytes_are_no_samples(contents, tmp_path, name):
     assert audio_info(path).num_frames == len(whole)
     torch.testing.assert_close(decoded(path), whole, atol=1e-6, rtol=0)
     assert_segments_are_slices(path, atol=1e-6)
-    assert len(measure_levels(path).codes) == 20
+    assert len(measure_levels(path)) == 20
 
 
-def test_id3_before_flac(contents, tmp_path):
-    """No part of FLAC, and libsndfile misses it near the end of the file."""
-    content, whole = contents["flac"]
-    path = tmp_path / "id3v2.flac"
-    path.write_bytes(id3(20000) + content)
-    assert len(measure_levels(path).codes) == 20
-    for start in range(0, len(whole), 4410):
-        try:
-            segment = read_segment(path, start / RATE, 0.1, RATE)
-        except UnreadableAudio as error:
-            assert start > 0.5 * len(whole)
-            assert "id3v2.flac: " in str(error)
-        else:
-            assert torch.equal(segment, whole[start : start + 4410])
-
-
-# --- headers that lie --------------------------------------------------------
-
-
-def with_size(content, marker, size, byteorder="little"):
-    """The file with another number after a marker."""
-    place = content.index(marker) + 4
-    field = size.to_bytes(4, byteorder)
-    return content[:place] + field + content[place + 4 :]
-
-
-BODY = 2 * RATE * 4  # bytes of the samples of `contents`
-
-
-@pytest.mark.parametrize("size", [0, 8, BODY // 2, 3 * BODY, 2**32 - 1])
-def test_size_of_the_whole_wav_does_not_matter(contents, tmp_path, size):
-    content, whole = contents["wav"]
-    path = tmp_path / "riff.wav"
-    path.write_bytes(with_size(content, b"RIFF", size))
-    assert audio_info(path).num_frames == len(whole)
-    assert_segments_are_slices(path)
-
-
-@pytest.mark.parametrize("size", [4, BODY // 2, BODY - 4, BODY - 1])
-def test_data_size_too_small_is_a_shorter_file(contents, tmp_path, size):
-    content, whole = contents["wav"]
-    path = tmp_path / "short.wav"
-    path.write_bytes(with_size(content, b"data", size))
-    frames = size // 4
-    assert audio_info(path).num_frames == frames
-    segment = read_segment(path, (frames - 1) / RATE, 0.1, RATE)
-    assert segment.tolist() == [whole[frames - 1], *[0] * 4409]
-    assert len(measure_levels(path).codes) == -(-frames * 10 // RATE)
-
-
-@pytest.mark.parametrize("size", [BODY + 4, 2 * BODY, 10 * BODY])
-def test_data_size_too_large_is_truncation(contents, tmp_path, size):
-    """A file cut short: up to there it is good, after it nothing is known."""
-    content, whole = contents["wav"]
-    path = tmp_path / "long.wav"
-    path.write_bytes(with_size(content, b"data", size))
-    segment = read_segment(path, 1.5, 0.5, RATE)
-    torch.testing.assert_close(segment, whole[3 * RATE // 2 :], atol=0, rtol=0)
-    match = r"long\.wav: truncated, the header promises more"
-    with pytest.raises(UnreadableAudio, match=match):
-        read_segment(path, 1.5, 0.6, RATE)
-    with pytest.raises(UnreadableAudio, match=match):
-        measure_levels(path)
-
-
-@pytest.mark.parametrize("size", [0x7FFFF000, 2**32 - 1])
-def test_placeholder_of_a_pipe_means_to_the_end(contents, tmp_path, size):
-    content, whole = contents["wav"]
-    path = tmp_path / "piped.wav"
-    path.write_bytes(with_size(content, b"data", size))
-    assert audio_info(path).num_frames == len(whole)
-    assert_segments_are_slices(path)
-    assert len(measure_levels(path).codes) == 20
+# --- damage ------------------------------------------------------------------
 
 
 def test_data_size_zero(contents, tmp_path):
     """A recorder that was killed; a whole file without samples is no better."""
+    content, _ = contents["wav"]
+    place = content.index(b"data") + 4
     path = tmp_path / "zero.wav"
-    path.write_bytes(with_size(contents["wav"][0], b"data", 0))
+    path.write_bytes(content[:place] + bytes(4) + content[place + 4 :])
     assert_unreadable(path, "no samples, or a header that promises 0")
     path = write(tmp_path / "none.wav", np.zeros((0, 2)))
     assert_unreadable(path, "no samples, or a header that promises 0")
 
 
-@pytest.mark.parametrize("frames", [0, 100, 4 * RATE, 2**32 - 1])
-def test_number_of_frames_of_an_aiff_does_not_matter(
-    contents, tmp_path, frames
+@pytest.mark.parametrize("extension", ["flac", "mp3"])
+@pytest.mark.parametrize("rate", [RATE, 48000])
+def test_cut_files_are_named_where_they_end(
+    contents, tmp_path, extension, rate
 ):
-    content, whole = contents["aiff"]
-    place = content.index(b"COMM") + 10
-    field = frames.to_bytes(4, "big")
-    path = tmp_path / "comm.aiff"
-    path.write_bytes(content[:place] + field + content[place + 4 :])
-    assert audio_info(path).num_frames == len(whole)
-    assert_segments_are_slices(path)
-
-
-# --- damage ------------------------------------------------------------------
-
-CUTS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.66, 0.75, 0.9, 0.99, 0.9999)
-
-# Samples that may be missing without anybody knowing: the last frames of an mp3
-# whose length is an estimate as often as not, parts of the last sample.
-MAY_BE_MISSING = {"wav": 1, "aiff": 1, "flac": 0, "mp3": 2304}
-
-
-@pytest.mark.parametrize("extension", MAY_BE_MISSING)
-@pytest.mark.parametrize("cut", CUTS)
-def test_truncated_anywhere(contents, tmp_path, extension, cut):
-    """Every segment is right or an error; the file as a whole is an error."""
+    """What is left of them is read as it was."""
     content, whole = contents[extension]
     path = tmp_path / f"cut.{extension}"
-    path.write_bytes(content[: int(len(content) * cut)])
-    sure = len(whole) - MAY_BE_MISSING[extension]
-    right = 0
-    for start in range(0, len(whole), 2205):
-        try:
-            segment = read_segment(path, start / RATE, 0.05, RATE)
-        except UnreadableAudio as error:
-            assert f"cut.{extension}: " in str(error)
-            continue
-        count = max(0, min(2205, sure - start))
-        torch.testing.assert_close(
-            segment[:count],
-            whole[start : start + count],
-            atol=1e-6,
-            rtol=0,
-        )
-        right += 2205
-    # a FLAC decoder gives up some frames before the cut
-    assert right >= (cut - 0.25) * len(whole)
-    if right < sure - 2205:
-        with pytest.raises(UnreadableAudio, match=rf"cut\.{extension}: "):
-            measure_levels(path)
-
-
-@pytest.mark.parametrize("extension", ["ogg", "opus"])
-@pytest.mark.parametrize("cut", CUTS)
-def test_truncated_ogg(contents, tmp_path, extension, cut):
-    """It is as long as its whole pages; what came after is not known."""
-    content, whole = contents[extension]
-    path = tmp_path / f"cut.{extension}"
-    path.write_bytes(content[: int(len(content) * cut)])
-    try:
-        info = audio_info(path)
-    except UnreadableAudio as error:
-        assert f"cut.{extension}: " in str(error)
-        assert cut < 0.5
-        return
-    # a page holds about 8 KB
-    assert (cut - 0.6) * len(whole) < info.num_frames < cut * len(whole) + 8192
-    for start in range(0, info.num_frames - 2205, 2205):
-        segment = read_segment(
-            path, start / info.sample_rate, 1, info.sample_rate, 2205
-        )
-        torch.testing.assert_close(
-            segment, whole[start : start + 2205], atol=1e-4, rtol=0
-        )
-    match = rf"cut\.{extension}: truncated, \d+ of at least \d+ bytes"
-    for start in (info.duration - 0.01, info.duration, info.duration + 1):
+    path.write_bytes(content[: len(content) // 2])
+    segment = read_segment(path, 0.2, 0.2, RATE)
+    expected = whole[RATE // 5 :][: RATE // 5]
+    torch.testing.assert_close(segment, expected, atol=1e-6, rtol=0)
+    match = rf"cut\.{extension}: truncated"
+    for start in (0.8, 1.5):
         with pytest.raises(UnreadableAudio, match=match):
-            read_segment(path, start, 0.1, info.sample_rate)
+            read_segment(path, start, 0.4, rate)
     with pytest.raises(UnreadableAudio, match=match):
         measure_levels(path)
 
 
-@pytest.mark.parametrize("extension", ["ogg", "opus"])
-def test_ogg_cut_between_two_pages_is_a_shorter_file(
-    contents, tmp_path, extension
-):
-    """A live recording ends like that, and lacks nothing."""
+@pytest.mark.parametrize("extension", ["wav", "aiff", "ogg"])
+def test_cut_files_of_other_formats_are_shorter(contents, tmp_path, extension):
     content, whole = contents[extension]
-    path = tmp_path / f"live.{extension}"
-    path.write_bytes(content[: content.rindex(b"OggS")])
-    info = audio_info(path)
-    assert 0 < info.num_frames < len(whole)
-    torch.testing.assert_close(
-        decoded(path), whole[: info.num_frames], atol=1e-6, rtol=0
-    )
-    assert_segments_are_slices(path, atol=1e-4)
-    seconds = info.num_frames / info.sample_rate
-    assert len(measure_levels(path).codes) == -(-round(1e6 * seconds) // 100000)
-
-
-@pytest.mark.parametrize("missing", [2000, 5000, 20000])
-def test_truncated_mp3_names_its_bytes(contents, tmp_path, missing):
-    content, _ = contents["mp3"]
-    path = tmp_path / "cut.mp3"
-    size = len(content) - missing
-    for before, after in ((b"", b""), (id3(300), b"TAG" + b"x" * 125)):
-        path.write_bytes(before + content[:size] + after)
-        present = len(before) + size + len(after)
-        promised = len(before) + len(content)
-        match = rf"cut\.mp3: truncated, {present} of {promised} bytes"
-        with pytest.raises(UnreadableAudio, match=match):
-            measure_levels(path)
-        assert read_segment(path, 0.1, 0.1, RATE).any()
-
-
-@pytest.mark.parametrize("extension", ["flac", "ogg", "opus"])
-@pytest.mark.parametrize("place", [0.6, 0.8])
-def test_damage_in_the_middle(contents, tmp_path, extension, place):
-    """Checksums tell; a wav or mp3 with other bytes is other music."""
-    content, _ = contents[extension]
-    at = int(len(content) * place)
-    other = bytes(byte ^ 0x55 for byte in content[at : at + 40])
-    path = tmp_path / f"damaged.{extension}"
-    path.write_bytes(content[:at] + other + content[at + 40 :])
-    with pytest.raises(UnreadableAudio, match=r"damaged\.\w+: truncated"):
-        measure_levels(path)
+    path = tmp_path / f"cut.{extension}"
+    path.write_bytes(content[: 3 * len(content) // 4])
+    assert RATE / 2 < audio_info(path).num_frames < len(whole)
+    assert_segments_are_slices(path, atol=1e-6)
 
 
 NO_AUDIO = {
@@ -535,13 +322,12 @@ def test_what_is_no_audio(tmp_path, kind, extension):
     assert_unreadable(path, reason)
 
 
-@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("place", [0, 999, 1000, 2345])
-def test_levels_refuse_what_is_no_number(tmp_path, place, value, subtype):
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("place", [0, 1000, 2345])
+def test_levels_refuse_what_is_no_number(tmp_path, place, value):
     sig = np.zeros((2346, 2))
     sig[place, 1] = value
-    path = write(tmp_path / "nan.wav", sig, 1000, subtype=subtype)
+    path = write(tmp_path / "nan.wav", sig, 1000, subtype="FLOAT")
     seconds = place // 1000
     match = rf"nan\.wav: NaN or infinite samples after {seconds}\.000 s"
     with pytest.raises(UnreadableAudio, match=match):
@@ -558,49 +344,15 @@ def test_a_number_too_large_for_float32_is_infinite(tmp_path):
 
 @pytest.mark.parametrize("rate_out", [8000, 16000])
 def test_offset_and_overshoot_stay_as_they_are(tmp_path, rate_out):
-    """Neither is repaired nor cut: the levels tell, the user decides."""
+    """Neither is repaired nor cut."""
     sig = 0.25 + 1.5 * np.sin(2 * np.pi * 100 * np.arange(8000) / 8000)
     path = write(tmp_path / "loud.wav", sig, 8000, subtype="FLOAT")
     segment = read_segment(path, 0.2, 0.5, rate_out)
     assert segment.mean().item() == pytest.approx(0.25, abs=1e-3)
     assert segment.max().item() == pytest.approx(1.75, abs=2e-3)
-    levels = measure_levels(path)
-    assert levels.peak == pytest.approx(1.75)
-    assert levels.dc_offset == pytest.approx(0.25, abs=1e-6)
-    assert levels.clipped_share == 0
 
 
 # --- what is no file ---------------------------------------------------------
-
-
-def test_folder_with_the_name_of_a_file(tmp_path):
-    (tmp_path / "song.wav").mkdir()
-    assert_unreadable(tmp_path / "song.wav", "[Dd]irectory|[Pp]ermission")
-
-
-def symlink(path, target):
-    try:
-        path.symlink_to(target)
-    except OSError:
-        pytest.skip("no symbolic links here")
-    return path
-
-
-def test_links(tmp_path):
-    song = write(tmp_path / "song.wav", music(0.1))
-    assert audio_info(symlink(tmp_path / "link.wav", song)) == audio_info(song)
-    gone = symlink(tmp_path / "gone.wav", tmp_path / "missing.wav")
-    assert_unreadable(gone, "[Nn]o such file")
-    loop = symlink(tmp_path / "loop.wav", tmp_path / "loop.wav")
-    assert_unreadable(loop, "symbolic links")
-    in_file = song / "below.wav"
-    assert_unreadable(in_file, "Not a directory|No such file")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="POSIX files")
-def test_endless_device(tmp_path):
-    path = symlink(tmp_path / "zeros.wav", "/dev/zero")
-    assert_unreadable(path, "not a regular file")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
@@ -615,30 +367,3 @@ def test_named_pipe_is_not_waited_for(tmp_path):
         assert_unreadable(path, "not a regular file")
     finally:
         os.close(pipe)
-
-
-@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no such sockets")
-def test_socket(tmp_path, monkeypatch):
-    # the name of a socket has at most about a hundred bytes
-    monkeypatch.chdir(tmp_path)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind("socket.wav")
-        assert_unreadable(Path("socket.wav"), "not a regular file")
-
-
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() == 0,
-    reason="root may read every file",
-)
-def test_permissions(tmp_path):
-    path = write(tmp_path / "secret.wav", np.zeros(10))
-    path.chmod(0)
-    assert_unreadable(path, "Permission denied")
-    folder = tmp_path / "locked"
-    folder.mkdir()
-    inside = write(folder / "song.wav", np.zeros(10))
-    folder.chmod(0)
-    try:
-        assert_unreadable(inside, "Permission denied")
-    finally:
-        folder.chmod(0o700)

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 import soundfile
+import torch
 from recipe_runs import (
     RATE,
     interrupted,
@@ -16,9 +17,10 @@ from recipe_runs import (
 )
 
 from trackformer_sb.data.audio import UnreadableAudio
+from trackformer_sb.data.music import Music
 from trackformer_sb.data.packing import pack
 from trackformer_sb.training import dataio
-from trackformer_sb.training.experiment import load_experiment, make_brain
+from trackformer_sb.training.experiment import load_experiment
 
 recipe = load_recipe("train")
 
@@ -31,15 +33,8 @@ def songs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def packed(songs, tmp_path_factory):
     out = tmp_path_factory.mktemp("packed")
-    pack(
-        songs,
-        "stems",
-        out,
-        RATE,
-        shard_megabytes=0.02,
-        segment_seconds=0.4,
-        seed=1234,
-    )
+    music = Music(songs, "stems", seed=1234, sample_rate=RATE)
+    pack(music, out, segment_seconds=0.4, shard_megabytes=0.02)
     assert len(list(out.glob("train-*.tar"))) > 3
     return out
 
@@ -53,7 +48,7 @@ def quick(monkeypatch):
 def prepare(songs, out, **more):
     """What comes before training."""
     argv = tiny("performer_mixit.yaml", songs, out, **more)
-    experiment = load_experiment(argv, recipe.SELECTION_METRICS)
+    experiment = load_experiment(argv, recipe.Separation.selection_metrics)
     dataio.prepare_data(experiment.hparams)
     return experiment
 
@@ -88,19 +83,6 @@ def test_training_on_shards(packed, tmp_path, num_workers, monkeypatch):
     assert not (tmp_path / "run" / "manifests").exists()
     # evaluated as trained: on 0.3 s of the 0.4 s that were packed
     assert lengths == {round(0.3 * RATE)}
-
-
-@pytest.mark.parametrize(
-    ("percent", "warned"),
-    [(30, False), ("33.333333333333336", False), (40, True)],
-)
-def test_shards_of_too_little_music_for_other_speeds(
-    packed, tmp_path, percent, warned, caplog
-):
-    more = {"dataset": "shards", "speed_percent": percent}
-    prepare(packed, tmp_path / "run", **more)
-    words = "no more than 0.4 s of each; those of 0.42 s would not"
-    assert (words in caplog.text) == warned
 
 
 def test_a_stopped_training_on_shards_goes_on_in_its_epoch(
@@ -143,16 +125,12 @@ def test_a_stopped_training_on_shards_goes_on_in_its_epoch(
         ({"data_folder": "null"}, FileNotFoundError, "trackformer shards make"),
         ({"sample_rate": 4000}, ValueError, "sample_rate: expected 8000 Hz"),
         ({"segment_seconds": 1}, ValueError, "segment_seconds: expected up to"),
-        ({"test_folder": "/music"}, ValueError, "test_folder: shards bring"),
-        ({"channel": "left"}, ValueError, "channel"),
-        ({"max_stems": 1}, ValueError, "max_stems: expected None, with which"),
-        ({"split": "from_file"}, ValueError, "split: expected auto, with"),
+        ({"pairs": "{channel: left}"}, ValueError, "channel"),
         (
-            {"stem_groups": "{all: ['*']}"},
-            ValueError,
-            r"stem_groups: expected None, with which .*, got \{'all'",
+            {"music": "{shard_urls: '/no/{0..3}.tar'}"},
+            FileNotFoundError,
+            "/no/",
         ),
-        ({"shard_urls": "/no/{0..3}.tar"}, FileNotFoundError, "/no/"),
     ],
 )
 def test_shards_that_do_not_fit(packed, tmp_path, more, error, message):
@@ -163,75 +141,39 @@ def test_shards_that_do_not_fit(packed, tmp_path, more, error, message):
         recipe.main(argv)
 
 
-def test_shard_urls_without_shards(songs, tmp_path):
-    argv = tiny("performer_mixit.yaml", songs, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"shard_urls .* dataset: shards"):
-        recipe.main([*argv, "--shard_urls=x.tar"])
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("speed_percent", "five", "speed_percent: expected a number"),
-        ("gain_db", "True", "gain_db: expected a number, got True"),
-        ("min_active_share", "null", "min_active_share: expected a number"),
-        ("min_level_db", "soft", "min_level_db: expected dBFS or null"),
-        ("strict", "maybe", "strict: expected True or False, got 'maybe'"),
-        ("equal_levels", "1", "equal_levels: expected True or False, got 1"),
-        ("stem_groups", "{band: [bass", "stem_groups: expected {group"),
-    ],
-)
-def test_values_of_another_type(songs, tmp_path, key, value, message):
-    argv = tiny("performer_mixit.yaml", songs, tmp_path / "run")
-    with pytest.raises(ValueError, match=message):
-        recipe.main([*argv, f"--{key}={value}"])
-
-
 def test_all_switches_at_once(songs, tmp_path):
     _, _, metrics = run(
         songs,
         tmp_path / "run",
-        polarity_share=0.5,
-        time_shift_seconds=0.2,
-        speed_percent=5,
-        time_stretch_percent=5,
-        pitch_shift_semitones=1,
-        channel="random",
-        equal_levels=True,
-        gain_db=5,
-        min_active_share=0.2,
-        audio_check="full",
-        stem_groups="{all: ['*']}",
+        music="{min_active_share: 0.2, audio_check: full, "
+        "stem_groups: {all: ['*']}}",
+        pairs="{channel: random, equal_levels: True, gain_db: 5, "
+        "augmentation: !new:trackformer_sb.data.augment.Augmentation "
+        "{polarity_share: 0.5, time_shift_seconds: 0.2, speed_percent: 5, "
+        "time_stretch_percent: 5, pitch_shift_semitones: 1}}",
     )
     assert np.isfinite(metrics["mixture_si_snr"])
 
 
-def test_switches_reach_the_training_pairs_only(songs, tmp_path, monkeypatch):
-    made = []
-
-    class Noting(dataio.MixtureOfMixtures):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            made.append(self)
-
-    monkeypatch.setattr(dataio, "MixtureOfMixtures", Noting)
+def test_switches_reach_the_training_pairs_only(songs, tmp_path):
     experiment = prepare(
         songs,
         tmp_path / "run",
-        pitch_shift_semitones=2,
-        channel="left",
-        equal_levels=True,
-        strict=True,
+        pairs="{channel: left, equal_levels: True, augmentation: "
+        "!new:trackformer_sb.data.augment.Augmentation "
+        "{pitch_shift_semitones: 2, transform: !name:torch.sign }}",
+        music="{strict: True}",
     )
-    make_brain(recipe.Separation, experiment)
-    train, valid, test = made
+    datasets, train = dataio.dataio_prep(experiment.hparams)
     assert train.augmentation.pitch_shift_semitones == 2
+    assert train.augmentation.transform(torch.tensor(-2.0)) == -1
     assert train.channel == "left" and train.equal_levels
     assert train.max_failures == 1
-    for pairs in (valid, test):
-        assert pairs.max_failures == 1
-        assert pairs.augmentation.is_off and pairs.channel == "mean"
-        assert not pairs.equal_levels and pairs.with_stems
+    assert set(datasets) == {"train", "valid", "test"}
+    for split in ("valid", "test"):
+        dataset = datasets[split]
+        dataset.set_output_keys(["mixtures", "stems"])
+        assert len(dataset[0]["stems"]) == 2
 
 
 def test_strict_training_stops_at_damage(tmp_path):
@@ -245,7 +187,7 @@ def test_strict_training_stops_at_damage(tmp_path):
         songs,
         tmp_path / "run",
         dataset="mixtures",
-        strict=True,
+        music="{strict: True}",
     )
     with pytest.raises(UnreadableAudio, match=r"after 1 tries: .* NaN"):
         recipe.main(argv)

@@ -490,17 +490,9 @@ def with_gradients(attend, inputs, *args):
     return result, *torch.autograd.grad(loss, inputs)
 
 
-@pytest.fixture(params=[False, True])
-def stabilised(request, monkeypatch):
-    """Whether small inputs get the stabilisers that large ones need."""
-    if request.param:
-        monkeypatch.setattr(favor_blocked, "MAX_BARE_NORM", -1.0)
-
-
-@pytest.mark.parametrize("n_features", [1, 7, 16])
+@pytest.mark.parametrize("n_features", [1, 16])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("frames", [1, 2, 63, 64, 65, 97, 200])
-@pytest.mark.usefixtures("stabilised")
+@pytest.mark.parametrize("frames", [1, 64, 97, 200])
 def test_blocks_equal_the_plain_form(
     monkeypatch, frames, padded, n_features, device
 ):
@@ -514,53 +506,13 @@ def test_blocks_equal_the_plain_form(
     torch.testing.assert_close(result, expected, atol=1e-12, rtol=1e-9)
 
 
-@pytest.mark.parametrize("n_features", [5, 6])
-@pytest.mark.usefixtures("stabilised")
-def test_gradients_of_several_blocks_equal_difference_quotients(
-    monkeypatch, n_features
-):
+def test_gradients_of_several_blocks_equal_difference_quotients(monkeypatch):
     monkeypatch.setattr(favor_blocked, "BLOCK_FEATURES", {"cuda": 1})
     monkeypatch.setattr(favor_blocked, "MIN_BLOCK", 3)
-    inputs, projection, mask = padded_frames(8, n_features)
+    inputs, projection, mask = padded_frames(8, n_features=5)
     assert torch.autograd.gradcheck(
         lambda *inputs: favor_attention(*inputs, projection, mask), inputs
     )
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_features_without_stabilisers_are_accurate_at_their_limits(
-    sign, monkeypatch
-):
-    taken = []
-    features = favor_blocked._Features.features
-    monkeypatch.setattr(
-        favor_blocked._Features,
-        "features",
-        lambda self, exponent, offset=None: (
-            taken.append(offset is None) or features(self, exponent, offset)
-        ),
-    )
-    projection = draw_projection(64, 8)
-    longest = projection.norm(dim=1).argmax()
-    norm = min(
-        favor_blocked.MAX_BARE_NORM,
-        favor_blocked.MAX_BARE_EXPONENT / float(projection[longest].norm()),
-    )
-    direction = F.normalize(projection[longest], dim=0)
-    # queries all along the longest direction, keys along or against it
-    query = (0.999 * norm * direction).repeat(1, 2, 500, 1)
-    key = sign * query + 1e-3 * torch.randn_like(query)
-    value = torch.randn(1, 2, 500, 3)
-    inputs = [x.requires_grad_() for x in (query, 0.999 * key, value)]
-    result = with_gradients(favor_attention, inputs, projection)
-    assert all(taken)
-    inputs = [x.detach().double().requires_grad_() for x in inputs]
-    exact = with_gradients(plain_favor_attention, inputs, projection.double())
-    for x, y in zip(result, exact):
-        assert (x - y).norm() < 1e-3 * y.norm() + 1e-5
-    taken.clear()
-    favor_attention(2 * query, key, value, projection)
-    assert not any(taken)
 
 
 def test_queries_and_keys_may_differ_in_number(monkeypatch):

@@ -16,7 +16,7 @@ pytest.importorskip("pyworld", reason="needs the extra music")
 from symusic import ControlChange, Note, Score, Tempo, Track
 
 from trackformer_sb.cli import main
-from trackformer_sb.data import music
+from trackformer_sb.data import make_music
 from trackformer_sb.data.drumkits import (
     HATS,
     Hit,
@@ -367,7 +367,7 @@ def make_noise(rng, settings, seconds):
 def test_a_song_without_end_is_left_out(tmp_path):
     tasks = {"endless": (make_noise, 600)}
     tasks |= {f"short{k}": (make_noise, 0) for k in range(3)}
-    done = dict(music._run_all(tmp_path, tasks, {"seed": 0}, 2, limit=3))
+    done = dict(make_music._run_all(tmp_path, tasks, {"seed": 0}, 2, limit=3))
     assert done.pop("endless") == "expected endless within 3 s: no end"
     assert done == dict.fromkeys(["short0", "short1", "short2"])
     assert sorted(x.name for x in tmp_path.iterdir()) == sorted(done)

@@ -90,7 +90,7 @@ def test_schedule_of_no_steps_is_at_its_end_after_one():
 def test_schedule_needs_a_learning_rate(lr):
     optimizer = adamw()
     optimizer.defaults["lr"] = lr
-    with pytest.raises(ValueError, match=f"expected lr above 0, got {lr}"):
+    with pytest.raises(ValueError, match=f"expected lr above 0 .* got {lr}"):
         cosine_schedule(optimizer, 10, 1e-5)
 
 
@@ -243,7 +243,7 @@ def test_frozen_parameters_keep_their_value(options, fused):
 def test_negative_numbers_are_refused(lr_scale, freeze_steps):
     optimizer = adamw()
     message = (
-        "expected pretrained_lr_scale and pretrained_freeze_steps from 0, "
+        "expected lr_scale and freeze_steps from 0, "
         f"got {lr_scale} and {freeze_steps}"
     )
     with pytest.raises(ValueError, match=message):
@@ -294,10 +294,7 @@ def test_each_layer_learns_slower_than_the_next(
 @pytest.mark.parametrize("layer_decay", [0, -0.5, 1.1, float("nan"), "x"])
 def test_layer_decay_is_a_share(layer_decay):
     optimizer = adamw()
-    message = (
-        "expected pretrained_layer_decay above 0 and up to 1, "
-        f"got {layer_decay}"
-    )
+    message = f"expected layer_decay above 0 and up to 1, got {layer_decay}"
     layers = [optimizer.param_groups[0]["params"][:1]]
     with pytest.raises(ValueError, match=message):
         separate_layers(optimizer, layers, layer_decay=layer_decay)

@@ -1,5 +1,7 @@
 """The pre-training recipe as a user runs it, and separators that use it."""
 
+import inspect
+import json
 import re
 import shutil
 
@@ -25,11 +27,14 @@ from recipe_runs import (
 )
 
 from trackformer_sb.data.manifest import read_songs
+from trackformer_sb.data.music import Music
 from trackformer_sb.data.packing import pack
-from trackformer_sb.inference.features import SETTINGS, PerformerFeatures
-from trackformer_sb.nnet.mae import MASK_MODES
-from trackformer_sb.nnet.transfer import check_settings
-from trackformer_sb.training.experiment import load_experiment
+from trackformer_sb.inference.features import PerformerFeatures
+from trackformer_sb.inference.separator import Separator
+from trackformer_sb.nnet.mae import MASK_MODES, AudioMAE
+from trackformer_sb.nnet.transfer import check_settings, encoder_state
+from trackformer_sb.training.arguments import load_hparams
+from trackformer_sb.training.optimization import separate_layers
 
 PRETRAINING_YAMLS = sorted(
     path.name for path in (ROOT / "hparams").glob("audio_mae*.yaml")
@@ -72,20 +77,39 @@ def quick(monkeypatch):
     without_pictures(monkeypatch, recipe.Pretraining, train.Separation)
 
 
+MAE = inspect.signature(AudioMAE).parameters
+FINE_TUNING = inspect.signature(separate_layers).parameters
+
+
+def gathered(keys, name, arguments, **least):
+    """Puts the arguments of what a yaml builds into one mapping."""
+    found = {key: keys.pop(key) for key in list(keys) if key in arguments}
+    return keys | {name: json.dumps(least | found)} if found else keys
+
+
 def pretraining(songs, out, **more):
     """A command line; 6 steps an epoch."""
     more = {"dataset": "mixtures", **more}
+    more = gathered(more, "AudioMAE", MAE, d_decoder=16, decoder_nhead=2)
+    more = gathered(more, "pairs", ("silent_share",))
     return tiny("audio_mae.yaml", songs, out, **more)
 
 
 def separation(songs, out, source, **more):
     """A command line that starts from an encoder; 6 steps an epoch."""
     more = {"dataset": "mixtures", "pretrained_encoder": source, **more}
+    more = gathered(more, "fine_tuning", FINE_TUNING)
     return tiny("performer_mixit_mae.yaml", songs, out, **more)
 
 
 def encoder_weights(out):
-    return torch.load(out / "encoder" / "encoder.ckpt", weights_only=True)
+    return PerformerFeatures.from_pretrained(
+        out / "encoder"
+    ).encoder.state_dict()
+
+
+def masknet_weights(out):
+    return Separator.from_pretrained(out / "separator").masknet.state_dict()
 
 
 def contents(folder):
@@ -131,9 +155,7 @@ def test_run_leaves_all_results(pretrained):
 
 
 def test_encoder_folder_is_the_trained_encoder(pretrained):
-    features = PerformerFeatures.from_hparams(
-        pretrained / "encoder", run_opts={"device": "cpu"}
-    )
+    features = PerformerFeatures.from_pretrained(pretrained / "encoder")
     x = features.encode_batch(torch.randn(2, 1000))
     assert x.shape == (2, 32, 16) and x.isfinite().all()
     (checkpoint,) = (pretrained / "save").glob("CKPT*")
@@ -178,8 +200,8 @@ def test_options_train_to_finite_figures(
 def test_pretraining_on_shards(tmp_path, monkeypatch, quick):
     songs = write_songs(tmp_path / "songs", num_songs=9)
     packed = tmp_path / "packed"
-    length = {"segment_seconds": 0.4, "shard_megabytes": 0.02}
-    pack(songs, "stems", packed, RATE, seed=1234, **length)
+    music = Music(songs, "stems", seed=1234, sample_rate=RATE)
+    pack(music, packed, 0.4, shard_megabytes=0.02)
     out = tmp_path / "run"
     recorder = Recorder(monkeypatch)
     options = {"dataset": "shards", "number_of_epochs": 2, "num_workers": 2}
@@ -336,7 +358,7 @@ def test_epoch_has_as_many_segments(
 
 def test_epoch_without_a_batch_is_refused(songs, tmp_path):
     argv = pretraining(songs, tmp_path / "run", epoch_segments=1)
-    with pytest.raises(ValueError, match=r"batch_size: 2 .* 1 training seg"):
+    with pytest.raises(ValueError, match=r"batch_size .* 1 training seg"):
         recipe.main(argv)
 
 
@@ -382,12 +404,10 @@ def test_paper_values():
         "hop_length": "256",
         "num_layers": "12",
         "n_features": "256",
-        "mask_ratio": "0.3",
         "batch_size": "4",
         "number_of_epochs": "100",
         "early_stop_epochs": "10",
         "lr": "0.0001",
-        "lr_final": "0.00001",
         "weight_decay": "0.01",
         "dropout": "0.1",
     }
@@ -397,18 +417,23 @@ def test_paper_values():
 
 @pytest.mark.parametrize("yaml_name", PRETRAINING_YAMLS)
 def test_encoder_and_separator_agree(yaml_name):
-    encoder = values_of(yaml_name)
-    separator = values_of("performer_mixit_mae.yaml")
+    encoder = load_hparams(ROOT / "hparams" / yaml_name)
+    separator = load_hparams(ROOT / "hparams" / "performer_mixit_mae.yaml")
     # the same songs are held back: a separator is not tested on music that
     # its encoder has heard
-    data = ("seed", "data_folder", "dataset", "split_ratio", "segment_seconds")
-    tests = ("test_folder", "test_dataset")
-    for key in (*SETTINGS, *data, *tests, "attention", "dropout"):
+    data = ("seed", "data_folder", "dataset", "test_folder", "segment_seconds")
+    for key in (*data, "sample_rate", "n_fft", "hop_length", "dropout"):
         assert encoder[key] == separator[key], key
+    assert vars(encoder["music"]).keys() == vars(separator["music"]).keys()
+    assert encoder["Features"].spec_norm == separator["MaskNet"].spec_norm
+    state = {f"{k}": v for k, v in encoder["Features"].state_dict().items()}
+    expected = encoder_state(separator["MaskNet"])
+    assert {k: v.shape for k, v in state.items()} == {
+        k: v.shape for k, v in expected.items()
+    }
 
 
 def test_separator_starts_from_what_its_header_makes():
-    separator = values_of("performer_mixit_mae.yaml")
     text = (ROOT / "hparams" / "performer_mixit_mae.yaml").read_text("utf-8")
     (yaml_name,) = re.findall(r"recipes/pretrain\.py hparams/(\S+)", text)
     encoder = values_of(yaml_name)
@@ -416,8 +441,7 @@ def test_separator_starts_from_what_its_header_makes():
     place = f"results/{encoder['experiment']}/<seed>/encoder"
     assert f"\npretrained_encoder: !ref {place}  #" in text
     # trained at the rate of all else, once the masknet's head fits to it
-    assert separator["pretrained_lr_scale"] == "1.0"
-    assert separator["pretrained_freeze_steps"] == "0.1"
+    assert "    freeze_steps: 0.1  #" in text
 
 
 @pytest.mark.parametrize("yaml_name", PRETRAINING_YAMLS)
@@ -439,7 +463,8 @@ def test_pretrained_separator_differs_in_its_encoder_alone():
         text = (ROOT / "hparams" / name).read_text("utf-8")
         text = re.sub(r"\A(#.*\n)+", "", text)
         # early stopping does not count while the encoder is frozen
-        keys = r"(experiment|pretrained_\w+| +limit_warmup)"
+        keys = r"(experiment|pretrained_encoder|fine_tuning| +freeze_steps"
+        keys += "| +limit_warmup)"
         bodies.append(re.sub(rf"(?m)^{keys}:.*\n", "", text))
     assert len(bodies[0]) > 3000
     assert bodies[0] == bodies[1]
@@ -482,7 +507,7 @@ def test_bad_settings_leave_an_earlier_run_alone(more, message, songs, earlier):
 
 def test_missing_music_leaves_an_earlier_run_alone(pretrained, earlier):
     nowhere = "/no/such/folder"
-    message = f"data_folder.*{nowhere}"
+    message = f"folder={nowhere}"
     with pytest.raises(FileNotFoundError, match=message):
         recipe.main(pretraining(nowhere, earlier))
     with pytest.raises(FileNotFoundError, match=message):
@@ -503,20 +528,6 @@ def test_results_do_not_get_other_settings(more, message, songs, pretrained):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         recipe.main(pretraining(songs, pretrained, **more))
     assert contents(pretrained) == before
-
-
-def test_pretraining_of_before_the_weight_had_none(songs, pretrained, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(pretrained, out)
-    path = out / "hyperparams.yaml"
-    text = path.read_text("utf-8").replace(str(pretrained), str(out))
-    text, keys = re.subn(r"(?m)^ *visible_weight:.*\n", "", text)
-    assert keys == 2
-    path.write_text(text, "utf-8")
-    argv = pretraining(songs, out, visible_weight=0.5)
-    with pytest.raises(ValueError, match="visible_weight was 0"):
-        load_experiment(argv, recipe.SELECTION_METRICS)
-    load_experiment(pretraining(songs, out), recipe.SELECTION_METRICS)
 
 
 def test_longest_span_is_taken(songs, tmp_path, quick):
@@ -637,7 +648,7 @@ def test_frozen_encoder_waits_for_the_head(
                 songs,
                 tmp_path / "run",
                 pretrained / "encoder",
-                pretrained_freeze_steps=3,
+                freeze_steps=3,
                 lr=0.01,
             )
         )
@@ -656,10 +667,8 @@ def test_encoder_with_a_rate_of_zero_stays_as_it_is(
 ):
     steps = Steps(monkeypatch)
     out = tmp_path / "run"
-    train.main(
-        separation(songs, out, pretrained / "encoder", pretrained_lr_scale=0)
-    )
-    state = torch.load(out / "separator" / "masknet.ckpt", weights_only=True)
+    train.main(separation(songs, out, pretrained / "encoder", lr_scale=0))
+    state = masknet_weights(out)
     for key, value in encoder_weights(pretrained).items():
         assert torch.equal(state[key], value), key
     assert len(steps.states) == 7
@@ -676,8 +685,8 @@ def test_layers_near_the_input_change_less(
                 songs,
                 tmp_path / "run",
                 pretrained / "encoder",
-                pretrained_layer_decay=0.1,
-                pretrained_freeze_steps=0,
+                layer_decay=0.1,
+                freeze_steps=0,
                 lr=0.01,
             )
         )
@@ -722,8 +731,8 @@ def test_gradients_are_clipped_as_with_one_group(
                     songs,
                     out,
                     pretrained / "encoder",
-                    pretrained_lr_scale=lr_scale,
-                    pretrained_freeze_steps=0,
+                    lr_scale=lr_scale,
+                    freeze_steps=0,
                     max_grad_norm=0.01,
                 )
             )
@@ -742,8 +751,8 @@ def test_resumed_separator_equals_uninterrupted_one(
             songs,
             out,
             pretrained / "encoder",
-            pretrained_freeze_steps=3,
-            pretrained_lr_scale=0.5,
+            freeze_steps=3,
+            lr_scale=0.5,
             number_of_epochs=1,
             lr=0.01,
             dropout=0.0,
@@ -761,10 +770,7 @@ def test_resumed_separator_equals_uninterrupted_one(
         stop_at=2,
     )
     train.main(command(tmp_path / "cut"))
-    whole, cut = (
-        torch.load(tmp_path / name / "separator" / "masknet.ckpt")
-        for name in ("whole", "cut")
-    )
+    whole, cut = (masknet_weights(tmp_path / name) for name in ("whole", "cut"))
     for key in whole:
         torch.testing.assert_close(cut[key], whole[key], msg=key)
     moved = encoder_weights(pretrained)["embedding.bias"]
@@ -821,10 +827,11 @@ def test_separator_goes_on_without_its_encoder(
     freeze, encoder, songs, tmp_path, quick
 ):
     out = tmp_path / "run"
-    more = {"pretrained_freeze_steps": freeze}
+    more = {"freeze_steps": freeze}
     train.main(separation(songs, out, encoder, **more))
     moved = shutil.move(encoder, tmp_path / "elsewhere")
     argv = separation(songs, out, encoder, number_of_epochs=2, **more)
+    argv.append("--allow_changes=True")
     train.main(argv)
     history = read_results(out)[2]["history"]
     assert [row["step"] for row in history] == [6, 12]
@@ -857,12 +864,11 @@ def encoder(pretrained, tmp_path):
     (
         ({"d_model": 32}, "d_model is 16, the separator has 32$"),
         ({"num_layers": 2}, "num_layers is 1, the separator has 2$"),
-        ({"d_ffn": 64}, "d_ffn is 512, the separator has 64$"),
         ({"nhead": 4}, "nhead is 2, the separator has 4$"),
         ({"n_features": 32}, "n_features is 16, the separator has 32$"),
         ({"sample_rate": 4000}, "sample_rate is 8000, the separator has 4000$"),
         ({"hop_length": 64}, "hop_length is 32, the separator has 64$"),
-        ({"spec_norm": "minmax"}, "spec_norm is zscore, .* has minmax$"),
+        ({"MaskNet": "{spec_norm: minmax}"}, "spec_norm is z.*, .* minmax$"),
         (
             {"n_fft": 256, "hop_length": 64},
             "n_fft is 128, the separator has 256; "
@@ -879,46 +885,18 @@ def test_encoder_of_another_kind_is_refused(
         train.main(argv)
 
 
-def without_weights(folder):
-    (folder / "encoder.ckpt").unlink()
-
-
-def without_settings(folder):
-    (folder / "hyperparams.yaml").unlink()
-
-
-def half_of_the_weights(folder):
-    path = folder / "encoder.ckpt"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def half_of_the_settings(folder):
-    path = folder / "hyperparams.yaml"
-    lines = path.read_text("utf-8").splitlines(keepends=True)
-    path.write_text("".join(lines[: len(lines) // 2]))
-
-
-def half_of_a_line(folder):
-    path = folder / "hyperparams.yaml"
-    path.write_text(path.read_text("utf-8").partition("_length")[0])
-
-
-def weights_of_another(folder):
-    state = torch.load(folder / "encoder.ckpt")
-    del state["embedding.bias"]
-    torch.save(state, folder / "encoder.ckpt")
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     (
-        (without_weights, "encoder.ckpt not found: expected an encoder folder"),
-        (without_settings, "hyperparams.yaml not found: expected an encoder"),
-        (half_of_the_weights, "encoder.ckpt: no readable file of weights"),
-        (half_of_the_settings, "hyperparams.yaml: expected the settings of an"),
-        (half_of_a_line, "hyperparams.yaml: no readable yaml"),
-        (weights_of_another, "not fit the masknet: missing embedding.bias"),
-        (shutil.rmtree, "encoder.* not found: expected an encoder folder"),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "model.safetensors not found",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"half"),
+            "model.safetensors: no readable file of weights",
+        ),
+        (shutil.rmtree, "encoder not found: expected a folder, or the owner"),
     ),
 )
 def test_half_an_encoder_is_refused(damage, message, songs, encoder, earlier):
@@ -928,27 +906,17 @@ def test_half_an_encoder_is_refused(damage, message, songs, encoder, earlier):
 
 
 @pytest.mark.parametrize(
-    "source", ("results/audio_mae/1234/encodr", "encodr", "tests/encodr")
-)
-def test_mistyped_encoder_is_named(source, songs, earlier, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    message = f"{source} not found: expected an encoder folder .* or the owner"
-    with pytest.raises(FileNotFoundError, match=message):
-        train.main(separation(songs, earlier, source))
-
-
-@pytest.mark.parametrize(
     ("more", "message"),
     (
-        ({"pretrained_lr_scale": -1}, "lr_scale and .* from 0, got -1 and 0"),
-        ({"pretrained_freeze_steps": -5}, "from 0, got 1.0 and -5"),
-        ({"pretrained_layer_decay": 0}, "decay above 0 and up to 1, got 0"),
+        ({"lr_scale": -1}, "lr_scale and .* from 0, got -1 and"),
+        ({"freeze_steps": -5}, "from 0, got 1.0 and -5"),
+        ({"layer_decay": 0}, "decay above 0 and up to 1, got 0"),
     ),
 )
 def test_rates_and_steps_out_of_range_are_refused(
-    more, message, songs, pretrained, earlier
+    more, message, songs, pretrained, tmp_path
 ):
-    argv = separation(songs, earlier, pretrained / "encoder", **more)
+    argv = separation(songs, tmp_path, pretrained / "encoder", **more)
     with pytest.raises(ValueError, match=message):
         train.main(argv)
 
@@ -970,7 +938,5 @@ def test_torchrun_pretrains(songs, tmp_path):
     assert np.isfinite(float(average["reconstruction_loss"]))
     # two ranks share the 8 segments of an epoch
     assert metrics["batches"] == 2 and metrics["steps"] == 4
-    features = PerformerFeatures.from_hparams(
-        out / "encoder", run_opts={"device": "cpu"}
-    )
+    features = PerformerFeatures.from_pretrained(out / "encoder")
     assert features.encode_batch(torch.randn(1, 320)).isfinite().all()

@@ -8,8 +8,8 @@ import soundfile
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from separators import performer
 
-from trackformer_sb.inference.pretrained import PerformerSeparator
 from trackformer_sb.inference.provenance import (
     file_digest,
     model_digest,
@@ -60,8 +60,11 @@ def test_up_to_date(files):
 DAMAGES = ("empty", "foreign", "other", "no comment", "cut")
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("number", "damage"),
+    # a cut wav file is a shorter one
+    [(n, x) for n in range(3) for x in DAMAGES if (n, x) != (0, "cut")],
+)
 def test_damaged_results_are_not_up_to_date(files, damage, number):
     song, results = files
     path = results[number]
@@ -101,16 +104,13 @@ def test_the_comment_depends_on_file_model_and_options(files):
         {"mask_activation": "sigmoid"},
         {"attention": "softmax"},
         {"nhead": 4},
-        {"n_fft": 512, "hop_length": 256},
-        {"hop_length": 128},
     ],
 )
 def test_the_digest_depends_on_settings_that_are_no_weights(setting):
-    sizes = {"d_model": 16, "nhead": 2, "num_layers": 1, "n_features": 16}
     digests = set()
     for more in ({}, setting):
         torch.manual_seed(0)
-        separator = PerformerSeparator(8000, 3, **{**sizes, **more})
+        separator = performer(**more)
         digests.add(model_digest(dict(separator.named_children())))
     assert len(digests) == 2
 

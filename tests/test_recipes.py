@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-import itertools
+import pathlib
 import re
 import runpy
 import shutil
@@ -40,14 +40,14 @@ from tensorboard.backend.event_processing.event_accumulator import (
 
 from trackformer_sb import cli
 from trackformer_sb.data.manifest import read_songs
-from trackformer_sb.inference.interfaces import PerformerSeparation
+from trackformer_sb.inference.separator import Separator
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 from trackformer_sb.objectives.metrics import mixture_si_snr
 from trackformer_sb.training import experiment as experiments
 from trackformer_sb.training.costs import of_all_ranks
 from trackformer_sb.training.dataio import prepare_data
-from trackformer_sb.training.experiment import load_experiment, make_brain
+from trackformer_sb.training.experiment import load_experiment
 
 SEPARATION_YAMLS = (
     "performer_mixit.yaml",
@@ -110,11 +110,11 @@ def test_yaml_trains_and_leaves_all_results(
         assert metrics[name] == pytest.approx(np.mean(values))
     for name in ("epoch_seconds", "total_seconds", "peak_memory_mb"):
         assert metrics[name] > 0, name
-    separator = PerformerSeparation.from_hparams(out / "separator")
+    separator = Separator.from_pretrained(out / "separator")
     mix = torch.randn(2, 2400)
-    est_source = separator.separate_batch(mix)
-    assert est_source.shape == (2, 2400, 3)
-    torch.testing.assert_close(est_source.sum(-1), mix, atol=1e-4, rtol=1e-4)
+    est_source = separator(mix)
+    assert est_source.shape == (2, 3, 2400)
+    torch.testing.assert_close(est_source.sum(1), mix, atol=1e-4, rtol=1e-4)
 
 
 def test_pictures_and_packages_of_a_training(trained):
@@ -137,7 +137,6 @@ def test_paper_values():
         "number_of_epochs": "100",
         "early_stop_epochs": "10",
         "lr": "0.0001",
-        "lr_final": "0.00001",
         "weight_decay": "0.01",
         "dropout": "0.1",
         "lambda_diversity": "0.1",
@@ -218,7 +217,7 @@ def test_pairs_in_training_are_measured_as_those_of_the_test():
 
 
 def weights(out):
-    return torch.load(out / "separator" / "masknet.ckpt", weights_only=True)
+    return Separator.from_pretrained(out / "separator").masknet.state_dict()
 
 
 @pytest.mark.parametrize(("batches_per_step", "stop_at"), [(1, 8), (2, 5)])
@@ -309,15 +308,8 @@ def test_fewer_epochs_do_not_end_a_training_by_themselves(
     longer = [*argv, "--number_of_epochs=40"]
     # 6 steps an epoch, and 4 epochs of warm-up
     interrupted(recipe.main, recipe.Separation, longer, monkeypatch, stop_at=20)
-    recipe.main([*argv, "--number_of_epochs=5"])
+    recipe.main([*argv, "--number_of_epochs=5", "--allow_changes=True"])
     assert len(read_results(tmp_path)[2]["history"]) >= 4
-
-
-def test_data_parallel_is_refused(songs, tmp_path):
-    argv = tiny("performer_mixit.yaml", songs, tmp_path / "run")
-    with pytest.raises(ValueError, match="--data_parallel_backend: expected"):
-        recipe.main([*argv, "--data_parallel_backend"])
-    assert not list(tmp_path.glob("run/*.yaml"))
 
 
 def test_another_number_of_processes_is_said(songs, begun, quick):
@@ -325,13 +317,14 @@ def test_another_number_of_processes_is_said(songs, begun, quick):
     text = path.read_text()
     assert "processes: 1\n" in text
     path.write_text(text.replace("processes: 1\n", "processes: 4\n"))
-    recipe.main(tiny("performer_mixit.yaml", songs, begun, number_of_epochs=2))
+    more = {"number_of_epochs": 2, "allow_changes": True}
+    recipe.main(tiny("performer_mixit.yaml", songs, begun, **more))
     log = (begun / "log.txt").read_text("utf-8")
     assert "begun on 4 processes, now 1: the learning rate follows" in log
 
 
 def test_longer_patience_goes_on(songs, tmp_path, quick):
-    keys = {"number_of_epochs": 3}
+    keys = {"number_of_epochs": 3, "allow_changes": True}
     for patience, epochs in ((0, 1), (9, 3)):
         argv = tiny(
             "performer_mixit.yaml",
@@ -346,9 +339,8 @@ def test_longer_patience_goes_on(songs, tmp_path, quick):
 
 def test_curves_go_on_after_a_resume(songs, tmp_path, quick):
     for epochs in (1, 3):
-        argv = tiny(
-            "performer_mixit.yaml", songs, tmp_path, number_of_epochs=epochs
-        )
+        more = {"number_of_epochs": epochs, "allow_changes": True}
+        argv = tiny("performer_mixit.yaml", songs, tmp_path, **more)
         recipe.main(argv)
     steps = {"loss/valid": [], "loss/train": [], "lr": []}
     for path in sorted((tmp_path / "tensorboard").glob("events*")):
@@ -400,7 +392,7 @@ def test_weights_that_are_not_finite_are_not_kept(
         songs,
         tmp_path,
         number_of_epochs=3,
-        mixit_objective="mse",  # above zero
+        loss="{objective: mse}",  # above zero
         selection_metric=selection_metric,
     )
     message = r"epoch 2: the losses of (\d+) of \1 validation items are not fin"
@@ -431,41 +423,20 @@ def test_redraw_is_the_same_for_equal_seed_and_step(songs, tmp_path, quick):
     "more",
     (
         {"precision": "bf16"},
-        {"precision": "bf16", "matmul_precision": "medium"},
-        {"checkpointing": True},
-        {"grad_accumulation_factor": 2, "max_grad_norm": -1},
-        {"mixit_objective": "mse", "assign_by": "si_snr"},
+        {"MaskNet": "{checkpointing: True}"},
+        {"grad_accumulation_factor": 2, "max_grad_norm": "inf"},
+        {"loss": "{objective: mse, assign_by: si_snr}"},
         {"lambda_mask_count": 0.1},
-        {"single_stem_share": 0.5, "silent_share": 0.5, "gain_db": 6},
+        {"pairs": "{single_stem_share: 0.5, silent_share: 0.5, gain_db: 6}"},
     ),
 )
 def test_options_train_to_finite_figures(more, songs, tmp_path, quick):
     out = tmp_path / "run"
     recipe.main(tiny("performer_mixit.yaml", songs, out, **more))
-    precision = more.get("matmul_precision", "high")
-    assert torch.get_float32_matmul_precision() == precision
+    assert torch.get_float32_matmul_precision() == "high"
     _, _, metrics = read_results(out)
     assert np.isfinite(metrics["history"][0]["train_loss"])
     assert all(torch.isfinite(w).all() for w in weights(out).values())
-
-
-def test_negative_gradient_norm_does_not_turn_the_gradient(
-    songs, tmp_path, quick
-):
-    out = tmp_path / "run"
-    recipe.main(
-        tiny(
-            "performer_mixit.yaml",
-            songs,
-            out,
-            number_of_epochs=8,
-            lr=0.01,
-            dropout=0.0,
-            max_grad_norm=-1,
-        )
-    )
-    history = read_results(out)[2]["history"]
-    assert history[-1]["train_loss"] < history[0]["train_loss"] - 1.0
 
 
 def test_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
@@ -476,15 +447,6 @@ def test_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
         experiments.run(main)
     assert stopped.value.code == 130
     assert "the same command goes on" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_device_that_is_not_there(songs, tmp_path):
-    argv = tiny("performer_mixit.yaml", songs, tmp_path, device="cuda:0")
-    message = "device cuda:0: torch finds no CUDA device"
-    with pytest.raises(ValueError, match=message):
-        recipe.main(argv)
-    assert not list(tmp_path.iterdir())
 
 
 def test_file_that_fails_in_training_is_named_once(tmp_path, caplog, quick):
@@ -524,7 +486,9 @@ def test_silent_song_is_named(tmp_path, quick):
 
 def test_accumulation_beyond_an_epoch_is_refused(songs, tmp_path):
     argv = tiny("performer_mixit.yaml", songs, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"grad_accumulation_factor: 16.*6"):
+    with pytest.raises(
+        ValueError, match="grad_accumulation_factor: 12 training"
+    ):
         recipe.main([*argv, "--grad_accumulation_factor=16"])
 
 
@@ -545,7 +509,7 @@ def test_more_outputs_than_can_be_grouped(songs, tmp_path, quick):
 
 def test_debug_leaves_the_results_of_a_training(songs, begun, quick):
     out = begun
-    argv = tiny("performer_mixit.yaml", songs, out)
+    argv = tiny("performer_mixit.yaml", songs, out, allow_changes=True)
     before = (out / "test_results.csv").read_bytes(), weights(out)
     log = (out / "train_log.txt").read_bytes()
     curves = sorted((out / "tensorboard").rglob("*"))
@@ -618,15 +582,16 @@ def test_all_files_failing_stops(tmp_path, quick):
 @pytest.mark.parametrize(
     ("more", "message"),
     (
-        ({"data_folder": "/no/such/folder"}, "data_folder.*/no/such/folder"),
-        ({"dataset": "musik"}, "dataset.*musik.*demo.*stems.*mixtures"),
+        ({"data_folder": "/no/such/folder"}, "folder=/no/such/folder"),
+        ({"dataset": "musik"}, "dataset.*demo.*stems.*mixtures.*musik"),
         ({"segment_seconds": 60}, "segment_seconds"),
         ({"learning_rate": 1}, "learning_rate.*hparams"),
         ({"batch_size": 1000}, "batch_size"),
         ({"selection_metric": "sisnri"}, "selection_metric.*si_snri.*sisnri"),
-        ({"matmul_precision": "bf16"}, "matmul_precision.*medium.*'bf16'"),
-        ({"mask_activation": "tanh"}, "mask_activation.*softmax.*tanh"),
-        ({"mixit_objective": "sdr"}, "objective.*snr.*sdr"),
+        ({"MaskNet": "{mask_activation: no}"}, "mask_activation.*softmax"),
+        ({"MaskNet": "{depth: 1}"}, "PerformerMaskNet.*'depth'"),
+        ({"music": "{max_stem: 1}"}, "Music.*'max_stem'"),
+        ({"loss": "{objective: sdr}"}, "objective.*snr.*sdr"),
     ),
 )
 def test_bad_input_is_named(more, message, songs, tmp_path):
@@ -649,63 +614,18 @@ def test_checkpoint_of_another_architecture(songs, begun):
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    (
-        ("grad_accumulation_factor=2", "grad_.*factor was 1, now 2"),
-        ("max_grad_norm=1", "max_grad_norm was 5.0, now 1.0"),
-        ("skip_nonfinite_grads=False", "was True, now False"),
-    ),
-)
-def test_run_options_of_the_yaml_are_settings(option, message, songs, begun):
-    argv = tiny("performer_mixit.yaml", songs, begun)
-    with pytest.raises(ValueError, match=message):
-        recipe.main([*argv, f"--{option}"])
-
-
-def test_run_of_before_its_options_were_recorded_goes_on(
-    songs, tmp_path, quick
-):
-    argv = tiny("performer_mixit.yaml", songs, tmp_path)
-    argv += ["--grad_accumulation_factor=2"]
-    recipe.main(argv)
-    path = tmp_path / "hyperparams.yaml"
-    text = path.read_text("utf-8")
-    text = re.sub(r"skip_nonfinite_grads.*\n", "", text)
-    text = re.sub(r"(grad_accumulation_factor: )2", r"\g<1>1", text)
-    path.write_text(text, "utf-8")
-    recipe.main([*argv, "--number_of_epochs=2"])
-    assert len(read_results(tmp_path)[2]["history"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("begun", "goes_on"),
     [
-        ("lr=1e-4", "lr=0.0001"),
-        ("lr=0.0001", "lr=1e-4"),
-        ("gain_db=3", "gain_db=3.0"),
+        ("lr=0.5", r"lr was .*, now 0\.5"),
+        ("max_grad_norm=1", "max_grad_norm was 5.0, now 1.0"),
+        ("pairs={gain_db: 3}", r"pairs\.gain_db was None, now 3"),
     ],
 )
-def test_numbers_have_many_spellings(begun, goes_on, songs, tmp_path, quick):
-    argv = tiny("performer_mixit.yaml", songs, tmp_path)
-    recipe.main([*argv, f"--{begun}"])
-    recipe.main([*argv, f"--{goes_on}", "--number_of_epochs=2"])
-    assert len(read_results(tmp_path)[2]["history"]) == 2
-    with pytest.raises(ValueError, match=r"lr was .*, now 0\.5"):
-        recipe.main([*argv, "--lr=0.5"])
-
-
-def test_moved_results_and_other_spellings_go_on(
-    songs, begun, monkeypatch, quick
-):
-    monkeypatch.chdir(songs.parent)
-    argv = tiny("performer_mixit.yaml", f"{songs.name}/", begun)
-    recipe.main([*argv, "--number_of_epochs=2"])
-    assert len(read_results(begun)[2]["history"]) == 2
-
-
-@pytest.mark.parametrize("left", ["# Generated\n", "seed: 1\nstrict: 'no"])
-def test_cut_settings_of_a_run_do_not_stop_it(left, songs, begun, quick):
-    (begun / "hyperparams.yaml").write_text(left, "utf-8")
-    recipe.main(tiny("performer_mixit.yaml", songs, begun, number_of_epochs=2))
+def test_other_settings_need_a_word(option, message, songs, begun, quick):
+    argv = tiny("performer_mixit.yaml", songs, begun, lr="1e-4")
+    with pytest.raises(ValueError, match=message):
+        recipe.main([*argv, f"--{option}"])
+    argv += ["--number_of_epochs=2", "--allow_changes=True"]
+    recipe.main([*argv, f"--{option}"])
     assert len(read_results(begun)[2]["history"]) == 2
 
 
@@ -764,30 +684,14 @@ def test_a_step_builds_its_sources_once(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_batches_are_pinned_for_a_gpu(device_type, songs, tmp_path):
-    class Placed(recipe.Separation):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.device_type = device_type
-
-    argv = tiny("performer_mixit.yaml", songs, tmp_path / "run")
-    experiment = load_experiment(argv, recipe.SELECTION_METRICS)
-    prepare_data(experiment.hparams)
-    make_brain(Placed, experiment)
-    for options in ("train_loader_options", "eval_loader_options"):
-        pinned = experiment.hparams[options]["pin_memory"]
-        assert pinned == (device_type == "cuda")
-
-
 def test_order_of_all_ranks_goes_by_the_seed(songs, tmp_path):
     def order(seed):
         out = tmp_path / f"run {seed}"
         argv = tiny("performer_mixit.yaml", songs, out, seed=seed)
-        experiment = load_experiment(argv, recipe.SELECTION_METRICS)
+        experiment = load_experiment(argv, recipe.Separation.selection_metrics)
         prepare_data(experiment.hparams)
-        make_brain(recipe.Separation, experiment)
-        options = experiment.hparams["train_loader_options"]
+        pathlib.Path(out).mkdir(exist_ok=True)
+        options = recipe.Separation(experiment).train_options
         assert "shuffle" not in options
         # as SpeechBrain shares a sampler among ranks
         ranks = [
@@ -804,35 +708,6 @@ def test_order_of_all_ranks_goes_by_the_seed(songs, tmp_path):
     assert order(2)[0] != [one, other]
 
 
-@pytest.mark.parametrize(
-    "precision, slowdown, warned",
-    [
-        ({"precision": "bf16"}, 13.0, True),
-        ({"eval_precision": "bf16"}, 13.0, True),
-        ({"precision": "bf16"}, 0.6, False),
-        ({}, 13.0, False),
-    ],
-)
-def test_warns_of_a_cpu_without_bf16(
-    precision, slowdown, warned, songs, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setattr(experiments, "bf16_slowdown", lambda: slowdown)
-    argv = tiny("performer_mixit.yaml", songs, tmp_path / "run", **precision)
-    experiment = load_experiment(argv, recipe.SELECTION_METRICS)
-    prepare_data(experiment.hparams)
-    make_brain(recipe.Separation, experiment)
-    assert ("in bf16 this CPU takes 13.0 times" in caplog.text) == warned
-    assert ("in bf16 this CPU" in caplog.text) == warned
-
-
-def test_cost_of_bf16_is_that_of_the_fastest_products(monkeypatch):
-    seconds = itertools.chain((5.0, 1.0, 2.0, 1.0), (9.0, 4.0, 3.0, 8.0))
-    clock = itertools.chain.from_iterable((0.0, last) for last in seconds)
-    stopwatch = types.SimpleNamespace(perf_counter=clock.__next__)
-    monkeypatch.setattr(experiments, "time", stopwatch)
-    assert experiments.bf16_slowdown(size=2) == 3.0
-
-
 @pytest.mark.slow
 def test_torchrun_trains(songs, tmp_path):
     argv = tiny("performer_mixit.yaml", songs, tmp_path / "run")
@@ -844,11 +719,11 @@ def test_torchrun_trains(songs, tmp_path):
     )
     rows, average, _ = read_results(tmp_path / "run")
     assert rows and np.isfinite(float(average["si_snri"]))
-    assert (tmp_path / "run" / "separator" / "masknet.ckpt").is_file()
+    assert (tmp_path / "run" / "separator" / "config.json").is_file()
 
 
 @pytest.mark.slow
-def test_demo_from_song_to_report(tmp_path, monkeypatch, quick):
+def test_demo_from_song_to_report(tmp_path, monkeypatch):
     """What `make demo` runs, with two steps of a small model."""
     out, excerpt = tmp_path / "demo", tmp_path / "excerpt"
 
@@ -866,7 +741,7 @@ def test_demo_from_song_to_report(tmp_path, monkeypatch, quick):
         "--optimizer_step_limit=2",
         "--device=cpu",
         # one segment of each song
-        "--segment_hop_seconds=24",
+        "--music={segment_hop_seconds: 24}",
         *("--num_layers=1", "--d_model=16", "--n_features=16"),
         *("--num_workers=0", "--noprogressbar"),
     ]

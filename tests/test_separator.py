@@ -1,7 +1,9 @@
-"""Separators of named stems: folders, files and the command line."""
+"""Separators: their folder, all ways to load it, files in and files out."""
 
 import json
+import os
 import pathlib
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,211 +13,643 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
+from separators import (
+    CLASSES,
+    OF_ASTEROID,
+    OF_SPEECHBRAIN,
+    PERFORMER,
+    RATE,
+    mixtures,
+    named,
+    performer,
+    trained,
+)
 from speechbrain.inference.separation import SepformerSeparation
 
 from trackformer_sb.cli import main
-from trackformer_sb.inference import separator as separator_module
-from trackformer_sb.inference.interfaces import PerformerSeparation
-from trackformer_sb.inference.loading import load_separator
+from trackformer_sb.inference.separation import separate
 from trackformer_sb.inference.separator import Separator
+from trackformer_sb.inference.speechbrain import PerformerSeparation
 
-CLASSES = ["drums", "vocals", "other"]
-RATE = 8000
 ROOT = pathlib.Path(__file__).parents[1]
+NAMES = ["README.md", "config.json", "hyperparams.yaml", "model.safetensors"]
+SEPARATION_YAMLS = {
+    "softmax": PERFORMER,
+    "sigmoid": PERFORMER.replace("softmax", "sigmoid"),
+    "speechbrain": OF_SPEECHBRAIN,
+    "asteroid": OF_ASTEROID,
+}
 
 
 @pytest.fixture(scope="module")
 def separator():
     torch.manual_seed(0)
-    return Separator(
-        CLASSES,
-        RATE,
-        n_fft=512,
-        hop_length=256,
-        masknet={
-            "num_spks": 6,
-            "channels": [8, 8, 8],
-            "d_model": 16,
-            "num_layers": 1,
-        },
-    ).eval()
+    return performer()
 
 
 @pytest.fixture(scope="module")
-def folder(separator, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("separator")
-    separator.save_pretrained(folder)
+def named_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("named")
+    torch.manual_seed(0)
+    named().save_pretrained(folder)
     return folder
 
 
-def write_song(path, channels=2, seconds=2.0, rate=RATE):
-    shape = round(seconds * rate), channels
-    sig = np.random.default_rng(0).normal(0.0, 0.1, shape)
-    soundfile.write(path, sig, rate, subtype="FLOAT")
-    return str(path)
+@pytest.fixture
+def folder(separator, tmp_path):
+    separator.save_pretrained(tmp_path / "separator")
+    return tmp_path / "separator"
 
 
-def read(path):
-    return soundfile.read(path, always_2d=True)[0]
+def by_asteroid(folder, _):
+    pytest.importorskip("asteroid")
+    from trackformer_sb.asteroid import SeparatorModel
+
+    model = SeparatorModel.from_pretrained(folder)
+    return lambda mix: model(mix).transpose(1, 2)
 
 
-def test_a_folder_gives_the_same_stems(separator, folder):
-    again = Separator.from_pretrained(folder)
-    song = torch.randn(2, 5000)
-    # the folder has bfloat16
-    for name, stem in separator.separate(song).items():
-        torch.testing.assert_close(
-            again.separate(song)[name], stem, atol=0.02, rtol=0
+def by_speechbrain(folder, tmp_path):
+    saved = str(tmp_path / "saved")
+    interface = SepformerSeparation.from_hparams(str(folder), savedir=saved)
+    return interface.separate_batch
+
+
+WAYS = {
+    "ours": lambda folder, _: (
+        lambda mix: Separator.from_pretrained(folder)(mix).transpose(1, 2)
+    ),
+    "speechbrain": lambda folder, _: (
+        PerformerSeparation.from_hparams(str(folder)).separate_batch
+    ),
+    "stock": by_speechbrain,
+    "asteroid": by_asteroid,
+}
+
+
+@pytest.mark.parametrize("text", SEPARATION_YAMLS)
+@pytest.mark.parametrize("way", WAYS)
+def test_all_ways_to_load_give_the_trained_modules(tmp_path, way, text):
+    if text == "asteroid":
+        pytest.importorskip("asteroid")
+    path, modules = trained(tmp_path / "run", SEPARATION_YAMLS[text])
+    folder = tmp_path / "separator"
+    Separator.of_recipe(path, modules).save_pretrained(folder)
+    shutil.rmtree(tmp_path / "run")
+    mix = mixtures()
+    with torch.no_grad():
+        expected, _ = separate(
+            mix,
+            modules["encoder"],
+            modules["masknet"].eval(),
+            modules["decoder"],
+            # which SpeechBrain does not know
+            mixture_consistency=text != "softmax" and way != "stock",
         )
-    assert json.loads((folder / "config.json").read_text())["classes"] == (
-        CLASSES
+        est_source = WAYS[way](folder, tmp_path)(mix)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(
+        est_source, expected.transpose(1, 2), atol=2e-6, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_ways_give_named_stems_in_their_order(named_folder, way, tmp_path):
+    mix = mixtures()[:1]
+    stems = Separator.from_pretrained(named_folder).separate(mix)
+    assert list(stems) == CLASSES
+    with torch.no_grad():
+        est_source = WAYS[way](named_folder, tmp_path)(mix)
+    torch.testing.assert_close(est_source, torch.stack([*stems.values()], -1))
+
+
+# --- the folder --------------------------------------------------------------
+
+
+def test_files_of_the_folder(folder, separator):
+    assert sorted(os.listdir(folder)) == NAMES
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    config = json.loads((folder / "config.json").read_text())
+    assert config == separator.config
+    # defaults of today come along
+    assert config["masknet"]["spec_norm"] == "zscore"
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: trackformer_sb\n")
+    assert "# Separator of 3 outputs at 8000 Hz" in card
 
 
 def test_saved_again_nothing_changes(folder, tmp_path):
-    Separator.from_pretrained(folder).save_pretrained(tmp_path)
-    names = "README.md config.json hyperparams.yaml model.safetensors".split()
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
-    for name in names:
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    Separator.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    for name in NAMES:
+        again = tmp_path / "again" / name
+        assert again.read_bytes() == (folder / name).read_bytes()
 
 
-@pytest.mark.parametrize("cls", [PerformerSeparation, SepformerSeparation])
-def test_by_yaml_a_batch_has_the_stems_in_their_order(folder, cls, tmp_path):
-    mix = torch.randn(1, 5000)
-    stems = Separator.from_pretrained(folder).separate(mix)
-    expected = torch.stack(list(stems.values()), -1)
-    for savedir in (None, tmp_path / "saved"):
-        by_yaml = cls.from_hparams(str(folder), savedir=savedir)
-        torch.testing.assert_close(by_yaml.separate_batch(mix), expected)
-    loaded, _ = load_separator(folder, "cpu")
-    torch.testing.assert_close(loaded.separate_batch(mix), expected)
+def test_half_of_the_precision_is_half_of_the_file(named_folder, tmp_path):
+    separator = Separator.from_pretrained(named_folder)
+    song = torch.randn(2, 5000)
+    expected = separator.separate(song)
+    separator.bfloat16().save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size < 0.7 * (named_folder / "model.safetensors").stat().st_size
+    for name, stem in (
+        Separator.from_pretrained(tmp_path).separate(song).items()
+    ):
+        torch.testing.assert_close(stem, expected[name], atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("cls", [PerformerSeparation, SepformerSeparation])
-def test_by_yaml_weights_that_do_not_fit_are_refused(folder, cls, tmp_path):
-    text = (folder / "hyperparams.yaml").read_text()
-    other = text.replace('"d_model": 16', '"d_model": 32')
-    assert other != text
-    (tmp_path / "hyperparams.yaml").write_text(other)
-    with pytest.raises((FileNotFoundError, ValueError), match="safetensors"):
-        cls.from_hparams(str(tmp_path))
-    shutil.copy(folder / "model.safetensors", tmp_path)
-    with pytest.raises(ValueError, match="does not fit StemMaskNet"):
-        cls.from_hparams(str(tmp_path))
-
-
-def test_of_masknet_takes_the_weights(separator):
-    config = {k: separator.config[k] for k in ("sample_rate", "n_fft")}
-    again = Separator.of_masknet(
-        separator.masknet, classes=CLASSES, hop_length=256, **config
+def test_nothing_of_the_experiment_comes_along(tmp_path):
+    path, modules = trained(tmp_path / "run")
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    wrapped = torch.compile(modules["masknet"].train(), backend="eager")
+    modules["masknet"] = torch.nn.DataParallel(wrapped)
+    separator = Separator.of_recipe(path, modules)
+    # nor of the export into the experiment
+    assert torch.equal(torch.rand(1), expected)
+    assert wrapped.training and not separator.training
+    folder = separator.export(
+        tmp_path / "separator", {"Data": "A band.", "Test": {"sdr": 5.1}}
     )
-    song = torch.randn(1, 3000)
-    for name, stem in separator.separate(song).items():
-        torch.testing.assert_close(again.separate(song)[name], stem)
+    text = (folder / "hyperparams.yaml").read_text()
+    card = (folder / "README.md").read_text()
+    for trace in (str(tmp_path), "data_folder", "seed"):
+        assert trace not in text + card
+    assert "## Data\n\nA band." in card and "| sdr | 5.1 |" in card
+    separator.export(folder)
+    assert "A band" not in (folder / "README.md").read_text()
+    (folder / "README.md").write_text("mine")
+    separator.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "mine"
+
+
+def test_earlier_weights_stay_until_new_ones_are_whole(
+    folder, separator, monkeypatch
+):
+    before = (folder / "model.safetensors").read_bytes()
+
+    def full_disk(self, content):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        separator.save_pretrained(folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("num_spks:", "spks:", "got none of num_spks"),
+        ("Decoder: &", "Decoders: &", "got none of Decoder"),
+        ("!new:trackformer_sb.nnet.m", "!name:x.m", "got none of MaskNet"),
+        ("d_model: 16", "d_model: 32", "size mismatch for embedding.weight"),
+        ("d_model: 16", "d_modle: 16", "unexpected keyword argument 'd_modle'"),
+    ],
+)
+def test_recipes_that_do_not_fit(tmp_path, before, after, message):
+    path, modules = trained(tmp_path / "run")
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    with pytest.raises(ValueError, match=message):
+        Separator.of_recipe(path, modules)
+
+
+# --- nothing runs ------------------------------------------------------------
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+PICKLES = ("pytorch_model.bin", "masknet.ckpt", "model.pth", "data.pkl")
+OBJECT = '!!python/object/apply:builtins.open ["{path}", "w"]'
+
+
+def plant(folder, trace):
+    """Fills a folder with what runs when it is read."""
+    for name in PICKLES:
+        payload = pickle.dumps(Payload(str(trace)))
+        (folder / name).write_bytes(payload)
+    text = f'a: !apply:builtins.open ["{trace}", "w"]\n'
+    (folder / "hyperparams.yaml").write_text(text)
+    card = f"---\na: {OBJECT.format(path=trace)}\n---\n# A card\n"
+    (folder / "README.md").write_text(card)
+
+
+def test_planted_code_runs_where_it_can(folder, tmp_path):
+    """The test below could fail."""
+    trace = tmp_path / "trace"
+    plant(folder, trace)
+    pickle.loads((folder / "data.pkl").read_bytes())
+    assert trace.exists()
+    trace.unlink()
+    with pytest.raises(KeyError):
+        PerformerSeparation.from_hparams(str(folder))
+    assert trace.exists()
+
+
+def test_nothing_planted_runs(folder, separator, tmp_path):
+    trace = tmp_path / "trace"
+    plant(folder, trace)
+    again = Separator.from_pretrained(folder)
+    assert torch.equal(again(mixtures()), separator(mixtures()))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors not f"):
+        Separator.from_pretrained(folder)
+    (folder / "data.pkl").replace(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"safetensors: no readable file"):
+        Separator.from_pretrained(folder)
+    assert not trace.exists()
+
+
+def test_a_class_that_is_not_known_is_not_built(folder, tmp_path):
+    trace = tmp_path / "trace"
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    harm = {"class": "builtins.open", "file": str(trace), "mode": "w"}
+    for part in (harm, {**config["masknet"], "num_spks": harm}):
+        path.write_text(json.dumps({**config, "masknet": part}))
+        with pytest.raises(ValueError, match=r"builtins\.open is not among"):
+            Separator.from_pretrained(folder)
+    assert not trace.exists()
+
+
+# --- strict ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "load", [Separator.from_pretrained, SepformerSeparation.from_hparams]
+)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.popitem(), "Missing key"),
+        (
+            lambda state: state.update({"masknet.more": torch.zeros(1)}),
+            "Unexpected key.*more",
+        ),
+        (
+            lambda state: state.update({"masknet.head.bias": torch.zeros(5)}),
+            "size mismatch for .*head.bias",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit(folder, change, message, load):
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+    with pytest.raises(
+        ValueError, match=rf"(?s)model\.safetensors: .*{message}"
+    ):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.99])
+def test_truncated_weights(folder, kept):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    size = kept if isinstance(kept, int) else int(kept * len(whole))
+    path.write_bytes(whole[:size])
+    with pytest.raises(ValueError, match=r"safetensors: no readable file"):
+        Separator.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"classes": ["a", "b", "c", "d"]}, "num_spks: expected a multiple"),
-        ({"n_fft": 1024}, "does not fit"),
-        ({"sound": 1}, "sound"),
+        ({"surprise": 1}, "surprise"),
+        ({"masknet": None}, ""),
+        ({"num_spks": 4}, "num_spks: expected 3, as the masknet has, got 4"),
+        ({"classes": ["a", "b"]}, "num_spks: expected a multiple of 2"),
     ],
-    ids=str,
 )
-def test_configs_that_do_not_fit_are_refused(folder, tmp_path, change, message):
-    config = json.loads((folder / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    weights = (folder / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(weights)
-    with pytest.raises(ValueError, match=message):
+def test_config_that_is_wrong(folder, change, message):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(
+        ValueError, match=rf"config\.json: no usable .*{message}"
+    ):
+        Separator.from_pretrained(folder)
+
+
+def test_folder_that_is_not_there(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source in ("separater", "./separater", str(tmp_path / "separater")):
+        with pytest.raises(FileNotFoundError, match="separater not found: exp"):
+            Separator.from_pretrained(source)
+    with pytest.raises(FileNotFoundError, match=f"did you mean {folder}"):
         Separator.from_pretrained(tmp_path)
 
 
-def test_damaged_weights_are_named(folder, tmp_path):
-    for name in ("config.json", "model.safetensors"):
-        content = (folder / name).read_bytes()
-        (tmp_path / name).write_bytes(content[: len(content) // 2 + 99])
-    (tmp_path / "config.json").write_bytes(
-        (folder / "config.json").read_bytes()
+# --- in Python ---------------------------------------------------------------
+
+
+def test_stems_of_channels(separator):
+    song = torch.randn(6, 3000)
+    stems = separator.separate(song)
+    assert list(stems) == ["source0", "source1", "source2"]
+    torch.testing.assert_close(sum(stems.values()), song, atol=1e-5, rtol=0)
+    mono = separator.separate(song[:1])["source1"]
+    expected = separator(song[:1])[0, 1]
+    torch.testing.assert_close(mono[0], expected, atol=1e-6, rtol=0)
+    # nothing is scaled
+    quiet = separator.separate(song * 1e-3)["source1"]
+    torch.testing.assert_close(
+        quiet, stems["source1"] * 1e-3, atol=1e-5, rtol=0
     )
-    with pytest.raises(ValueError, match=r"model\.safetensors: no readable"):
-        Separator.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\[channels, time\], got \[1, 6, "):
+        separator.separate(song[None])
 
 
-@pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("rate", [RATE, 11025])
-def test_files_get_their_names(folder, tmp_path, channels, rate):
-    song = write_song(tmp_path / "song.wav", channels, rate=rate)
-    model = f"--model={folder}"
-    assert main(["separate", song, model, f"--out={tmp_path}/out"]) == 0
-    stems = [read(tmp_path / "out" / f"song_{name}.wav") for name in CLASSES]
-    np.testing.assert_allclose(sum(stems), read(song), atol=1e-5)
+def test_it_can_be_trained_on(folder):
+    separator = Separator.from_pretrained(folder)
+    separator.train()(mixtures())[:, 0].square().mean().backward()
+    assert all(p.grad is not None for p in separator.parameters())
+
+
+def test_interface_of_any_modules(separator):
+    modules = dict(separator.named_children())
+    hparams = {"sample_rate": RATE, "num_spks": 3}
+    interface = PerformerSeparation(modules, hparams, {"device": "cpu"})
+    assert not any(p.requires_grad for p in interface.parameters())
+    expected = separator(mixtures()).transpose(1, 2)
+    assert torch.equal(interface(mixtures()), expected)
+    with pytest.raises(ValueError, match=r"expected mix \[batch, time\]"):
+        interface.separate_batch(torch.zeros(1, 2, 100))
+
+
+def test_loading_a_folder_leaves_no_trace(folder, tmp_path, monkeypatch):
+    working = tmp_path / "working"
+    working.mkdir()
+    monkeypatch.chdir(working)
+    before = sorted(folder.iterdir())
+    PerformerSeparation.from_hparams(os.path.relpath(folder))
+    assert not list(working.iterdir())
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("source", ["card", "readme"])
+def test_python_of_card_and_readme_runs(named_folder, source, tmp_path):
+    if source == "card":
+        text = (named_folder / "README.md").read_text()
+    else:
+        text = (ROOT / "README.md").read_text("utf-8")
+        start = text.index("In Python:")
+        text = text[start:].replace(
+            "from_pretrained()", f"from_pretrained('{named_folder}')"
+        )
+    code = text.split("```python\n")[1].split("```")[0]
+    write_song(tmp_path / "song.wav")
+    for old, new in (
+        ("path/to/this/folder", named_folder),
+        ("song.wav", tmp_path / "song.wav"),
+        ("song.mp3", tmp_path / "song.wav"),
+        ('"stems")', f'"{tmp_path}")'),
+    ):
+        code = code.replace(old, str(new))
+    names = {"song": torch.randn(2, 800)}
+    exec(code, names)
+    assert list(names["stems"]) == CLASSES
+    assert all(path.is_file() for path in names["paths"])
+
+
+# --- files -------------------------------------------------------------------
+
+
+def write_song(path, channels=2, seconds=2.0, rate=RATE, subtype="FLOAT"):
+    shape = round(seconds * rate), channels
+    sig = np.random.default_rng(0).normal(0.0, 0.1, shape)
+    soundfile.write(path, sig.astype(np.float32), rate, subtype)
+    return str(path)
+
+
+def read(path):
+    sig, _ = soundfile.read(path, dtype="float32", always_2d=True)
+    return torch.from_numpy(sig).T
 
 
 @pytest.mark.parametrize(
-    "load", [Separator.from_pretrained, PerformerSeparation.from_hparams]
+    "rate, channels, frames",
+    [
+        *((RATE, 1, 9000), (22050, 2, 22051), (44100, 6, 30000)),
+        *((96000, 2, 50000), (44100, 2, 1), (RATE, 2, 300)),
+    ],
 )
-def test_separate_file_writes_what_the_command_does(folder, tmp_path, load):
+def test_files_sum_to_the_input(separator, tmp_path, rate, channels, frames):
+    path = tmp_path / "my song.v2.wav"
+    write_song(path, channels, frames / rate, rate)
+    out = tmp_path / "new" / "sources"
+    options = {"chunk_seconds": 0.2, "progressbar": False}
+    paths = separator.separate_file(path, out, **options)
+    assert paths == [out / f"my song.v2_source{i}.wav" for i in range(3)]
+    # nothing else, not even a hidden folder
+    assert sorted(out.iterdir()) == paths
+    info = soundfile.info(paths[0])
+    assert (info.samplerate, info.channels) == (rate, channels)
+    assert (info.frames, info.subtype) == (frames, "FLOAT")
+    total, sig = sum(read(path) for path in paths), read(path)
+    assert 20 * torch.log10((total - sig).norm() / sig.norm()) < -120
+    # without a folder the same comes as a tensor
+    est_source = separator.separate_file(path, **options)
+    assert torch.equal(est_source, torch.stack([read(p) for p in paths]))
+
+
+@pytest.mark.parametrize("load", [Separator.from_pretrained, None])
+def test_named_stems_of_files(named_folder, tmp_path, capsys, load):
     song = write_song(tmp_path / "song.wav", rate=11025)
-    main(["separate", song, f"--model={folder}", f"--out={tmp_path}/out"])
-    paths = load(str(folder)).separate_file(song, tmp_path, progressbar=False)
-    assert [path.name for path in paths] == [f"song_{x}.wav" for x in CLASSES]
-    for path in paths:
-        expected = read(tmp_path / "out" / path.name)
-        np.testing.assert_allclose(read(path), expected, atol=1e-6)
+    load = load or PerformerSeparation.from_hparams
+    paths = load(str(named_folder)).separate_file(
+        song, tmp_path, progressbar=False
+    )
+    options = [f"--model={named_folder}", f"--out={tmp_path}/out"]
+    assert main(["separate", song, *options]) == 0
+    written = capsys.readouterr().out.splitlines()
+    names = [f"song_{name}.wav" for name in CLASSES]
+    assert [path.name for path in paths] == names
+    assert [os.path.basename(path) for path in written] == names
+    for ours, theirs in zip(paths, written):
+        torch.testing.assert_close(read(ours), read(theirs), atol=1e-6, rtol=0)
+    total = sum(read(path) for path in written)
+    torch.testing.assert_close(total, read(song), atol=1e-5, rtol=0)
 
 
-def test_one_stem_and_the_rest(folder, tmp_path, capsys):
+def test_stems_slots_and_remixes(named_folder, tmp_path, capsys):
     song = write_song(tmp_path / "song.wav")
-    options = [f"--model={folder}", f"--out={tmp_path}"]
-    assert main(["separate", song, *options, "--stems=vocals"]) == 0
-    names = capsys.readouterr().out.split()
-    assert [name.rpartition("_")[2] for name in names] == [
-        "vocals.wav",
-        "rest.wav",
-    ]
-    assert main(["separate", song, *options, "--slots"]) == 0
-    written = capsys.readouterr().out.split()
-    assert [name.rpartition("_")[2] for name in written] == [
-        f"source{k}.wav" for k in range(6)
-    ]
-    slots = sum(read(name) for name in written)
-    both = sum(read(name) for name in names)
-    np.testing.assert_allclose(slots, both, atol=1e-5)
+    options = [f"--model={named_folder}", f"--out={tmp_path}"]
 
+    def written(*more):
+        assert main(["separate", song, *options, *more]) == 0
+        paths = map(pathlib.Path, capsys.readouterr().out.splitlines())
+        return {path.stem.removeprefix("song_"): read(path) for path in paths}
 
-def test_remixes_take_names(folder, tmp_path):
-    song = write_song(tmp_path / "song.wav")
-    options = [f"--model={folder}", f"--out={tmp_path}"]
-    assert main(["separate", song, *options, "--remix=vocals:-inf"]) == 0
-    karaoke = read(tmp_path / "song_remix.wav")
-    vocals = read(tmp_path / "song_vocals.wav")
-    np.testing.assert_allclose(karaoke + vocals, read(song), atol=1e-5)
-
-
-def test_a_name_that_is_not_there_is_refused(folder, tmp_path, capsys):
-    song = write_song(tmp_path / "song.wav")
-    assert main(["separate", song, f"--model={folder}", "--stems=tuba"]) == 2
+    both = written("--stems=vocals")
+    assert list(both) == ["vocals", "rest"]
+    slots = written("--slots")
+    assert list(slots) == [f"source{k}" for k in range(6)]
+    vocals = slots["source2"] + slots["source3"]
+    torch.testing.assert_close(vocals, both["vocals"], atol=1e-5, rtol=0)
+    remixed = written("--remix=vocals:-inf")
+    karaoke = remixed["remix"] + remixed["vocals"]
+    torch.testing.assert_close(karaoke, read(song), atol=1e-5, rtol=0)
+    assert main(["separate", song, *options, "--stems=tuba"]) == 2
     error = capsys.readouterr().err
     assert "this model has drums, vocals, other; got tuba" in error
 
 
-def test_without_a_model_the_one_in_the_package_is_asked_for(
-    folder, tmp_path, capsys, monkeypatch
+def test_chunks_keep_their_names(named_folder, tmp_path):
+    """Outputs of neighbouring chunks are not put in another order."""
+    song = write_song(tmp_path / "song.wav", seconds=4.0)
+    separator = Separator.from_pretrained(named_folder)
+    chunks = separator.separate_file(
+        song, chunk_seconds=1.5, overlap=0.5, progressbar=False
+    )
+    for stem, expected in zip(chunks, separator.separate(read(song)).values()):
+        # context differs, names do not
+        assert torch.corrcoef(torch.stack([stem[0], expected[0]]))[0, 1] > 0.9
+
+
+def test_a_file_equals_a_batch_at_the_rate_of_the_model(separator, tmp_path):
+    path = write_song(tmp_path / "song.flac", 1, 1.0, subtype="PCM_16")
+    options = {"chunk_seconds": 0.3, "progressbar": False}
+    whole = separator.separate_file(path, progressbar=False)
+    expected = separator(read(path))[0]
+    torch.testing.assert_close(whole[:, 0], expected, atol=1e-6, rtol=0)
+    one = separator.separate_file(path, **options)
+    many = separator.separate_file(path, batch_size=4, **options)
+    torch.testing.assert_close(one, many, atol=1e-6, rtol=0)
+
+
+def test_silence_stays_silent(separator, tmp_path):
+    soundfile.write(tmp_path / "silence.wav", np.zeros((9000, 2)), 44100)
+    est_source = separator.separate_file(
+        tmp_path / "silence.wav", progressbar=False
+    )
+    assert est_source.shape == (3, 2, 9000) and not est_source.any()
+
+
+def test_progress(separator, tmp_path, capsys):
+    path = write_song(tmp_path / "song.wav", 1)
+    separator.separate_file(path, chunk_seconds=0.5)
+    shown = capsys.readouterr().err
+    assert "song.wav: 100%" in shown and "2/2 s" in shown
+    calls = []
+
+    def cancel(*seconds):
+        calls.append(seconds)
+        if seconds[0] > 1:
+            raise InterruptedError("cancelled")
+
+    # as a user of the page may
+    with pytest.raises(InterruptedError, match="cancelled"):
+        separator.separate_file(
+            path,
+            tmp_path / "out",
+            chunk_seconds=0.5,
+            overlap=0.2,
+            progressbar=False,
+            progress=cancel,
+        )
+    assert calls == [pytest.approx((0.4 * i, 2.0)) for i in range(4)]
+    assert not list((tmp_path / "out").iterdir())
+    assert capsys.readouterr().err == ""
+
+
+def test_outputs_ranks_and_remix(separator, tmp_path):
+    path = write_song(tmp_path / "song.wav", seconds=1.0)
+    options = {"chunk_seconds": 0.4, "progressbar": False}
+    est_source = separator.separate_file(path, **options)
+    order = est_source.square().sum((1, 2)).argsort(descending=True)
+    ranked = separator.separate_file(path, ranked=True, **options)
+    assert torch.equal(ranked, est_source[order])
+    paths = separator.separate_file(
+        path,
+        tmp_path / "out",
+        file_format="flac",
+        outputs={"rest": (1, 2)},
+        ranked=True,
+        remix={"rest": -20.0},
+        figure=True,
+        stem="other",
+        **options,
+    )
+    names = ["other_rest.flac", "other_remix.flac", "other_figure.png"]
+    assert [path.name for path in paths] == names
+    rest = ranked[1] + ranked[2]
+    torch.testing.assert_close(read(paths[0]), rest, atol=1e-6, rtol=0)
+    remix = ranked[0] + 0.1 * rest
+    torch.testing.assert_close(read(paths[1]), remix, atol=1e-6, rtol=0)
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_skip_existing(separator, tmp_path, monkeypatch):
+    path = write_song(tmp_path / "song.wav", seconds=0.1)
+    options = {"out_folder": tmp_path / "out", "progressbar": False}
+    paths = separator.separate_file(path, skip_existing=True, **options)
+    monkeypatch.setattr(separator, "_separated", None)
+    assert separator.separate_file(path, skip_existing=True, **options) == paths
+    with pytest.raises(TypeError):
+        separator.separate_file(path, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"remix": "0:1"}, "expected out_folder with"),
+        ({"file_format": "flac"}, "expected out_folder with"),
+        ({"outputs": "none"}, "expected an output to return"),
+        ({"outputs": "3"}, "expected outputs from 0 to 2, got 3"),
+        ({"out_folder": "out", "remix": "3:0"}, "outputs from 0 to 2, got 3"),
+        ({"out_folder": "out", "file_format": "mp3"}, "expected file_format"),
+        ({"batch_size": 0}, "expected batch_size from 1 up, got 0"),
+    ],
+)
+def test_options_are_checked_before_the_model_runs(
+    separator, tmp_path, monkeypatch, options, message
 ):
-    song = write_song(tmp_path / "song.wav")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(separator_module.resources, "files", lambda _: tmp_path)
-    assert main(["separate", song]) == 2
-    assert "brings no separator of its own" in capsys.readouterr().err
-    shutil.copytree(folder, tmp_path / "pretrained")
-    assert main(["separate", song]) == 0
-    assert (tmp_path / "song_drums.wav").is_file()
-    capsys.readouterr()
-    assert main(["info", "--seconds=0.1"]) == 0
-    assert "drums, vocals, other" in capsys.readouterr().out
+    write_song("song.wav", seconds=0.1)
+    monkeypatch.setattr(separator, "_separated", None)
+    with pytest.raises(ValueError, match=message):
+        separator.separate_file("song.wav", progressbar=False, **options)
+    assert os.listdir() == ["song.wav"]
+
+
+def test_files_that_are_no_music(separator, tmp_path):
+    def refused(name, kind, message):
+        with pytest.raises(kind, match=message):
+            separator.separate_file(
+                tmp_path / name, tmp_path / "out", 0.5, progressbar=False
+            )
+
+    refused("no.wav", FileNotFoundError, r"no\.wav: no such audio")
+    (tmp_path / "text.wav").write_text("this is no audio\n" * 100)
+    refused("text.wav", soundfile.LibsndfileError, r"text\.wav")
+    soundfile.write(tmp_path / "empty.wav", np.zeros((0, 2)), 44100)
+    refused("empty.wav", ValueError, r"empty\.wav: .* no samples")
+    sig = np.zeros(20000, dtype=np.float32)
+    sig[-1] = np.nan
+    soundfile.write(tmp_path / "broken.wav", sig, RATE, "FLOAT")
+    refused("broken.wav", ValueError, r"broken\.wav: NaN or infinite")
+    sig = np.random.default_rng(0).uniform(-0.3, 0.3, 5 * RATE)
+    soundfile.write(tmp_path / "cut.mp3", sig, RATE)
+    content = (tmp_path / "cut.mp3").read_bytes()
+    (tmp_path / "cut.mp3").write_bytes(content[: len(content) // 2])
+    refused("cut.mp3", ValueError, r"cut\.mp3: truncated")
+    assert not list((tmp_path / "out").iterdir())
+
+
+# --- the model in the package ------------------------------------------------
 
 
 def test_a_wheel_brings_the_separator(tmp_path):
@@ -233,72 +667,10 @@ def test_a_wheel_brings_the_separator(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "unpacked")
     folder = tmp_path / "unpacked" / "trackformer_sb" / "pretrained"
-    assert {path.name for path in folder.iterdir()} == {
-        *("README.md", "config.json", "hyperparams.yaml"),
-        "model.safetensors",
-    }
+    assert sorted(os.listdir(folder)) == NAMES
     assert (folder / "model.safetensors").stat().st_size <= 12e6
     separator = Separator.from_pretrained(folder)
     assert list(separator.groups) == ["drums", "bass", "vocals", "other"]
-
-
-def test_chunks_keep_their_names(separator, folder, tmp_path):
-    """Outputs of neighbouring chunks are not put in another order."""
-    song = write_song(tmp_path / "song.wav", seconds=4.0)
-    loaded, _ = load_separator(folder, "cpu")
-    chunks = loaded.separate_file(
-        song, chunk_seconds=1.5, overlap=0.5, progressbar=False
-    )
-    whole = separator.separate(torch.from_numpy(read(song).T).float())
-    for stem, expected in zip(chunks, whole.values()):
-        # context differs, names do not
-        assert torch.corrcoef(torch.stack([stem[0], expected[0]]))[0, 1] > 0.9
-
-
-@pytest.mark.parametrize(
-    ("rate", "channels", "samples"),
-    [
-        (RATE, 1, 1),
-        (44100, 2, 1),
-        (RATE, 2, 300),  # shorter than a window
-        (RATE // 2, 1, 3000),
-    ],
-)
-def test_short_songs_and_low_rates(folder, tmp_path, rate, channels, samples):
-    song = write_song(tmp_path / "song.wav", channels, samples / rate, rate)
-    options = [f"--model={folder}", f"--out={tmp_path}"]
-    assert main(["separate", song, *options]) == 0
-    stems = [read(tmp_path / f"song_{name}.wav") for name in CLASSES]
-    np.testing.assert_allclose(sum(stems), read(song), atol=1e-5)
-
-
-def test_silence_stays_silent(folder, tmp_path):
-    path = tmp_path / "silence.wav"
-    soundfile.write(path, np.zeros((RATE, 2)), RATE)
-    options = [f"--model={folder}", f"--out={tmp_path}"]
-    assert main(["separate", str(path), *options]) == 0
-    assert not read(tmp_path / "silence_vocals.wav").any()
-
-
-@pytest.mark.parametrize(
-    ("samples", "message"),
-    [
-        ([], "holds no samples"),
-        ([0.1] * 9 + [np.nan], "NaN or infinite samples"),
-        ([0.1] * 9 + [np.inf], "NaN or infinite samples"),
-    ],
-    ids=["empty", "nan", "infinite"],
-)
-def test_no_stems_of_what_is_no_sound(
-    folder, tmp_path, capsys, samples, message
-):
-    path = tmp_path / "song.wav"
-    soundfile.write(path, np.array(samples), RATE, subtype="FLOAT")
-    options = [f"--model={folder}", f"--out={tmp_path}/out"]
-    assert main(["separate", str(path), *options]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert str(path) in line and message in line
-    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_the_model_in_the_box_keeps_its_sound():

@@ -255,9 +255,9 @@ def test_nothing_is_left_of_a_run_that_ends_early(
     if step == "finish":
         monkeypatch.setattr(writing._Mix, "peak", interrupted)
     if step == "figure":
-        from trackformer_sb.inference import figures
+        from trackformer_sb import plots
 
-        monkeypatch.setattr(figures, "save_figure", interrupted)
+        monkeypatch.setattr(plots, "save_figure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_sources(blocks(), reader, out, "song", "flac", figure=True)
     assert list(out.iterdir()) == []

@@ -1,3 +1,3 @@
 """Music separation without labelled stems, for SpeechBrain and Asteroid."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -2,23 +2,15 @@
 
 Asteroid puts the batch first in masks, SpeechBrain the sources.
 
-``PerformerSeparatorModel`` is a trained separator as a model of Asteroid. The
-first use of the name imports Asteroid and registers the class there, so that
-``BaseModel.from_pretrained`` finds it: it loads ``pytorch_model.bin`` of a
-separator's folder, and an id on the hub, of which it fetches this file.
+``SeparatorModel`` is a trained separator as a model of Asteroid. The first use
+of the name imports Asteroid and registers the class there.
 """
-
-import os
 
 from torch import nn
 
-from trackformer_sb.inference.config import ASTEROID_MODEL, asteroid_conf
-
-CONF_KEYS = ("model_name", "model_args", "state_dict")
-
 
 def __getattr__(name):
-    if name != ASTEROID_MODEL:
+    if name != "SeparatorModel":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = _model_class()
     return globals()[name]
@@ -81,42 +73,48 @@ class AsteroidMasker(nn.Module):
 
 def _model_class():
     """Defines and registers what needs Asteroid to be defined."""
-    from asteroid import __version__ as asteroid_version
     from asteroid.models import base_models, register_model
 
-    from trackformer_sb.inference.pretrained import (
-        PerformerSeparator,
-        load_state,
-    )
-    from trackformer_sb.inference.separation import separate
-    from trackformer_sb.nnet.transfer import read_state
+    from trackformer_sb.inference.separator import Separator
 
-    class PerformerSeparatorModel(base_models.BaseModel):
-        """A Performer on an STFT as a model of Asteroid.
-
-        Its state has the names of ``PerformerSeparator``.
+    class SeparatorModel(base_models.BaseModel):
+        """A separator as a model of Asteroid.
 
         Arguments
         ---------
         sample_rate : int
             Rate of the waveforms in Hz.
-        num_spks : int
-            Number of outputs.
-        **model_args : dict
-            Other arguments of ``PerformerSeparator``.
+        **config : dict
+            Other arguments of ``Separator``.
         """
 
-        def __init__(self, sample_rate, num_spks, **model_args):
+        def __init__(self, sample_rate, **config):
             super().__init__(sample_rate, in_channels=1)
-            separator = PerformerSeparator(sample_rate, num_spks, **model_args)
-            self.model_args = {
-                key: value
-                for key, value in separator.config.items()
-                if not key.startswith("library_")
-            }
-            self.encoder = separator.encoder
-            self.masknet = separator.masknet
-            self.decoder = separator.decoder
+            self.separator = Separator(sample_rate=sample_rate, **config)
+
+        @classmethod
+        def from_pretrained(cls, source, **hub):
+            """Loads a model strictly.
+
+            Arguments
+            ---------
+            source : str, Path or dict
+                Folder of a separator or its id on the hub, of which no code is
+                run; or what ``serialize`` returned.
+            **hub : dict
+                ``revision``, ``token`` and so on, see ``Separator``.
+
+            Returns
+            -------
+            SeparatorModel
+                In evaluation mode.
+            """
+            if isinstance(source, dict):
+                return super().from_pretrained(source).eval()
+            separator = Separator.from_pretrained(source, **hub)
+            model = cls(**separator.config)
+            model.separator = separator
+            return model.eval()
 
         def forward(self, wav):
             """Separates waveforms.
@@ -129,7 +127,7 @@ def _model_class():
             Returns
             -------
             torch.Tensor
-                [sources, time] or [batch, sources, time].
+                [stems, time] or [batch, stems, time].
 
             Raises
             ------
@@ -142,104 +140,24 @@ def _model_class():
                     "expected wav [time], [batch, time] or [batch, 1, time], "
                     f"got {list(wav.shape)}"
                 )
-            est_source, _ = separate(
-                wav.reshape(-1, wav.shape[-1]),
-                self.encoder,
-                self.masknet,
-                self.decoder,
-                self.model_args["mixture_consistency"],
-            )
+            est_source = self.separator(wav.reshape(-1, wav.shape[-1]))
             return est_source.squeeze(0) if wav.dim() == 1 else est_source
-
-        def forward_wav(self, wav):
-            """Separates with dropout off, for ``asteroid.separate``."""
-            training = self.training
-            self.eval()
-            try:
-                return self(wav)
-            finally:
-                self.train(training)
 
         def get_model_args(self):
             """Arguments that make this class again."""
-            return dict(self.model_args)
+            return dict(self.separator.config)
 
         def serialize(self):
-            """The model as tensors and plain values, see ``asteroid_conf``.
+            """The model in a dict of tensors and plain values.
 
-            ``torch.save`` makes a file of it that Asteroid loads.
-
-            Returns
-            -------
-            dict
-                ``model_name``, ``model_args``, ``state_dict`` and ``infos``.
+            Asteroid's own has versions that ``torch.load`` refuses.
             """
-            conf = asteroid_conf(self.get_model_args(), self.get_state_dict())
-            conf["model_name"] = type(self).__name__
+            conf = super().serialize()
             versions = conf["infos"]["software_versions"]
-            versions["asteroid_version"] = str(asteroid_version)
+            conf["infos"]["software_versions"] = {
+                name: str(version) for name, version in versions.items()
+            }
             return conf
 
-        @classmethod
-        def from_pretrained(cls, source, **kwargs):
-            """Loads a model; no code is run.
-
-            Arguments
-            ---------
-            source : dict, str or Path
-                What ``serialize`` returned, a file of it, the folder of an
-                exported separator, or its id on the hub.
-            **kwargs : dict
-                ``device``, and ``revision``, ``token`` and so on for the hub,
-                see ``PerformerSeparator.from_pretrained``.
-
-            Returns
-            -------
-            PerformerSeparatorModel
-                In evaluation mode.
-
-            Raises
-            ------
-            FileNotFoundError
-                If there is no such file, folder or model.
-            ValueError
-                If something else is in it, or the weights do not fit exactly.
-            """
-            device = kwargs.pop("device", "cpu")
-            if not isinstance(source, dict) and not os.path.isfile(source):
-                separator = PerformerSeparator.from_pretrained(source, **kwargs)
-                model = _built(separator.config, source)
-                state = separator.state_dict()
-            else:
-                conf, source = (
-                    (source, "the conf")
-                    if isinstance(source, dict)
-                    else (read_state(source), source)
-                )
-                missing = [key for key in CONF_KEYS if key not in conf]
-                if missing or conf["model_name"] != cls.__name__:
-                    raise ValueError(
-                        f"{source}: expected a serialized {cls.__name__} with "
-                        f"{', '.join(CONF_KEYS)}, got "
-                        f"{conf.get('model_name', list(conf)[:5])}"
-                    )
-                model = _built(conf["model_args"], source)
-                state = conf["state_dict"]
-            load_state(model, state, source)
-            return model.to(device).eval()
-
-    def _built(model_args, source):
-        try:
-            return PerformerSeparatorModel(
-                **{
-                    key: value
-                    for key, value in model_args.items()
-                    if not key.startswith("library_")
-                }
-            )
-        except (TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{source}: model_args: {error}") from error
-
-    PerformerSeparatorModel.__qualname__ = ASTEROID_MODEL
-    register_model(PerformerSeparatorModel)
-    return PerformerSeparatorModel
+    register_model(SeparatorModel)
+    return SeparatorModel

@@ -4,22 +4,6 @@ import argparse
 import os
 import sys
 
-DATA_OPTIONS = (
-    "segment_seconds",
-    "split",
-    "split_file",
-    "split_ratio",
-    "seed",
-    "max_stems",
-    "min_active_share",
-    "min_level_db",
-    "stem_groups",
-    "test_folder",
-    "test_dataset",
-    "cache_folder",
-    "strict",
-)
-
 
 def number(text, kind=float):
     """A number, for argparse, whose own message would name the function."""
@@ -54,19 +38,76 @@ def _mapping(text):
 
 
 def complain(args, message):
-    """A message on stderr, with the command it is from."""
-    print(f"trackformer {args.command}: {message}", file=sys.stderr)
+    """A message on stderr in one line, with the command it is from."""
+    # torch's and the hub's have several
+    lines = [line.strip() for line in str(message).splitlines()]
+    print(f"trackformer {args.command}:", *lines, file=sys.stderr)
 
 
-def _add_data_options(parser, hint):
+# Arguments of ``data.music.Music`` that can be given.
+MUSIC_OPTIONS = {
+    "dataset": {
+        "default": "mixtures",
+        "help": "mixtures (any music files), stems, moisesdb, musdb18hq or "
+        "slakh2100 (default: %(default)s)",
+    },
+    "split": {
+        "choices": ("auto", "by_song", "from_file"),
+        "default": "auto",
+        "help": "auto: the dataset's own split where it has one",
+    },
+    "split_file": {"metavar": "YAML", "help": "for from_file"},
+    "split_ratio": {
+        "type": float,
+        "nargs": 3,
+        "default": (80, 10, 10),
+        "metavar": "SHARE",
+        "help": "of train, valid and test (default: 80 10 10)",
+    },
+    "seed": {"type": int, "default": 1234, "help": "of the split"},
+    "max_stems": {
+        "type": int,
+        "metavar": "N",
+        "help": "leave out songs with more stems",
+    },
+    "min_active_share": {
+        "type": float,
+        "default": 0.0,
+        "metavar": "SHARE",
+        "help": "leave out segments of which less sounds",
+    },
+    "min_level_db": {
+        "type": float,
+        "metavar": "DB",
+        "help": "leave out segments below this level in dBFS",
+    },
+    "stem_groups": {
+        "type": _mapping,
+        "metavar": "YAML",
+        "help": "stems that are one, as in '{band: [bass, guitar*]}'",
+    },
+    "test_folder": {
+        "metavar": "DIR",
+        "help": "music of another folder to test on",
+    },
+    "test_dataset": {
+        "default": "stems",
+        "help": "what it holds (%(default)s)",
+    },
+    "cache_folder": {
+        "metavar": "DIR",
+        "help": "where what was read of files is kept",
+    },
+    "strict": {
+        "action": "store_true",
+        "help": "stop at the first file that cannot be used",
+    },
+}
+
+
+def _add_music_options(parser, hint=""):
     """What ``trackformer data`` and ``trackformer shards make`` share."""
     parser.add_argument("folder", metavar="FOLDER", help="folder with music")
-    parser.add_argument(
-        "--dataset",
-        default="mixtures",
-        help="mixtures (any music files), stems, moisesdb, musdb18hq or "
-        "slakh2100 (default: %(default)s)",
-    )
     parser.add_argument(
         "--segment_seconds",
         type=positive,
@@ -74,67 +115,16 @@ def _add_data_options(parser, hint):
         metavar="SECONDS",
         help=f"length of a segment (default: %(default)s){hint}",
     )
-    parser.add_argument(
-        "--split",
-        choices=("auto", "by_song", "from_file"),
-        default="auto",
-        help="auto: the dataset's own split where it has one",
-    )
-    parser.add_argument("--split_file", metavar="YAML", help="for from_file")
-    parser.add_argument(
-        "--split_ratio",
-        type=float,
-        nargs=3,
-        default=(80, 10, 10),
-        metavar="SHARE",
-        help="of train, valid and test (default: 80 10 10)",
-    )
-    parser.add_argument("--seed", type=int, default=1234, help="of the split")
-    parser.add_argument(
-        "--max_stems",
-        type=int,
-        metavar="N",
-        help="leave out songs with more stems",
-    )
-    parser.add_argument(
-        "--min_active_share",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="leave out segments of which less sounds",
-    )
-    parser.add_argument(
-        "--min_level_db",
-        type=float,
-        metavar="DB",
-        help="leave out segments below this level in dBFS",
-    )
-    parser.add_argument(
-        "--stem_groups",
-        type=_mapping,
-        metavar="YAML",
-        help="stems that are one, as in '{band: [bass, guitar*]}'",
-    )
-    parser.add_argument(
-        "--test_folder",
-        metavar="DIR",
-        help="music of another folder to test on",
-    )
-    parser.add_argument(
-        "--test_dataset", default="stems", help="what it holds (%(default)s)"
-    )
-    parser.add_argument(
-        "--cache_folder", metavar="DIR", help="where headers are kept"
-    )
-    parser.add_argument(
-        "--strict",
-        action="store_true",
-        help="stop at the first file that would be left out",
-    )
+    for name, option in MUSIC_OPTIONS.items():
+        parser.add_argument(f"--{name}", **option)
 
 
-def _data_options(args):
-    return {name: getattr(args, name) for name in DATA_OPTIONS}
+def _music(args, **more):
+    """The music that the options describe."""
+    from trackformer_sb.data.music import Music
+
+    options = {name: getattr(args, name) for name in MUSIC_OPTIONS}
+    return Music(args.folder, **options, **more)
 
 
 def add_data(commands):
@@ -154,7 +144,7 @@ def add_data(commands):
             "and draws lengths, levels and activity."
         ),
     )
-    _add_data_options(parser, "")
+    _add_music_options(parser)
     parser.add_argument(
         "--out",
         metavar="DIR",
@@ -171,18 +161,15 @@ def add_data(commands):
 
 def _data(args):
     """Runs ``trackformer data``."""
-    from trackformer_sb.data.report import describe, report_text
+    from trackformer_sb.data.report import report_text
 
     name = os.path.basename(os.path.abspath(args.folder))
     out = args.out or os.path.join("results", "data", name)
     try:
-        report, figures = describe(
-            args.folder,
-            args.dataset,
-            out,
-            decode=not args.headers_only,
-            **_data_options(args),
-        )
+        check = "header" if args.headers_only else "full"
+        music = _music(args, audio_check=check)
+        report = music.prepare(out, args.segment_seconds)
+        figures = music.figures(f"{out}/figures", args.segment_seconds)
     except (OSError, ValueError) as error:
         complain(args, error)
         return 2
@@ -212,7 +199,7 @@ def add_shards(commands):
             "again, it goes on."
         ),
     )
-    _add_data_options(parser, "; training may use shorter ones")
+    _add_music_options(parser, "; training may use shorter ones")
     parser.add_argument("out", metavar="OUT", help="folder for the shards")
     parser.add_argument(
         "--sample_rate",
@@ -225,8 +212,7 @@ def add_shards(commands):
         "--audio_check",
         choices=("header", "full"),
         default="header",
-        help="full: decode all files before, and leave out what is damaged, "
-        "clipped, off centre or there twice in two formats",
+        help="full: decode all files before, and leave out what is damaged",
     )
     parser.add_argument(
         "--shard_megabytes",
@@ -243,14 +229,14 @@ def _shards(args):
     from trackformer_sb.data.packing import pack
 
     try:
+        music = _music(
+            args, sample_rate=args.sample_rate, audio_check=args.audio_check
+        )
         index = pack(
-            args.folder,
-            args.dataset,
+            music,
             args.out,
-            sample_rate=args.sample_rate,
+            args.segment_seconds,
             shard_megabytes=args.shard_megabytes,
-            audio_check=args.audio_check,
-            **_data_options(args),
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         complain(args, error)

@@ -30,24 +30,23 @@ def add_demo(commands):
     >>> parser = argparse.ArgumentParser()
     >>> add_demo(parser.add_subparsers())
     >>> args = parser.parse_args(["demo", "separator"])
-    >>> args.host, args.port
-    ('127.0.0.1', 7860)
+    >>> args.host, args.max_minutes
+    ('127.0.0.1', 15)
     """
     parser = commands.add_parser(
         "demo",
         help="a page in the browser: drop music in, hear its sources",
         description=(
-            "Serves a page on which to separate music, to mute and solo the "
-            "sources against the original, and to download them. Ctrl+C ends "
-            "it and removes the files it made."
+            "Serves a page on which to separate music, to hear its stems with "
+            "mute, solo and volume, and to download them. Ctrl+C ends it and "
+            "removes the files it made."
         ),
     )
     add_model(parser)
     parser.add_argument(
         "--port",
         type=_port,
-        default=7860,
-        help="of the page (default: %(default)s)",
+        help="of the page (default: the first free one from 7860)",
     )
     parser.add_argument(
         "--host",
@@ -87,16 +86,16 @@ def _wait():
 
 def _demo(args):
     """Runs ``trackformer demo``."""
-    from trackformer_sb.inference.loading import load_separator
-    from trackformer_sb.web.page import import_gradio
-    from trackformer_sb.web.server import running_page
+    from trackformer_sb.inference.separator import load_separator
+    from trackformer_sb.web.page import import_gradio, running_page
 
     try:
         import_gradio()  # before the model, which may take long
-        separator, _ = load_separator(args.model, args.device, args.trust_yaml)
-        num_spks = separator.hparams.num_spks
-        sources = ", ".join(separator.groups or [f"{num_spks} sources"])
-        title = f"{args.model}: {sources} at {separator.hparams.sample_rate} Hz"
+        separator = load_separator(args.model, args.device)
+        sources = ", ".join(
+            separator.groups or [f"{separator.num_spks} sources"]
+        )
+        title = f"{args.model}: {sources} at {separator.sample_rate} Hz"
         page = running_page(
             separator,
             title,

@@ -24,7 +24,7 @@ def add_model(parser):
 
 
 def add_loading(parser):
-    """Adds how a model is loaded: ``--device`` and ``--trust_yaml``.
+    """Adds where a model runs: ``--device``.
 
     Arguments
     ---------
@@ -34,18 +34,6 @@ def add_loading(parser):
     parser.add_argument(
         "--device", help="cpu or cuda; by default a GPU if there is one"
     )
-    parser.add_argument(
-        "--trust_yaml",
-        action="store_true",
-        help="load a model of the hub that has no config.json of this library "
-        "by its hyperparams.yaml, which can run any code; that of a folder is "
-        "loaded anyway",
-    )
-
-
-def _complain(args, error):
-    """An error in one line; torch's have several."""
-    complain(args, " ".join(str(error).split()))
 
 
 def add_export(commands):
@@ -60,9 +48,8 @@ def add_export(commands):
         "export",
         help="make the separator folder of a training again",
         description=(
-            "Writes the folder that trackformer, SpeechBrain, huggingface_hub "
-            "and Asteroid load, from a checkpoint of a training: by default "
-            "the best one."
+            "Writes the folder that trackformer and SpeechBrain load, from a "
+            "checkpoint of a training: by default the best one."
         ),
     )
     parser.add_argument(
@@ -97,20 +84,25 @@ def add_export(commands):
 
 def _export(args):
     """Runs ``trackformer export``."""
-    from trackformer_sb.inference.runs import export_run, push_folder
+    from trackformer_sb.inference.runs import separator_of_run
 
     try:
-        folder = export_run(args.experiment, args.out, args.checkpoint)
+        separator, metadata = separator_of_run(args.experiment, args.checkpoint)
+        print(separator.export(args.out, metadata))
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        _complain(args, error)
+        complain(args, error)
         return 2
-    print(folder)
     if args.push:
         try:
-            print(push_folder(folder, args.push, private=args.private))
+            commit = separator.push_to_hub(
+                args.push,
+                private=args.private,
+                model_card_kwargs={"metadata": metadata},
+            )
         except (OSError, ValueError) as error:
-            _complain(args, error)
+            complain(args, f"{args.push}: not uploaded: {error}")
             return 1
+        print(commit)
     return 0
 
 
@@ -153,11 +145,9 @@ def _info(args):
     )
 
     try:
-        description = describe_model(
-            args.model, args.device, args.seconds, args.trust_yaml
-        )
+        description = describe_model(args.model, args.device, args.seconds)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        _complain(args, error)
+        complain(args, error)
         return 2
     if args.json:
         print(json.dumps(description, indent=2))

@@ -117,7 +117,7 @@ def add_make_music(commands):
 
 def _make_music(args):
     """Runs ``trackformer make-music``."""
-    from trackformer_sb.data.music import make_music
+    from trackformer_sb.data.make_music import make_music
 
     try:
         result = make_music(

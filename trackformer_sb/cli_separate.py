@@ -152,7 +152,7 @@ def add_separate(commands):
     written.add_argument(
         "--figure",
         action="store_true",
-        help="draw <file>_figure.png: spectrograms and activity over time",
+        help="draw <file>_figure.png: spectrograms of song and stems",
     )
     written.add_argument(
         "--skip-existing",
@@ -197,8 +197,8 @@ def _prepare(args):
         find_files,
         place_files,
     )
-    from trackformer_sb.inference.loading import load_separator
     from trackformer_sb.inference.remix import chosen_stems
+    from trackformer_sb.inference.separator import load_separator
     from trackformer_sb.inference.writing import output_paths
 
     out = os.path.realpath(args.out)
@@ -213,7 +213,7 @@ def _prepare(args):
     files = find_files(args.files, args.out, AUDIO_EXTENSIONS)
     if not files:
         raise ValueError(f"no audio files in {', '.join(args.files)}")
-    separator, _ = load_separator(args.model, args.device, args.trust_yaml)
+    separator = load_separator(args.model, args.device)
     outputs = args.outputs
     if args.stems is not None:
         outputs = chosen_stems(args.stems, separator.groups)
@@ -228,7 +228,7 @@ def _prepare(args):
         out_folder = os.path.join(args.out, folder) if folder else args.out
         jobs[path] = {"out_folder": out_folder, "stem": stem, **wanted}
         planned[path] = output_paths(
-            num_spks=separator.hparams.num_spks,
+            num_spks=separator.num_spks,
             **{**jobs[path], "outputs": separator.named_outputs(outputs)},
         )
     check_overwriting(planned)
@@ -345,11 +345,7 @@ def _separate(args):
 
     try:
         separator, jobs = _prepare(args)
-    except ImportError as error:
-        hint = "a separator of Asteroid's parts needs the extra [asteroid]"
-        complain(args, f"{error} ({hint})")
-        return 2
-    except (OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         complain(args, error)
         return 2
     for folder in {job["out_folder"] for job in jobs.values()}:

@@ -16,8 +16,6 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
-from trackformer_sb.truncation import cut_sizes, find_cut
-
 # Lossless formats first: where a track exists in two formats, the first wins.
 AUDIO_EXTENSIONS = (".wav", ".flac", ".aiff", ".aif", ".ogg", ".opus", ".mp3")
 
@@ -158,7 +156,7 @@ def read_segment(
         If `start` is negative or the segment has no samples.
     UnreadableAudio
         If the file cannot be opened or decoded, holds NaN or infinite samples
-        in the segment, or ends before the samples its header promises.
+        in the segment, or gives fewer samples than libsndfile says it has.
 
     Example
     -------
@@ -215,8 +213,6 @@ def _read_resampled(audio, path, first, count, sample_rate, channel):
 
 def _read_frames(audio, path, first, count, channel):
     """Up to `count` frames from `first` on; fewer at the file's end."""
-    if first + count > audio.frames:
-        _check_whole(audio, path, first)
     available = min(count, audio.frames - first)
     if available <= 0:
         return torch.zeros(2, 0) if channel == "both" else torch.zeros(0)
@@ -242,27 +238,6 @@ def _seekable(audio, first):
     if audio.format == "OGG":
         return max(0, min(first, audio.frames - OGG_LAST_PAGE))
     return first
-
-
-def _check_whole(audio, path, first=0):
-    """Refuses a file that was cut, if frames from `first` on are missing."""
-    if first < _promised_frames(audio):
-        raise _unreadable(path, "truncated, the header promises more samples")
-    cut = find_cut(path)
-    if cut is not None and cut.certain:
-        raise _unreadable(path, cut.reason)
-
-
-def _promised_frames(audio):
-    """Frames the header of a cut wav or aiff file promises at most, else 0."""
-    sizes = cut_sizes(audio.extra_info)
-    if sizes is None:
-        return 0
-    present, promised = sizes
-    if promised * audio.frames // present <= audio.frames:
-        return 0
-    # Up to 10 bytes that are present are no samples, nor is half a frame.
-    return promised * (audio.frames + 1) // max(1, present - 10)
 
 
 @contextmanager
@@ -350,7 +325,6 @@ def read_blocks(audio, path, num_frames):
     ...         [block.shape for block in read_blocks(audio, path, 64)]
     [(64, 2), (36, 2)]
     """
-    _check_whole(audio, path)
     # soundfile seeks to where it is after every read, and the first frames of
     # an mp3 after a seek are wrong: see MP3_LEAD.
     audio.seekable = lambda: False

@@ -81,7 +81,7 @@ def moisesdb_songs(folder, listing, findings):
     Example
     -------
     >>> import tempfile
-    >>> from trackformer_sb.data.findings import Findings
+    >>> from trackformer_sb.data.songs import Findings
     >>> tracks = [{"id": i, "extension": "wav"} for i in ("b7", "a9")]
     >>> data = {"stems": [{"stemName": "guitar", "tracks": tracks}]}
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +136,7 @@ def musdb18hq_songs(folder, listing, findings):
 
     Example
     -------
-    >>> from trackformer_sb.data.findings import Findings
+    >>> from trackformer_sb.data.songs import Findings
     >>> files = ("drums", "bass", "other", "vocals", "mixture")
     >>> paths = [f"/music/test/Artist - Title/{file}.wav" for file in files]
     >>> songs = musdb18hq_songs("/music", dict.fromkeys(paths), Findings())
@@ -180,7 +180,7 @@ def slakh2100_songs(folder, listing, findings):
 
     Example
     -------
-    >>> from trackformer_sb.data.findings import Findings
+    >>> from trackformer_sb.data.songs import Findings
     >>> paths = [f"/music/train/A - B/{stem}.wav" for stem in MUSDB18_STEMS]
     >>> slakh2100_songs("/music", dict.fromkeys(paths), Findings())
     ... # doctest: +ELLIPSIS
@@ -202,7 +202,7 @@ def _slakh2100_files(song_folder):
             yield _entry(stem, "inst_class", str), file, False
 
 
-def group_stems(songs, stem_groups, key="stem_groups"):
+def group_stems(songs, stem_groups):
     """Sums the tracks of a group, such as all keyboards, to one track.
 
     Arguments
@@ -213,8 +213,6 @@ def group_stems(songs, stem_groups, key="stem_groups"):
         Group -> list of patterns of track names (* any text, ? any letter, case
         ignored). A track joins the first group that matches; others keep their
         name, and so join a group of that name.
-    key : str
-        The yaml key of the groups, for messages.
 
     Returns
     -------
@@ -241,8 +239,10 @@ def group_stems(songs, stem_groups, key="stem_groups"):
         and all(isinstance(pattern, str) for pattern in patterns)
         for group, patterns in stem_groups.items()
     ):
-        expected = f"expected {key} of {{group: [pattern, ...]}}"
-        raise ValueError(f"{expected}, got {stem_groups}")
+        raise ValueError(
+            "expected stem_groups of {group: [pattern, ...]}, got "
+            f"{stem_groups}"
+        )
     pairs = [(g, p.lower()) for g, each in stem_groups.items() for p in each]
     grouped = []
     for song in songs:
@@ -265,7 +265,7 @@ def keep_few_stems(songs, max_stems, findings):
     max_stems : int or None
         The most tracks a song may have, at least 1; None keeps all songs.
     findings : Findings
-        Takes the songs left out, with one warning for all of them.
+        Takes the songs left out.
 
     Returns
     -------
@@ -279,7 +279,7 @@ def keep_few_stems(songs, max_stems, findings):
 
     Example
     -------
-    >>> from trackformer_sb.data.findings import Findings
+    >>> from trackformer_sb.data.songs import Findings
     >>> tracks = {"bass": ("bass.wav",), "drums": ("kick.wav", "snare.wav")}
     >>> len(keep_few_stems([Song("duo", tracks, True)], 2, Findings()))
     1
@@ -288,20 +288,14 @@ def keep_few_stems(songs, max_stems, findings):
         return list(songs)
     if type(max_stems) is not int or max_stems < 1:
         raise ValueError(f"expected max_stems of 1 or more, got {max_stems!r}")
-    few = []
+    few, many = [], []
     for song in songs:
-        num = len(song.tracks)
-        if num <= max_stems or not song.has_stems:
-            few.append(song)
-        else:
-            folder = os.path.commonpath(map(os.path.dirname, song.files))
-            findings.skip(folder, f"{num} stems", True, True)
-    num = len(songs) - len(few)
-    message = f"{num} of {len(songs)} songs have more than {max_stems=} stems"
-    if songs and not few:
-        raise ValueError(message)
-    if num:
-        findings.warn(f"skipped, as {message}")
+        fits = len(song.tracks) <= max_stems or not song.has_stems
+        (few if fits else many).append(song)
+    reason = f"more than {max_stems=} stems"
+    if many and not few:
+        raise ValueError(f"all {len(many)} songs have {reason}")
+    findings.skip([song.path for song in many], reason, unwanted=True)
     return few
 
 
@@ -309,7 +303,7 @@ def _songs(dataset, folder, listing, findings, read):
     """Songs of the stems and files that `read` returns for a folder."""
     _, source, sum_name, expected = LAYOUTS[dataset]
     root, files, loose = _search(dataset, folder, listing)
-    _leave_out(loose, "not in the folder of a song", findings)
+    findings.skip(loose, "not in the folder of a song", unwanted=True)
     songs, bleeding = [], []
     omitted = [name for name in files if _SPLITS[os.path.dirname(name)] is None]
     if omitted:
@@ -324,7 +318,7 @@ def _songs(dataset, folder, listing, findings, read):
         except (OSError, ValueError, yaml.YAMLError) as error:
             words = getattr(error, "strerror", None) or str(error)
             reason = " ".join(words.split())
-            findings.skip(os.path.join(song_folder, source), reason)
+            findings.skip([os.path.join(song_folder, source)], reason)
             continue
         alike = {_key(path): path for path in files[name]}
         tracks, missing = {}, []
@@ -338,7 +332,7 @@ def _songs(dataset, folder, listing, findings, read):
                 missing.append(path)
         if missing:
             reason = f"missing ({len(missing)} of {len(wanted)} in {source})"
-            findings.skip(missing[0], reason)
+            findings.skip(missing[:1], reason)
             continue
         tracks = dict(sorted(tracks.items()))
         split = _SPLITS[os.path.dirname(name)]
@@ -346,7 +340,7 @@ def _songs(dataset, folder, listing, findings, read):
         songs.append(Song(name, tracks, True, 0.0, split, mixture))
         bleeding += [name for _, _, has_bleed in wanted if has_bleed]
         extra = sorted({*files[name]} - {*songs[-1].files, mixture})
-        _leave_out(extra, f"not in {source}", findings)
+        findings.skip(extra, f"not in {source}", unwanted=True)
     if not songs:
         fits = [d for d in LAYOUTS if _search(d, folder, listing)[1]]
         why = f"it looks like dataset: {[*fits, 'stems or mixtures'][0]}"
@@ -380,13 +374,6 @@ def _search(dataset, folder, listing):
         inside = {path for paths in files.values() for path in paths}
         return root, files, [path for path in listing if path not in inside]
     return top, {}, []
-
-
-def _leave_out(paths, reason, findings):
-    for path in paths:
-        findings.skip(path, reason, True, True)
-    if paths:
-        findings.warn(f"skipped {len(paths)} files {reason}, {paths[0]} first")
 
 
 def _key(path):

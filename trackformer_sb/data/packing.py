@@ -14,15 +14,14 @@ from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
 from trackformer_sb.data.audio import UnreadableAudio, read_segment
-from trackformer_sb.data.catalogue import REPORT, prepare
-from trackformer_sb.data.headers import file_stat
+from trackformer_sb.data.files import file_stat
 from trackformer_sb.data.manifest import (
     MappedManifest,
     read_songs,
     write_manifest,
 )
+from trackformer_sb.data.music import MIN_SONGS, REPORT
 from trackformer_sb.data.shards import import_webdataset, make_shards
-from trackformer_sb.data.splits import MIN_SONGS
 
 logger = get_logger(__name__)
 
@@ -31,13 +30,11 @@ MANIFESTS = "manifests"
 
 
 def pack(
-    folder,
-    dataset,
+    music,
     out_folder,
-    sample_rate=44100,
+    segment_seconds=3.0,
     shard_megabytes=256,
     subtype="PCM_16",
-    **options,
 ):
     """Packs a dataset: OUT/train-000000.tar ..., and songs to evaluate on.
 
@@ -46,18 +43,14 @@ def pack(
 
     Arguments
     ---------
-    folder : str or Path
-        The music.
-    dataset : str
-        See ``catalogue.prepare``.
+    music : Music
+        What to pack; its `sample_rate` is that of everything.
     out_folder : str or Path
         Where everything goes.
-    sample_rate : int
-        Rate of everything in Hz.
+    segment_seconds : float
+        Length of a segment.
     shard_megabytes, subtype
         See ``shards.make_shards``.
-    **options
-        Of ``catalogue.prepare``.
 
     Returns
     -------
@@ -67,49 +60,48 @@ def pack(
     Raises
     ------
     FileNotFoundError, ValueError
-        As ``catalogue.prepare`` and ``shards.make_shards``.
+        As ``Music.prepare`` and ``shards.make_shards``.
     """
     import_webdataset()
     out_folder = Path(out_folder)
-    for music in filter(None, (folder, options.get("test_folder"))):
+    for folder in filter(None, (music.folder, music.test_folder)):
         out = out_folder.resolve()
-        if Path(music).resolve() in (out, *out.parents):
+        if Path(folder).resolve() in (out, *out.parents):
             raise ValueError(
-                f"{out_folder}: expected a folder outside of {music}, or what "
+                f"{out_folder}: expected a folder outside of {folder}, or what "
                 "is packed would be songs of it"
             )
     manifests = out_folder / MANIFESTS
-    report = prepare(
-        folder, dataset, manifests, sample_rate=sample_rate, **options
-    )
+    report = music.prepare(manifests, segment_seconds)
     index = make_shards(
         MappedManifest(manifests, "train"),
         out_folder,
         "train",
-        sample_rate,
+        music.sample_rate,
         shard_megabytes=shard_megabytes,
         subtype=subtype,
-        seed=report["settings"]["seed"],
+        seed=music.seed,
         progress=True,
     )
     packed = report["splits"]["train"]
     packed["segments"], packed["songs"] = index["segments"], index["songs"]
-    packed.pop("song_paths", None)
-    report.pop("absent", None)  # more of them
+    packed.pop("song_paths")
     skipped = [
         {"file": x["file"], "reason": f"{x['id']}: {x['reason']}"}
         for x in index["skipped"]
     ]
     for split in EVALUATED:
-        lines, errors = _copy_songs(manifests, out_folder, split, sample_rate)
+        lines, errors = _copy_songs(
+            manifests, out_folder, split, music.sample_rate
+        )
         skipped += errors
         part = report["splits"][split]
         part["songs"] = len(lines)
         part["song_names"] = [line["song"] for line, _ in lines]
-        part.pop("song_paths", None)
+        part.pop("song_paths")
         part["segments"] = sum(len(numbers) for _, numbers in lines)
         part["hours"] = sum(x["song_seconds"] for x, _ in lines) / 3600
-    if options.get("strict") and skipped:
+    if music.strict and skipped:
         raise ValueError(
             f"strict: {skipped[0]['file']}: {skipped[0]['reason']}"
         )

@@ -13,15 +13,7 @@ import numpy as np
 import scipy.fft
 import torch
 
-from trackformer_sb.data.audio import (
-    UnreadableAudio,
-    audio_info,
-    read_segment,
-)
-from trackformer_sb.data.findings import Findings
-from trackformer_sb.data.headers import list_audio
-from trackformer_sb.data.layouts import group_stems
-from trackformer_sb.data.library import list_songs
+from trackformer_sb.data.audio import UnreadableAudio, read_segment
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +30,10 @@ PITCH_SHARE = 0.6  # of songs that are played at another pitch and tempo
 MIX_SHARE = 0.5  # of items whose classes come from different songs
 SOLO_SHARE = 0.6  # of items in which a recording of one class takes its place
 MISSING_SHARE = 0.25  # of items that lack a class
+MONO_SHARE = 0.15  # of items that are heard in mono
+WIDTH_SHARE = 0.5  # of classes whose width changes, by up to this
+MAX_WIDTH = 1.6
+BALANCE_DB = 3.0
 EQUALISER_SHARE = 0.5
 EQUALISER_DB = 6.0
 EQUALISER_POINTS = 6
@@ -70,8 +66,8 @@ def mark_absent(songs, absent, classes):
 
     Arguments
     ---------
-    songs : list of dict
-        Of ``list_tracks``.
+    songs : list of Song
+        See ``Music.songs``.
     absent : dict
         Pattern of paths below the folder (* any text, ? any letter, case
         ignored) -> list of classes.
@@ -80,8 +76,8 @@ def mark_absent(songs, absent, classes):
 
     Returns
     -------
-    list of dict
-        With "absent", the classes of all patterns that fit.
+    list of Song
+        With the classes of all patterns that fit as `absent`.
 
     Raises
     ------
@@ -90,10 +86,11 @@ def mark_absent(songs, absent, classes):
 
     Example
     -------
-    >>> songs = [{"song": "Karaoke/one.ogg"}, {"song": "two.ogg"}]
+    >>> from trackformer_sb.data.songs import Song
+    >>> songs = [Song(x, {}, False) for x in ("Karaoke/one.ogg", "two.ogg")]
     >>> songs = mark_absent(songs, {"karaoke/*": ["vocals"]}, ["vocals"])
-    >>> [song["absent"] for song in songs]
-    [['vocals'], []]
+    >>> [song.absent for song in songs]
+    [('vocals',), ()]
     """
     if not isinstance(absent, dict) or not all(
         isinstance(pattern, str)
@@ -106,65 +103,16 @@ def mark_absent(songs, absent, classes):
             f"{', '.join(classes)}, got {absent}"
         )
     return [
-        song
-        | {
-            "absent": [
+        song._replace(
+            absent=tuple(
                 name
                 for pattern, names in absent.items()
-                if fnmatchcase(song["song"].lower(), pattern.lower())
+                if fnmatchcase(song.name.lower(), pattern.lower())
                 for name in names
-            ]
-        }
+            )
+        )
         for song in songs
     ]
-
-
-def list_tracks(key, folder, dataset, stem_classes=STEM_CLASSES):
-    """Songs of a folder with their stems by class.
-
-    Arguments
-    ---------
-    key : str
-        The yaml key of the folder, for messages.
-    folder : str or Path
-        The folder.
-    dataset : str
-        stems, midi (what ``trackformer make-music`` leaves), moisesdb,
-        musdb18hq, slakh2100, or mixtures.
-    stem_classes : dict
-        Class -> patterns of names of stems, see ``layouts.group_stems``.
-
-    Returns
-    -------
-    list of dict
-        "song", "tracks" (class -> paths that are added up), "song_seconds" and
-        "split" (as the dataset says it, or "").
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        For a folder that is not there or holds no music.
-    """
-    findings = Findings()
-    dataset = "stems" if dataset == "midi" else dataset
-    listing = list_audio(key, folder, findings, "music")
-    found = list_songs(key, folder, dataset, listing, findings)
-    songs = []
-    for song in group_stems(found, stem_classes, "stem_classes"):
-        try:
-            seconds = max(audio_info(path).duration for path in song.files)
-        except UnreadableAudio as error:
-            logger.warning("%s is left out: %s", song.name, error)
-            continue
-        songs.append(
-            {
-                "song": song.name,
-                "tracks": song.tracks,
-                "song_seconds": seconds,
-                "split": song.split,
-            }
-        )
-    return songs
 
 
 @functools.lru_cache
@@ -200,6 +148,28 @@ def equalise(sig, rng, sample_rate):
     )
     spectrum *= 10 ** (gains / 20).astype(np.float32)
     return scipy.fft.irfft(spectrum, n=sig.shape[-1], axis=-1)
+
+
+def place(sig, rng):
+    """Another width, between mono and 1.6 times as wide, and balance.
+
+    Arguments
+    ---------
+    sig : numpy.ndarray
+        [2, time].
+    rng : numpy.random.Generator
+        Draws both.
+
+    Returns
+    -------
+    numpy.ndarray
+        [2, time].
+    """
+    width = rng.uniform(0, MAX_WIDTH)
+    balance = db(rng.uniform(-BALANCE_DB, BALANCE_DB) / 2)
+    near, far = np.float32(0.5 + width / 2), np.float32(0.5 - width / 2)
+    matrix = np.array([[near, far], [far, near]])
+    return (matrix * np.array([[balance], [1 / balance]])) @ sig
 
 
 def play_at(sig, ratio, num_samples):
@@ -250,17 +220,17 @@ class RemixedItems(torch.utils.data.Dataset):
 
     Arguments
     ---------
-    songs : list of dict
-        Songs with "tracks" (class -> path, or paths that are added up) and
-        "song_seconds", as of ``manifest.read_songs``. Those of one class alone
-        take the place of that class in items of other songs.
+    songs : list of Song
+        Songs whose tracks are classes, see ``Music.songs`` with `stem_groups`.
+        Those of one class alone take the place of that class in items of other
+        songs.
+    mixtures : list of Song
+        Songs of which the sum of all tracks is used, see ``mark_absent``.
     classes : sequence of str
         Names of the classes; tracks of other names are left out.
-    mixtures : list of dict
-        Songs of which the sum of all tracks is used; "absent" may have classes
-        that they lack, see ``mark_absent``.
     mixture_share : float
-        Share of items that are two of `mixtures`, in [0, 1].
+        Share of items that are two of `mixtures`, in [0, 1]; all or none where
+        there are no songs of the other kind.
     num_items : int
         Length of an epoch.
     sample_rate : int
@@ -279,9 +249,9 @@ class RemixedItems(torch.utils.data.Dataset):
     def __init__(
         self,
         songs,
-        classes,
         mixtures=(),
-        mixture_share=0.0,
+        classes=tuple(STEM_CLASSES),
+        mixture_share=0.25,
         num_items=8000,
         sample_rate=44100,
         segment_seconds=3.0,
@@ -291,6 +261,8 @@ class RemixedItems(torch.utils.data.Dataset):
             raise ValueError(
                 f"mixture_share: expected 0 to 1, got {mixture_share}"
             )
+        if not songs or not mixtures:
+            mixture_share = float(not songs)
         self.classes, self.mixture_share = list(classes), mixture_share
         self.num_items, self.sample_rate, self.seed = (
             num_items,
@@ -301,13 +273,13 @@ class RemixedItems(torch.utils.data.Dataset):
         self.mixtures = list(mixtures)
         self.pieces, self.solos = [], {name: [] for name in classes}
         for song in songs:
-            known = [name for name in classes if name in song["tracks"]]
+            known = [name for name in classes if name in song.tracks]
             if len(known) > 1:
                 self.pieces.append(song)
             elif known:
                 self.solos[known[0]].append(song)
         self.sources = {
-            name: [song for song in self.pieces if name in song["tracks"]]
+            name: [song for song in self.pieces if name in song.tracks]
             for name in classes
         }
         if mixture_share < 1 and not self.pieces:
@@ -351,23 +323,26 @@ class RemixedItems(torch.utils.data.Dataset):
         )
         if rng.random() < 0.5:
             stems = stems[:, ::-1]  # left and right
+        if rng.random() < MONO_SHARE:
+            level = energy(stems.sum(0))
+            stems = stems.mean(1, keepdims=True).repeat(2, axis=1)
+            stems *= np.sqrt(level / max(energy(stems.sum(0)), level / 10))
         absent = torch.tensor([name in lacking for name in self.classes])
         return torch.from_numpy(np.ascontiguousarray(stems)), named, absent
 
     def _read(self, song, rng, names=None):
         """Tracks of a song: name -> [2, time], None where it is unreadable."""
         ratio = 1.0
-        limit = MAX_PITCH if len(song["tracks"]) > 1 else MAX_SOLO_PITCH
+        limit = MAX_PITCH if len(song.tracks) > 1 else MAX_SOLO_PITCH
         if rng.random() < PITCH_SHARE:
             ratio = 2 ** (rng.uniform(-limit, limit) / 12)
         count = int(self.num_samples * ratio) + 2
-        last = max(0.0, song["song_seconds"] - count / self.sample_rate)
+        last = max(0.0, song.seconds - count / self.sample_rate)
         start = rng.uniform(0, last)
         tracks = {}
-        for name, paths in song["tracks"].items():
+        for name, paths in song.tracks.items():
             if names is not None and name not in names:
                 continue
-            paths = [paths] if isinstance(paths, str) else paths
             what = start, count / self.sample_rate, self.sample_rate, count
             if self.skipped.keys() & set(paths):
                 return None
@@ -441,7 +416,9 @@ class RemixedItems(torch.utils.data.Dataset):
 
     def _coloured(self, sig, rng):
         if rng.random() < EQUALISER_SHARE:
-            return equalise(sig, rng, self.sample_rate)
+            sig = equalise(sig, rng, self.sample_rate)
+        if rng.random() < WIDTH_SHARE:
+            sig = place(sig, rng)
         return sig
 
     def _two_songs(self, rng):
@@ -459,8 +436,8 @@ class RemixedItems(torch.utils.data.Dataset):
             stems[len(used)] = sig * np.float32(level / rms)
             used.add(index)
             if len(used) == 2:
-                lacking = [self.mixtures[k].get("absent", ()) for k in used]
-                return stems, set.intersection(*map(set, lacking))
+                lacking = [set(self.mixtures[k].absent) for k in used]
+                return stems, set.intersection(*lacking)
         raise UnreadableAudio(
             "no two songs with sound found, " + "; ".join(self.skipped.values())
         )
@@ -471,8 +448,8 @@ class NamedWindows(torch.utils.data.Dataset):
 
     Arguments
     ---------
-    songs : list of dict
-        As of ``list_tracks``; "group" is what a window says of its song.
+    songs : dict
+        Group, which a window says of its song -> list of Song.
     sample_rate : int
         In Hz.
     seconds : float
@@ -494,13 +471,14 @@ class NamedWindows(torch.utils.data.Dataset):
     ):
         self.sample_rate, self.seconds = sample_rate, seconds
         self.windows = []
-        for song in songs:
-            count = int(song["song_seconds"] // seconds)
-            kept = min(count, per_song or count)
-            self.windows += [
-                (song, int((k + 0.5) * count / kept) * seconds)
-                for k in range(kept)
-            ]
+        for group, part in songs.items():
+            for song in part:
+                count = int(song.seconds // seconds)
+                kept = min(count, per_song or count)
+                self.windows += [
+                    (song, group, int((k + 0.5) * count / kept) * seconds)
+                    for k in range(kept)
+                ]
         self.windows = self.windows[rank::world_size]
 
     def __len__(self):
@@ -517,14 +495,14 @@ class NamedWindows(torch.utils.data.Dataset):
         group : str
             That of its song.
         """
-        song, start = self.windows[number]
+        song, group, start = self.windows[number]
         what = start, self.seconds, self.sample_rate
         stems = {
             name: sum(
                 read_segment(path, *what, channel="both") for path in paths
             )
-            for name, paths in song["tracks"].items()
+            for name, paths in song.tracks.items()
         }
         rms = sum(stems.values()).square().mean().sqrt()
         gain = ITEM_RMS / rms.clamp(min=1e-4)
-        return {name: gain * sig for name, sig in stems.items()}, song["group"]
+        return {name: gain * sig for name, sig in stems.items()}, group

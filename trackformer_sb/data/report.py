@@ -1,13 +1,14 @@
-"""What a catalogue sees in a folder of music, in words and pictures."""
+"""What is in a folder of music, in words and pictures."""
 
-from pathlib import Path
+from collections import defaultdict
 
-from trackformer_sb.data.catalogue import prepare
-from trackformer_sb.data.findings import skipped_table
-from trackformer_sb.data.headers import FileCache, file_stat
-from trackformer_sb.data.manifest import read_songs
-from trackformer_sb.data.songs import Song
-from trackformer_sb.data.splits import SPLITS
+from trackformer_sb.data.levels import (
+    WINDOWS_PER_SECOND,
+    active_share,
+    segment_level,
+    sum_levels,
+)
+from trackformer_sb.data.songs import skipped_table
 
 
 def report_text(report):
@@ -16,7 +17,7 @@ def report_text(report):
     Arguments
     ---------
     report : dict
-        What ``catalogue.prepare`` returned.
+        What ``Music.prepare`` returned.
 
     Returns
     -------
@@ -59,62 +60,107 @@ def report_text(report):
     return "\n".join(lines)
 
 
-def describe(folder, dataset, out_folder, decode=True, **options):
-    """Catalogues a folder, and draws how long and how loud its songs are.
+def song_level(song, levels):
+    """RMS level of a song.
 
     Arguments
     ---------
-    folder : str or Path
-        The music.
-    dataset : str
-        See ``catalogue.prepare``.
-    out_folder : str or Path
-        Where manifests, data_report.json and figures/ go.
-    decode : bool
-        Whether to decode all files, for levels and activity, and to leave out
-        what is found damaged then.
-    **options
-        Of ``catalogue.prepare``.
+    song : Song
+        The song.
+    levels : dict
+        Path -> codes of ``levels.measure_levels``, of its mixture or its files.
 
     Returns
     -------
-    report : dict
-        What ``catalogue.prepare`` returned.
-    figures : list of Path
-        The pictures.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As ``catalogue.prepare``.
+    float
+        In dBFS; -inf for silence, NaN if a file was not measured.
     """
-    # Imported here: it needs matplotlib.
-    from trackformer_sb.data.figures import catalogue_figures
+    paths = [song.mixture] if song.mixture in levels else song.files
+    if not paths or any(path not in levels for path in paths):
+        return float("nan")
+    total = sum_levels([levels[path] for path in paths])
+    seconds = len(total) / WINDOWS_PER_SECOND
+    return segment_level(total, 0, seconds) if seconds else float("-inf")
 
-    options["audio_check"] = "full" if decode else "header"
-    report = prepare(folder, dataset, out_folder, **options)
-    songs = {
-        split: [
-            Song(
-                line["song"],
-                {
-                    name: (files,) if isinstance(files, str) else tuple(files)
-                    for name, files in line["tracks"].items()
-                },
-                line["has_stems"],
-                line["song_seconds"],
-            )
-            for line in read_songs(out_folder, split)
-        ]
-        for split in SPLITS
+
+def stem_activity(songs, levels):
+    """For how much of its time each stem sounds.
+
+    Arguments
+    ---------
+    songs : iterable of Song
+        Those without stems, and stems that were not measured, are left out.
+    levels : dict
+        Path -> codes of ``levels.measure_levels``.
+
+    Returns
+    -------
+    dict
+        Name of a stem -> its shares of windows above -60 dBFS, one a song; the
+        names of the most songs first.
+
+    Example
+    -------
+    >>> import numpy as np
+    >>> from trackformer_sb.data.songs import Song
+    >>> codes = np.array([0, 0, 0, 160], "uint8")
+    >>> song = Song("song", {"drums": ("a.wav",)}, True, seconds=0.4)
+    >>> stem_activity([song], {"a.wav": codes})
+    {'drums': [0.25]}
+    """
+    activity = defaultdict(list)
+    for song in songs:
+        for name, paths in song.tracks.items():
+            if song.has_stems and all(path in levels for path in paths):
+                track = sum_levels([levels[path] for path in paths])
+                # a stem that ends before its song is silent to the end
+                seconds = len(track) / WINDOWS_PER_SECOND
+                share = active_share(track, 0, max(song.seconds, seconds))
+                activity[name].append(share)
+    names = sorted(activity, key=lambda name: (-len(activity[name]), name))
+    return {name: activity[name] for name in names}
+
+
+def draw_songs(songs, levels, folder):
+    """Draws durations.png, levels.png and activity.png.
+
+    Arguments
+    ---------
+    songs : dict
+        Split -> list of Song with their lengths.
+    levels : dict
+        Path -> codes of ``levels.measure_levels``; may be empty.
+    folder : Path
+        Where they go.
+
+    Returns
+    -------
+    list of Path
+        Those that have something to show.
+    """
+    # Imported here: matplotlib is slow to import.
+    from trackformer_sb import plots
+
+    minutes = {
+        split: [song.seconds / 60 for song in part]
+        for split, part in songs.items()
     }
-    levels = {}
-    for split, part in songs.items() if decode else ():
-        # ``prepare`` has decoded them, into the cache of their folder
-        elsewhere = split == "test" and options.get("test_folder")
-        key = "test_folder" if elsewhere else "data_folder"
-        cache = FileCache(report["settings"][key], options.get("cache_folder"))
-        listing = {p: file_stat(p) for song in part for p in song.files}
-        levels.update(cache.levels(listing, progress=True))
-    figures = catalogue_figures(songs, levels, Path(out_folder) / "figures")
-    return report, figures
+    figures = {
+        "durations.png": plots.songs_figure(
+            minutes, "Lengths of the songs", "minutes", log=True
+        )
+    }
+    loudness = {
+        split: [song_level(song, levels) for song in part]
+        for split, part in songs.items()
+    }
+    if any(abs(x) < float("inf") for part in loudness.values() for x in part):
+        figures["levels.png"] = plots.songs_figure(
+            loudness, "RMS levels of the songs", "dBFS"
+        )
+    everything = [song for part in songs.values() for song in part]
+    if activity := stem_activity(everything, levels):
+        figures["activity.png"] = plots.activity_figure(activity)
+    for name, figure in figures.items():
+        plots.save_figure(figure, folder / name)
+    return [folder / name for name in figures]

@@ -2,8 +2,8 @@
 
 WORLD (Morise et al., IEICE Trans. Inf. Syst. 2016) takes speech apart into
 pitch, spectral envelope and aperiodicity; vowels are held, the pitch is
-replaced. Takes are doubled, a room and a compressor follow, and noise fills the
-octave above the synthesiser's band.
+replaced. Takes are doubled or become a choir, a room and a compressor follow,
+and noise fills the octave above the synthesiser's band.
 """
 
 import _ctypes
@@ -39,6 +39,9 @@ WORDS = (
 SCALES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10))
 # of the second take, in semitones: a double, or a harmony
 INTERVALS = (0, 0, 4, 7, -5, 12)
+# of a choir's
+CHORDS = ((0, 4, 7), (0, 3, 7), (-12, 0, 7), (-5, 4, 12), (0, 0, 0))
+DOUBLE_SHARE, CHOIR_SHARE = 0.3, 0.25
 
 
 class Singer(NamedTuple):
@@ -163,7 +166,7 @@ def make_melody(singer, rng, num_frames):
     return 440 * 2 ** ((notes - 69) / 12)
 
 
-def sing(speech, singer, rng, interval=None):
+def sing(speech, singer, rng, intervals=(), held=(1.8, 3.5)):
     """Sings a phrase.
 
     Arguments
@@ -174,8 +177,10 @@ def sing(speech, singer, rng, interval=None):
         Who sings it.
     rng : numpy.random.Generator
         Draws melody and timing.
-    interval : int, optional
-        Semitones from the first take to a second one.
+    intervals : sequence of int
+        Semitones from the first take to others.
+    held : (float, float)
+        Range of how much longer than speech vowels are.
 
     Returns
     -------
@@ -190,7 +195,7 @@ def sing(speech, singer, rng, interval=None):
     envelope = pyworld.cheaptrick(speech, pitch, time, SPEECH_RATE)
     breath = pyworld.d4c(speech, pitch, time, SPEECH_RATE)
     voiced = pitch > 0
-    held, spoken = rng.uniform(1.8, 3.5), rng.uniform(0.9, 1.2)
+    held, spoken = rng.uniform(*held), rng.uniform(0.9, 1.2)
     ends = np.cumsum(np.where(medfilt(voiced.astype(float), 5), held, spoken))
     places = np.interp(np.arange(ends[-1]), ends, np.arange(len(ends)))
     bins = singer.formant_shift * np.arange(envelope.shape[1])
@@ -199,7 +204,7 @@ def sing(speech, singer, rng, interval=None):
     breath = singer.breath * _interpolate(breath, places)
     melody = make_melody(singer, rng, len(places)) * voiced[places.astype(int)]
     takes = [melody]
-    if interval is not None:
+    for interval in intervals:
         semitones = interval + rng.normal(0, 0.12)
         takes.append(melody * 2 ** (semitones / 12))
     timbre = map(np.ascontiguousarray, (envelope, breath))
@@ -212,7 +217,7 @@ def sing(speech, singer, rng, interval=None):
 
 
 def make_voice(rng, seconds=SECONDS):
-    """A clip of one singer with rests between the phrases.
+    """A clip of one singer, or of a choir, with rests between the phrases.
 
     Arguments
     ---------
@@ -228,16 +233,23 @@ def make_voice(rng, seconds=SECONDS):
     """
     sig = np.zeros((int(seconds * SAMPLE_RATE), 2))
     singer = Singer.draw(rng)
-    interval = rng.choice(INTERVALS) if rng.random() < 0.4 else None
-    pan = rng.uniform(-0.6, 0.6)
-    gains = np.array([[1.0, 1.0], [0.6 - pan, 0.6 + pan]])
+    kind = rng.random()
+    choir = kind < CHOIR_SHARE
+    intervals, held, wet = (), (1.8, 3.5), (-22, -6)
+    if choir:
+        intervals = CHORDS[rng.integers(len(CHORDS))]
+        held, wet = (2.5, 9.0), (-14, 2)
+    elif kind < CHOIR_SHARE + DOUBLE_SHARE:
+        intervals = (rng.choice(INTERVALS),)
+    pans = rng.uniform(-0.6, 0.6, len(intervals))
+    gains = [(1.0, 1.0), *((0.6 - pan, 0.6 + pan) for pan in pans)]
     time = rng.uniform(0, 2)
     with speech_synthesizer() as speak:
         while time < seconds:
             words = rng.choice(WORDS, rng.integers(3, 9))
             phrase = speak(" ".join(words), singer)
-            takes = sing(phrase, singer, rng, interval)
-            for take, gain in zip(takes, gains):
+            takes = sing(phrase, singer, rng, intervals, held)
+            for take, gain in zip(takes, np.array(gains)):
                 begin = int(time * SAMPLE_RATE)
                 part = sig[begin : begin + len(take)]
                 part += take[: len(part), None] * gain
@@ -245,8 +257,8 @@ def make_voice(rng, seconds=SECONDS):
             time += len(takes[0]) / SAMPLE_RATE
             rest = (3, 8) if rng.random() < 0.2 else (0.2, 2.5)
             time += rng.uniform(*rest)
-    level = 10 ** (rng.uniform(-22, -6) / 20)
-    sig += level * reverb(sig, rng, rng.uniform(0.3, 1.8), predelay=0.01)
+    level, seconds = 10 ** (rng.uniform(*wet) / 20), rng.uniform(0.3, 1.8)
+    sig += level * reverb(sig, rng, seconds * (1 + choir), predelay=0.01)
     sig = _filter(_compress(sig), 1, rng.uniform(80, 250), "high")
     if rng.random() < 0.8:
         sig = sig + _air(sig, rng)

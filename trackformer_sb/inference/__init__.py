@@ -1,1 +1,1 @@
-"""Separators in use: separation, long files, export, the hub class."""
+"""Separators in use: the separator, long files, SpeechBrain's interface."""

@@ -1,46 +1,12 @@
 """Pre-trained encoders as feature extractors for other recipes."""
 
 import torch
-from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-import trackformer_sb
-from trackformer_sb.inference.card import card_sections
-from trackformer_sb.inference.folder import read_model, write_model
-from trackformer_sb.inference.hub import StrictPretrained, fetched_file
-from trackformer_sb.nnet.encoder_files import (
-    ENCODER_FILE,
-    SETTINGS,
-    SETTINGS_FILE,
-)
+from trackformer_sb.inference.hub import HubModel, read_recipe
 from trackformer_sb.nnet.features import SpectrogramEncoder
+from trackformer_sb.nnet.stft import STFTEncoder
 
-NODES = {"stft": "Encoder", "encoder": "Features"}
-
-HEADER = """\
-# {title}
-# Written by trackformer_sb {version}. As the start of a separator:
-#   python recipes/train.py hparams/performer_mixit_mae.yaml \\
-#       --pretrained_encoder=<this folder>
-# As features for other recipes:
-#   from trackformer_sb.inference.features import PerformerFeatures
-#   features = PerformerFeatures.from_hparams(source="<this folder>")
-"""
-
-CARD = """\
----
-library_name: speechbrain
-pipeline_tag: feature-extraction
-license: apache-2.0
-tags:
-- speechbrain
-- audio
-- music
-- masked-autoencoder
-- self-supervised
----
-
-# {title}
-
+TEXT = """\
 A Performer pre-trained as a masked autoencoder on unlabelled music. It turns
 waveforms at {sample_rate} Hz into {d_model} features per frame of {hop_length}
 samples.
@@ -50,7 +16,7 @@ samples.
 ```python
 from trackformer_sb.inference.features import PerformerFeatures
 
-features = PerformerFeatures.from_hparams(source="path/to/this/folder")
+features = PerformerFeatures.from_pretrained("path/to/this/folder")
 x = features.encode_batch(wavs)  # [batch, time] -> [batch, frames, d_model]
 ```
 
@@ -60,56 +26,129 @@ To start a separator from it:
 python recipes/train.py hparams/performer_mixit_mae.yaml \\
     --pretrained_encoder=path/to/this/folder
 ```
-{sections}"""
+"""
 
 
-class PerformerFeatures(StrictPretrained):
+class PerformerFeatures(
+    HubModel,
+    library_name="trackformer_sb",
+    license="apache-2.0",
+    pipeline_tag="feature-extraction",
+    tags=["speechbrain", "music", "masked-autoencoder", "self-supervised"],
+):
     """A pre-trained encoder: waveforms to [batch, frames, d_model] features.
 
-    Its weights are frozen unless ``freeze_params=False`` is given; it can be a
-    module of another recipe.
+    It can be a module of another recipe.
 
     Arguments
     ---------
-    modules : dict
-        ``stft``, an encoder of waveforms, and ``encoder``, a
-        ``SpectrogramEncoder``.
-    hparams : dict
-        ``sample_rate`` in Hz.
-    **kwargs : dict
-        ``run_opts`` and ``freeze_params`` of ``Pretrained``.
+    sample_rate : int
+        Rate of the waveforms in Hz.
+    n_fft, hop_length : int
+        Of the STFT, in samples.
+    songs : sequence of str
+        Names of what it was trained on, so that nobody tests on it.
+    **encoder : dict
+        Arguments of ``SpectrogramEncoder`` but ``in_channels``.
 
     Example
     -------
-    >>> from trackformer_sb.nnet.features import SpectrogramEncoder
-    >>> from trackformer_sb.nnet.stft import STFTEncoder
     >>> features = PerformerFeatures(
-    ...     modules={
-    ...         "stft": STFTEncoder(n_fft=128, hop_length=32),
-    ...         "encoder": SpectrogramEncoder(65, d_model=32, num_layers=1),
-    ...     },
-    ...     hparams={"sample_rate": 44100},
-    ...     run_opts={"device": "cpu"},
+    ...     44100, n_fft=128, hop_length=32, d_model=32, num_layers=1
     ... )
     >>> features.encode_batch(torch.randn(2, 320)).shape
     torch.Size([2, 10, 32])
     """
 
-    what = "encoder"
-    MODULES_NEEDED = ("stft", "encoder")
-    HPARAMS_NEEDED = ("sample_rate",)
-
     def __init__(
-        self, modules=None, hparams=None, run_opts=None, freeze_params=True
+        self, sample_rate, n_fft=1024, hop_length=256, songs=(), **encoder
     ):
-        encoder = (modules or {}).get("encoder")
-        if not isinstance(encoder, (SpectrogramEncoder, type(None))):
-            raise ValueError(
-                "encoder: expected a SpectrogramEncoder, as in the encoder/ "
-                f"folder of a pre-training, got {type(encoder).__name__}"
+        super().__init__()
+        self.stft = STFTEncoder(n_fft, hop_length)
+        self.encoder = SpectrogramEncoder(n_fft // 2 + 1, **encoder)
+        self.frozen = False
+        self.config = {
+            "sample_rate": sample_rate,
+            "n_fft": n_fft,
+            "hop_length": hop_length,
+            **encoder,
+            "songs": list(songs),
+        }
+
+    @property
+    def title(self):
+        """The first line of the card."""
+        return f"Performer encoder of music at {self.config['sample_rate']} Hz"
+
+    @property
+    def text(self):
+        """What the card says of all encoders."""
+        d_model = self.encoder.embedding.out_features
+        return TEXT.format(**{**self.config, "d_model": d_model})
+
+    @classmethod
+    def from_pretrained(cls, source, freeze_params=True, **hub):
+        """Loads an encoder strictly; no code is run and no pickle is read.
+
+        Arguments
+        ---------
+        source : str or Path
+            Folder as pre-training leaves it, or id on the hub.
+        freeze_params : bool
+            Whether its weights stay as they are in the training of a recipe.
+        **hub : dict
+            ``revision``, ``token`` and so on, see ``HubModel``.
+
+        Returns
+        -------
+        PerformerFeatures
+            On the CPU, in evaluation mode.
+
+        Raises
+        ------
+        FileNotFoundError
+            If it cannot be had.
+        ValueError
+            If config or weights are damaged or do not fit.
+        """
+        features = super().from_pretrained(source, **hub)
+        features.frozen = freeze_params
+        return features.requires_grad_(not freeze_params)
+
+    @classmethod
+    def of_recipe(cls, hparams_file, encoder, songs=()):
+        """What a pre-training trained.
+
+        Arguments
+        ---------
+        hparams_file : str or Path
+            The yaml with its references resolved, as
+            ``create_experiment_directory`` leaves it, with ``Features`` as a
+            ``!new:`` node.
+        encoder : SpectrogramEncoder
+            Its weights are copied.
+        songs : sequence of str
+            Names of what it was trained on.
+
+        Returns
+        -------
+        PerformerFeatures
+            On the CPU, in evaluation mode.
+        """
+        hparams = read_recipe(hparams_file)
+        sizes = {
+            name: value
+            for name, value in hparams["Features"].items()
+            if name not in ("class", "in_channels", "checkpointing")
+        }
+        keys = ("sample_rate", "n_fft", "hop_length")
+        # without touching the random state of a training
+        with torch.random.fork_rng(devices=[]):
+            features = cls(
+                **{key: hparams[key] for key in keys}, songs=songs, **sizes
             )
-        super().__init__(modules, hparams, run_opts, freeze_params)
-        self.frozen = freeze_params
+        features.encoder.load_state_dict(encoder.state_dict())
+        return features.eval()
 
     def train(self, mode=True):
         """As of any module, but frozen features keep their dropout off."""
@@ -140,8 +179,7 @@ class PerformerFeatures(StrictPretrained):
             raise ValueError(
                 f"expected waveforms [batch, time], got {list(wavs.shape)}"
             )
-        # not self.device: as a part of a recipe it moves with the recipe
-        device = next(self.mods.encoder.parameters()).device
+        device = next(self.parameters()).device
         wavs, padding = wavs.to(device), None
         if wav_lens is not None:
             if not ((wav_lens > 0) & (wav_lens <= 1)).all():
@@ -155,85 +193,9 @@ class PerformerFeatures(StrictPretrained):
             beyond = place >= samples.unsqueeze(1)
             wavs = wavs.masked_fill(beyond, 0.0)
             # a frame counts if its first sample does
-            padding = beyond[:, :: self.mods.stft.hop_length]
-        return self.mods.encoder(self.mods.stft(wavs), padding)
+            padding = beyond[:, :: self.stft.hop_length]
+        return self.encoder(self.stft(wavs), padding)
 
     def forward(self, wavs, wav_lens=None):
         """Features of a batch, see ``encode_batch``."""
         return self.encode_batch(wavs, wav_lens)
-
-
-def export_encoder(hparams_file, modules, folder, metadata=None, songs=()):
-    """Writes the folder of a pre-trained encoder.
-
-    It loads in ``PerformerFeatures`` and initialises masknets, see
-    ``trackformer_sb.nnet.transfer``. On the main process only.
-
-    Arguments
-    ---------
-    hparams_file : str or Path
-        The yaml of the pre-training with its references resolved, with
-        ``Encoder`` and ``Features`` as ``!new:`` nodes and all ``SETTINGS``.
-    modules : dict
-        The trained ``stft`` and ``encoder``.
-    folder : str or Path
-        Where to write. An encoder that is there is replaced.
-    metadata : dict, optional
-        Sections of the model card: title -> text, or a dict as a table.
-    songs : sequence of str
-        Names of what it was trained on, so that nobody tests on it.
-
-    Returns
-    -------
-    Path
-        The folder.
-
-    Raises
-    ------
-    ValueError
-        If keys or modules are missing, or the yaml does not build modules
-        that fit the trained ones.
-    FileExistsError
-        If the folder holds other files than those of an encoder.
-    """
-    hparams = read_model(hparams_file, modules, SETTINGS, NODES)
-    settings = {key: hparams[key] for key in SETTINGS}
-    # quoted: a song may be called "No" or "1:30"
-    settings["songs"] = [DoubleQuotedScalarString(song) for song in songs]
-    title = (
-        f"Performer encoder of music: {settings['num_layers']} layers at "
-        f"{settings['sample_rate']} Hz"
-    )
-    sections = card_sections(metadata or {})
-    return write_model(
-        folder,
-        hparams,
-        modules,
-        NODES,
-        settings,
-        HEADER.format(title=title, version=trackformer_sb.__version__),
-        CARD.format(title=title, sections=sections, **settings),
-        "encoder",
-    )
-
-
-def encoder_folder(source):
-    """The local folder of an encoder that is in a folder or on the hub.
-
-    Arguments
-    ---------
-    source : str or Path
-        Folder, or id on the hub.
-
-    Returns
-    -------
-    Path
-        Folder with its yaml and its weights.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such encoder.
-    """
-    fetched_file(source, ENCODER_FILE, "encoder")
-    return fetched_file(source, SETTINGS_FILE, "encoder").parent

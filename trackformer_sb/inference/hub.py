@@ -1,273 +1,292 @@
-"""Pre-trained models by their yaml: in a local folder, or on the hub."""
+"""Models in folders and on the hub: plain values, weights, and a card.
 
+``config.json`` holds the arguments of a class, ``model.safetensors`` its
+weights, README.md says what it is. No code is run and no pickle is read.
+"""
+
+import json
 import os
+import re
 from pathlib import Path
 
-import torch
-from hyperpyyaml import load_hyperpyyaml
-from ruamel.yaml.error import YAMLError
-from speechbrain.inference.interfaces import Pretrained
-from speechbrain.utils.fetching import (
-    FetchConfig,
-    FetchFrom,
-    FetchSource,
-    LocalStrategy,
-    fetch,
-    guess_source,
+import yaml
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
 )
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
 
-from trackformer_sb.inference.download import model_file
-from trackformer_sb.inference.folder import SAFETENSORS_FILE
-from trackformer_sb.inference.weights import (
-    SafetensorsPretrainer,
-    load_weights,
-)
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+# Jinja, as huggingface_hub's model cards are.
+CARD = """\
+---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ text }}
+{% for name, content in metadata.items() %}
+## {{ name }}
+{% if content is string %}
+{{ content }}
+{% else %}
+| | |
+|---|---|
+{% for key, value in content.items() -%}
+| {{ key }} | {{ value }} |
+{% endfor %}{% endif %}{% endfor %}"""
 
 
-def fetched_file(
-    source,
-    filename,
-    what="separator",
-    savedir=None,
-    local_strategy=LocalStrategy.COPY,
-    fetch_config=None,
-):
-    """The local path of one file of a model, in SpeechBrain's terms.
+def model_folder(source, **hub):
+    """The local folder of a model.
 
     Arguments
     ---------
-    source : str or Path or FetchSource
+    source : str or Path
         Folder, or id on the hub.
-    filename : str
-        Name of the file in it.
-    what : str
-        What the folder holds, for messages.
-    savedir, local_strategy, fetch_config
-        Where to put what comes from the hub, see ``fetch`` of SpeechBrain.
+    **hub : dict
+        Of ``huggingface_hub.hf_hub_download``: ``revision``, ``token``,
+        ``cache_dir``, ``local_files_only``, ``force_download``.
 
     Returns
     -------
     Path
-        The file; a local one stays where it is.
+        Folder with config and weights; that of a model on the hub is in the
+        cache.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such folder, model, revision or file.
-    OSError
-        If the hub cannot be reached or refuses, or a download is broken.
+        If it cannot be had: there is no such folder, model or file, or the hub
+        refuses or cannot be reached.
     """
-    if isinstance(source, os.PathLike):
-        source = os.fspath(source)
-    fetch_config = fetch_config or FetchConfig()
-    fetch_from, place = guess_source(source)
-    if fetch_from == FetchFrom.LOCAL:
-        return model_file(place, filename, what)
-    if fetch_from == FetchFrom.HUGGING_FACE:
-        kept = None if savedir is None else Path(savedir) / filename
-        renewed = fetch_config.overwrite or fetch_config.allow_updates
-        if kept is not None and kept.exists() and not renewed:
-            return kept.absolute()
-        path = model_file(
-            place,
-            filename,
-            what,
-            revision=fetch_config.revision,
-            token=fetch_config.token,
-            cache_dir=fetch_config.huggingface_cache_dir,
-            local_files_only=not fetch_config.allow_network,
-        )
-        if kept is None:
-            return path
-        # SpeechBrain puts it into savedir
-        source = FetchSource(FetchFrom.LOCAL, str(path.parent))
-    try:
-        return Path(
-            fetch(
-                filename,
-                source,
-                savedir=savedir,
-                local_strategy=local_strategy,
-                fetch_config=fetch_config,
-            )
-        )
-    except (OSError, ValueError) as error:
+    folder = Path(source)
+    if folder.is_dir():
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                inner = next(folder.glob(f"*/{name}"), None)
+                hint = f"; did you mean {inner.parent}?" if inner else ""
+                raise FileNotFoundError(f"{folder / name} not found{hint}")
+        return folder
+    source = os.fspath(source)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise FileNotFoundError(
-            f"{place} could not be fetched: {error}"
-        ) from error
-
-
-def is_local(source):
-    """Whether a source is a folder of this machine."""
-    if isinstance(source, os.PathLike):
-        source = os.fspath(source)
-    return guess_source(source)[0] == FetchFrom.LOCAL
-
-
-def _check_covered(pretrainer, modules, path):
-    """Refuses a yaml that leaves a module with the weights it was born with."""
-    loaded = [id(module) for module in pretrainer.loadables.values()]
-    untrained = [
-        name
-        for name, module in modules.items()
-        if module.state_dict() and id(module) not in loaded
-    ]
-    if untrained:
-        raise ValueError(
-            f"{path}: the pretrainer loads no weights for "
-            f"{', '.join(untrained)}"
+            f"{source} not found: expected a folder, or the owner/name of a "
+            "model on the hub"
         )
+    try:
+        hf_hub_download(source, CONFIG_FILE, **hub)
+        path = hf_hub_download(source, WEIGHTS_FILE, **hub)
+    except (HTTPError, HFValidationError, OSError) as error:
+        reason = error
+        if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
+            reason = error.__cause__  # it would blame the connection
+        raise FileNotFoundError(
+            f"{source} is no folder, nor can it be had from the hub: {reason}"
+        ) from error
+    return Path(path).parent
 
 
-def load_strictly(
-    source,
-    hparams_file="hyperparams.yaml",
-    savedir=None,
-    overrides=None,
-    overrides_must_match=True,
-    local_strategy=LocalStrategy.COPY,
-    fetch_config=None,
-    what="separator",
-):
-    """Loads a yaml and all its weights, strictly.
+class _RecipeLoader(yaml.SafeLoader):
+    """Reads a HyperPyYAML file without building anything."""
 
-    SpeechBrain's ``pretrained_from_hparams`` only warns of wrong or missing
-    keys and then runs on random weights.
+
+def _described(loader, name, node):
+    if isinstance(node, yaml.SequenceNode):
+        return None  # arguments without names
+    if isinstance(node, yaml.ScalarNode):
+        return {"class": name}
+    return {"class": name, **loader.construct_mapping(node, deep=True)}
+
+
+_RecipeLoader.add_multi_constructor("!new:", _described)
+_RecipeLoader.add_multi_constructor("!", lambda loader, name, node: None)
+
+
+def read_recipe(path):
+    """The yaml of a training in plain values; nothing in it is executed.
 
     Arguments
     ---------
-    source, hparams_file, savedir, overrides, overrides_must_match
-        As of ``Pretrained.from_hparams``; a local folder is read where it is.
-    local_strategy, fetch_config
-        How files come from the hub.
-    what : str
-        What the folder holds, for messages.
+    path : str or Path
+        The yaml with its references resolved, as
+        ``create_experiment_directory`` leaves it.
 
     Returns
     -------
     dict
-        The loaded yaml, its ``modules`` with their weights.
+        The keys; of a ``!new:`` node its arguments, given by name, and its
+        "class".
 
     Raises
     ------
     FileNotFoundError
-        If the folder, its yaml or its weights do not exist.
+        If there is none.
     ValueError
-        If the yaml or the weights are damaged, or do not fit each other.
+        If it is none.
+
+    Example
+    -------
+    >>> path = getfixture("tmpdir") / "hyperparams.yaml"
+    >>> path.write_text(
+    ...     "lr: 0.1\\nnet: !new:torch.nn.PReLU\\n  init: 0", "utf-8"
+    ... )
+    >>> read_recipe(path)
+    {'lr': 0.1, 'net': {'class': 'torch.nn.PReLU', 'init': 0}}
     """
-    if isinstance(source, os.PathLike):
-        source = os.fspath(source)
-    collect_in = None if is_local(source) else savedir
-    how = {
-        "local_strategy": local_strategy,
-        "fetch_config": fetch_config or FetchConfig(),
-    }
-    path = fetched_file(source, hparams_file, what, collect_in, **how)
     try:
-        with open(path, encoding="utf-8") as file:
-            hparams = load_hyperpyyaml(file, overrides, overrides_must_match)
-    except (YAMLError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: no usable yaml ({reason})") from error
-    for key in ("modules", "pretrainer"):
-        if key not in hparams:
-            inner = os.path.join(source, "separator")
-            hint = f", as in {inner}" if os.path.isdir(inner) else ""
-            raise ValueError(f"{path}: expected the key {key}{hint}")
-    hparams["savedir"] = savedir
-    pretrainer = hparams["pretrainer"]
-    pretrainer.add_custom_hooks(
-        {
-            name: load_weights
-            for name, loadable in pretrainer.loadables.items()
-            if isinstance(loadable, torch.nn.Module)
-            and name not in pretrainer.custom_hooks
-        }
-    )
-    _check_covered(pretrainer, hparams["modules"], path)
-    if guess_source(source)[0] == FetchFrom.HUGGING_FACE:
-        # fetched and checked here: the Pretrainer finds them on disk
-        files = [
-            f"{name}.ckpt"
-            for name in pretrainer.loadables
-            if name not in pretrainer.paths and pretrainer.is_loadable(name)
-        ]
-        if isinstance(pretrainer, SafetensorsPretrainer):
-            files = [SAFETENSORS_FILE]
-        for name in files:
-            fetched_file(source, name, what, collect_in, **how)
-        source = str(path.parent)
-        # beside the yaml they are already where they belong
-        collect_in = collect_in if pretrainer.paths else None
-    pretrainer.set_collect_in(collect_in)
-    pretrainer.collect_files(default_source=source, **how)
-    pretrainer.load_collected()
+        hparams = yaml.load(Path(path).read_text("utf-8"), _RecipeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no readable yaml ({error})") from error
+    if not isinstance(hparams, dict):
+        raise ValueError(f"{path}: no keys in it")
     return hparams
 
 
-class StrictPretrained(Pretrained):
-    """A ``Pretrained`` whose weights fit exactly or are refused."""
+class HubModel(nn.Module, PyTorchModelHubMixin):
+    """A model that is made of plain values.
 
-    # what its folder holds, for messages
-    what = "model"
+    Classes of it take nothing but plain values, which they keep as ``config``,
+    and have a ``title`` and a ``text`` for their card.
+    """
 
     @classmethod
-    def from_hparams(
-        cls,
-        source,
-        hparams_file="hyperparams.yaml",
-        savedir=None,
-        overrides=None,
-        overrides_must_match=True,
-        local_strategy=LocalStrategy.COPY,
-        fetch_config=None,
-        **kwargs,
-    ):
-        """Loads a model from a folder or the hub, with strict weights.
+    def check_config(cls, config):
+        """Refuses a ``config.json`` that is not to be built."""
 
-        A local folder is read where it is; nothing is copied or linked. The
-        yaml of a model can run any code: only load what you trust.
+    @classmethod
+    def from_pretrained(cls, source, **hub):
+        """Loads a model strictly; no code is run and no pickle is read.
 
         Arguments
         ---------
-        source : str or Path or FetchSource
-            Folder as training writes it, or an id on the hub.
-        hparams_file : str
-            Name of the yaml in it.
-        savedir : str or Path, optional
-            Where to put the files of a model on the hub; by default they stay
-            in the cache.
-        overrides : dict, optional
-            Changes to the yaml.
-        overrides_must_match : bool
-            Whether each override must replace a key.
-        local_strategy : LocalStrategy
-            How files get from the cache to ``savedir``.
-        fetch_config : FetchConfig, optional
-            Revision, token and network access for the hub.
-        **kwargs : dict
-            ``run_opts={"device": ...}`` and ``freeze_params``.
+        source : str or Path
+            Folder as training leaves it, or id on the hub.
+        **hub : dict
+            ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
+            ``force_download``.
 
         Returns
         -------
-        Pretrained
-            The model, in evaluation mode unless ``freeze_params`` is False.
+        HubModel
+            On the CPU, in evaluation mode.
 
         Raises
         ------
         FileNotFoundError
-            If the folder, its yaml or its weights do not exist.
+            If it cannot be had, see ``model_folder``.
         ValueError
-            If the weights are damaged or do not fit the modules exactly.
+            If config or weights are damaged or do not fit.
         """
-        hparams = load_strictly(
-            source,
-            hparams_file,
-            savedir,
-            overrides,
-            overrides_must_match,
-            local_strategy,
-            fetch_config,
-            cls.what,
+        folder = model_folder(source, **hub)
+        path = folder / CONFIG_FILE
+        try:
+            config = json.loads(path.read_text("utf-8"))
+            cls.check_config(config)
+            model = cls(**config)
+        except (
+            *(ValueError, TypeError, RuntimeError),
+            *(KeyError, AttributeError),
+        ) as error:
+            raise ValueError(
+                f"{path}: no usable config of a {cls.__name__} ({error})"
+            ) from error
+        load_weights(model, folder / WEIGHTS_FILE)
+        return model.eval()
+
+    def _save_pretrained(self, save_directory):
+        """Writes config and weights, the latter as they are."""
+        folder = Path(save_directory)
+        text = json.dumps(self.config, indent=2) + "\n"
+        (folder / CONFIG_FILE).write_text(text, "utf-8")
+        state = {
+            key: value.detach().cpu().contiguous()
+            for key, value in self.state_dict().items()
+        }
+        # earlier weights stay until these are whole
+        partial = folder / f"{WEIGHTS_FILE}.partial"
+        partial.write_bytes(save(state, {"format": "pt"}))
+        partial.replace(folder / WEIGHTS_FILE)
+
+    def export(self, folder, metadata=None):
+        """``save_pretrained`` with a new card in place of an earlier one.
+
+        Arguments
+        ---------
+        folder : str or Path
+            Where to; a model that is there is replaced.
+        metadata : dict, optional
+            Sections of the card: title -> text, or a dict as a table.
+
+        Returns
+        -------
+        Path
+            The folder.
+        """
+        folder = Path(folder)
+        (folder / "README.md").unlink(missing_ok=True)
+        self.save_pretrained(folder, model_card_kwargs={"metadata": metadata})
+        return folder
+
+    def generate_model_card(self, metadata=None):
+        """The card that ``save_pretrained`` and ``push_to_hub`` write.
+
+        Arguments
+        ---------
+        metadata : dict, optional
+            Sections: title -> text, or a dict as a table.
+
+        Returns
+        -------
+        huggingface_hub.ModelCard
+            It is written where there is no card yet.
+        """
+        return ModelCard.from_template(
+            self._hub_mixin_info.model_card_data,
+            template_str=CARD,
+            title=self.title,
+            text=self.text,
+            metadata=metadata or {},
         )
-        return cls(modules=hparams["modules"], hparams=hparams, **kwargs)
+
+
+def load_weights(module, path, prefix=""):
+    """Loads weights that fit a module exactly.
+
+    Arguments
+    ---------
+    module : torch.nn.Module
+        Where the weights belong.
+    path : str or Path
+        A .safetensors file.
+    prefix : str
+        What the keys begin with; others are left out.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or naming all missing, unexpected and misshapen
+        keys.
+    """
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: no readable file of weights ({error})"
+        ) from error
+    state = {
+        key.removeprefix(prefix): value
+        for key, value in state.items()
+        if key.startswith(prefix)
+    }
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -1,13 +1,16 @@
 """What a separator is, what it can, and what it costs on this machine."""
 
 import time
+from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 
-from trackformer_sb.inference.card import card_tables
-from trackformer_sb.inference.download import model_file
-from trackformer_sb.inference.loading import load_separator
-from trackformer_sb.inference.separator import resolved
+from trackformer_sb.inference.separator import (
+    DEFAULT,
+    default_folder,
+    load_separator,
+)
 from trackformer_sb.memory import peak_memory_mb
 
 
@@ -16,7 +19,7 @@ def measure_speed(separator, seconds=10.0):
 
     Arguments
     ---------
-    separator : PerformerSeparation
+    separator : Separator
         The separator.
     seconds : float
         Length of the noise, one channel at the rate of the model.
@@ -28,7 +31,7 @@ def measure_speed(separator, seconds=10.0):
         below 1 is faster than it plays) and ``peak_memory_mb`` (of the GPU,
         or of the whole process).
     """
-    rate = separator.hparams.sample_rate
+    rate = separator.sample_rate
     noise = torch.randn(1, max(1, round(seconds * rate))).to(separator.device)
     cuda = noise.device.type == "cuda"
     if cuda:
@@ -36,7 +39,7 @@ def measure_speed(separator, seconds=10.0):
     with torch.no_grad():
         for _ in range(2):
             started = time.perf_counter()
-            separator.separate_batch(noise)
+            separator(noise)
             if cuda:
                 torch.cuda.synchronize(noise.device)
             taken = time.perf_counter() - started
@@ -47,7 +50,35 @@ def measure_speed(separator, seconds=10.0):
     }
 
 
-def describe_model(source, device=None, seconds=10.0, trust_yaml=False):
+def card_tables(card):
+    """The tables of a model card.
+
+    Arguments
+    ---------
+    card : str
+        Markdown, as ``HubModel`` writes it.
+
+    Returns
+    -------
+    dict
+        Title of the section -> dict of name -> text.
+
+    Example
+    -------
+    >>> card_tables("## Test\\n\\n| | |\\n|---|---|\\n| sdr | 5.1 |\\n")
+    {'Test': {'sdr': '5.1'}}
+    """
+    tables, title = {}, ""
+    for line in card.splitlines():
+        if line.startswith("## "):
+            title = line.removeprefix("## ")
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) == 4 and cells[1].strip("-"):
+            tables.setdefault(title, {})[cells[1]] = cells[2]
+    return tables
+
+
+def describe_model(source, device=None, seconds=10.0):
     """What a separator is, from its files and by running it.
 
     Arguments
@@ -58,8 +89,6 @@ def describe_model(source, device=None, seconds=10.0, trust_yaml=False):
         Where to run it; by default a GPU if there is one.
     seconds : float
         Length of the noise that it separates.
-    trust_yaml : bool
-        Of ``load_separator``.
 
     Returns
     -------
@@ -74,33 +103,28 @@ def describe_model(source, device=None, seconds=10.0, trust_yaml=False):
     ValueError
         If it does not load.
     """
-    source = resolved(source)
-    separator, loaded_from = load_separator(source, device, trust_yaml)
-    modules = dict(separator.mods.items())
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    state = [
-        value
-        for module in modules.values()
-        for value in module.state_dict().values()
-    ]
-    try:
-        path = model_file(source, "README.md")
-        card = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    if source == DEFAULT:
+        source = default_folder()
+    separator = load_separator(source, device)
+    modules = dict(separator.named_children())
+    state = separator.state_dict().values()
+    path = Path(source, "README.md")
+    if path.is_file():
+        card = path.read_text("utf-8", errors="replace")
+    elif Path(source).is_dir():
         card = ""
+    else:
+        card = ModelCard.load(source).text
     return {
         "model": str(source),
-        "loaded_from": loaded_from,
         "classes": {
             name: type(module).__name__ for name, module in modules.items()
         },
-        "num_spks": separator.hparams.num_spks,
+        "num_spks": separator.num_spks,
         "stems": separator.groups and list(separator.groups),
-        "sample_rate": separator.hparams.sample_rate,
-        "mixture_consistency": getattr(
-            separator.hparams, "mixture_consistency", False
-        ),
-        "parameters": sum(p.numel() for p in parameters),
+        "sample_rate": separator.sample_rate,
+        "mixture_consistency": separator.mixture_consistency,
+        "parameters": sum(p.numel() for p in separator.parameters()),
         "weights_mb": sum(v.numel() * v.element_size() for v in state) / 1e6,
         "card": card_tables(card),
         "device": str(separator.device),
@@ -128,7 +152,7 @@ def description_text(description):
     if where == "cpu":
         where += f", {about['threads']} threads"
     lines = [
-        ("model", f"{about['model']} ({about['loaded_from']})"),
+        ("model", about["model"]),
         ("classes", classes),
         ("outputs", about["num_spks"]),
         *([("stems", ", ".join(about["stems"]))] if about["stems"] else []),

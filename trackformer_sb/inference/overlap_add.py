@@ -13,14 +13,10 @@ from itertools import islice
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from speechbrain.utils.logger import get_logger
 from torch.nn import functional as F
 from torchaudio.functional import resample
 
 from trackformer_sb.inference.files import name_of
-from trackformer_sb.truncation import find_cut
-
-logger = get_logger(__name__)
 
 # The equivalent of resampy's "kaiser_best": pass band up to 0.948 of the lower
 # Nyquist frequency. torchaudio's default (6 zero crossings) is audibly dull.
@@ -51,6 +47,9 @@ FADE_SHARE = 0.2
 
 # The length libsndfile gives to a stream whose header has none.
 UNKNOWN_FRAMES = 2**63 - 1
+
+# Of an mp3 file without a header the length is estimated, up to this too long.
+MP3_SLACK = 2 * 1152
 
 
 def crossfade_weights(length):
@@ -195,22 +194,12 @@ def _read(reader, frames):
     return block.T
 
 
-def _check_end(reader):
-    """Refuses a file that was cut; warns of one that may have been."""
-    cut = find_cut(reader.name, reader.extra_info)
-    if cut is None:
-        return
-    message = f"{name_of(reader)}: {cut.reason}"
-    if cut.certain:
-        raise ValueError(message)
-    logger.warning(message)
-
-
 def _check_whole(reader, frames):
-    """Refuses a file that ended before its header said it would."""
-    if reader.frames == UNKNOWN_FRAMES or reader.format == "MP3":
-        return  # unknown, or an estimate
-    if frames < reader.frames:
+    """Refuses a file that gave fewer samples than libsndfile said it has."""
+    if reader.frames == UNKNOWN_FRAMES:
+        return
+    slack = MP3_SLACK if reader.format == "MP3" else 0
+    if frames < reader.frames - slack:
         raise ValueError(
             f"{name_of(reader)}: truncated, {frames} of {reader.frames} samples"
         )
@@ -246,7 +235,6 @@ def _read_chunks(reader, chunk, hop):
     Yields each with the number of its samples that are there only to make the
     last one as long as the others, and whether it is the last.
     """
-    _check_end(reader)
     sig = _read(reader, chunk)
     position = sig.shape[-1]
     if position == 0:

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 import trackformer_sb
-from trackformer_sb.truncation import find_cut
 
 LIBRARY = "trackformer_sb"
 PICTURE = ".png"
@@ -139,8 +138,6 @@ def _comment(path):
                 picture.load()
                 return picture.info.get("Comment")
         with soundfile.SoundFile(os.fsencode(path)) as file:
-            if find_cut(path, file.extra_info):
-                return None
             # the last frame of a cut flac cannot be read
             file.seek(max(0, file.frames - 1))
             return file.comment if len(file.read(1)) else None

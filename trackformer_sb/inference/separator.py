@@ -1,198 +1,406 @@
-"""Separators of named stems: config, weights and card in one folder."""
+"""The separator: its parts in plain values, and its weights, in a folder."""
 
+import inspect
 import json
-from importlib import resources
+import os
+import pydoc
+from itertools import chain
 from pathlib import Path
 
+import soundfile
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
-from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
 
 import trackformer_sb
-from trackformer_sb.inference.card import named_card, named_title
-from trackformer_sb.inference.config import ABOUT, LIBRARY
-from trackformer_sb.inference.download import model_file
-from trackformer_sb.inference.folder import CONFIG_FILE, SAFETENSORS_FILE
-from trackformer_sb.inference.interfaces import PerformerSeparation
+from trackformer_sb.inference.hub import HubModel, read_recipe
+from trackformer_sb.inference.overlap_add import UNKNOWN_FRAMES, separate_stream
+from trackformer_sb.inference.provenance import provenance, up_to_date
+from trackformer_sb.inference.remix import (
+    check_outputs,
+    loudest_first,
+    remix_gains,
+)
 from trackformer_sb.inference.separation import separate
-from trackformer_sb.inference.weights import load_state, read_safetensors
-from trackformer_sb.nnet.fusion import FusionMaskNet
-from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
+from trackformer_sb.inference.writing import (
+    check_paths,
+    output_paths,
+    write_sources,
+)
+from trackformer_sb.nnet.stft import STFTEncoder
 
+ALL = "all"
 DEFAULT = "default"
+PARTS = {"encoder": "Encoder", "masknet": "MaskNet", "decoder": "Decoder"}
+PROGRESS = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
+
+# What a config may name. Of these classes no argument runs code.
+KNOWN_CLASSES = {
+    "trackformer_sb.nnet.stft.STFTEncoder",
+    "trackformer_sb.nnet.stft.STFTDecoder",
+    "trackformer_sb.nnet.masknet.PerformerMaskNet",
+    "trackformer_sb.nnet.fusion.FusionMaskNet",
+    "trackformer_sb.asteroid.AsteroidMaskNet",
+    "asteroid.masknn.convolutional.TDConvNet",
+    "speechbrain.lobes.models.dual_path.Encoder",
+    "speechbrain.lobes.models.dual_path.Decoder",
+    "speechbrain.lobes.models.conv_tasnet.MaskNet",
+}
+
 YAML_FILE = "hyperparams.yaml"
 
-# For SpeechBrain, whose interfaces load yamls. JSON is yaml.
+# For the interfaces of SpeechBrain, which load yamls.
 YAML = """\
 # {title}
-# Written by trackformer_sb {version}. To use it:
-#   trackformer separate song.wav --model <this folder>
+# For SpeechBrain's from_hparams, written by trackformer_sb {version};
+# `trackformer separate song.wav --model FOLDER` reads config.json.
 sample_rate: {sample_rate}
 num_spks: {num_stems}
-groups: {groups}
+classes: {classes}
+mixture_consistency: {mixture_consistency}
 
-Encoder: !new:trackformer_sb.nnet.stft.STFTEncoder {stft}
-MaskNet: !new:trackformer_sb.inference.separator.StemMaskNet {masknet}
-Decoder: !new:trackformer_sb.nnet.stft.STFTDecoder {stft}
+Encoder: {encoder}
+MaskNet: {masknet}
+Decoder: {decoder}
+
+StemMaskNet: !new:trackformer_sb.inference.separator.StemMaskNet
+  masknet: !ref <MaskNet>
+  num_stems: !ref <num_spks>
 
 modules:
   encoder: !ref <Encoder>
-  masknet: !ref <MaskNet>
+  masknet: !ref <StemMaskNet>
   decoder: !ref <Decoder>
 
 audio_normalizer: !new:speechbrain.dataio.preprocess.AudioNormalizer
   sample_rate: !ref <sample_rate>
   mix: keep
 
-pretrainer: !new:trackformer_sb.inference.weights.SafetensorsPretrainer
+pretrainer: !new:trackformer_sb.inference.speechbrain.SafetensorsPretrainer
   loadables:
+    encoder: !ref <Encoder>
     masknet: !ref <MaskNet>
+    decoder: !ref <Decoder>
+"""
+
+TEXT = """\
+Separates music into {stems}, which sum to it.
+
+## How to use
+
+```shell
+trackformer separate song.wav --model path/to/this/folder
+```
+
+```python
+from trackformer_sb.inference.separator import Separator
+
+separator = Separator.from_pretrained("path/to/this/folder")
+paths = separator.separate_file("song.wav", out_folder="stems")
+stems = separator.separate(song)  # [channels, time] at {sample_rate} Hz
+```
+
+Neither runs code of this folder. `hyperparams.yaml` is code, for interfaces
+that load it: `SepformerSeparation` of SpeechBrain gives the outputs in their
+order, and its `separate_file` scales each to a peak of one.
+`trackformer_sb.asteroid.SeparatorModel` is the same model in Asteroid.
+
+## Limits
+
+- It works at {sample_rate} Hz. Files of other rates are resampled; what it
+  cannot represent is distributed evenly over the outputs.
+- Channels share their masks.
+- Long files are separated in chunks that overlap.
+"""
+
+UNNAMED = """\
+- The outputs have no names: MixIT (arXiv 2006.12701), which needs no separated
+  stems, does not tell which of them are the drums. An instrument can be spread
+  over several outputs, and several can share one. Outputs are aligned where
+  chunks overlap, so that silence or a change of the music there can swap them.
 """
 
 
 def default_folder():
-    """The folder of the separator that the package brings.
+    """The folder of the separator that the package brings."""
+    return Path(trackformer_sb.__file__).parent / "pretrained"
 
-    Raises
-    ------
-    FileNotFoundError
-        If it was installed without one.
-    """
-    folder = Path(str(resources.files("trackformer_sb") / "pretrained"))
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            "this package brings no separator of its own: expected a model, "
-            "as a folder that training leaves or an id on the hub"
+
+def _is_part(value):
+    return isinstance(value, dict) and "class" in value
+
+
+def _class_of(part):
+    cls = pydoc.locate(part["class"])
+    if cls is None:
+        extra = ", with the extra [asteroid]" * ("asteroid" in part["class"])
+        raise ImportError(
+            f"{part['class']} not found: install the package that it is "
+            f"from{extra}"
         )
-    return folder
+    return cls
 
 
-def resolved(source):
-    """The folder that "default" means; any other source as it is."""
-    return default_folder() if source == DEFAULT else source
+def _complete(part):
+    """A part with the defaults of its class."""
+    given = {
+        name: _complete(value) if _is_part(value) else value
+        for name, value in part.items()
+        if name != "class"
+    }
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(
+            _class_of(part)
+        ).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    return {"class": part["class"], **defaults, **given}
 
 
-class StemMaskNet(FusionMaskNet):
-    """A ``FusionMaskNet`` with one mask per stem, the sum of its slots.
+def _built(part):
+    """The module that a part describes."""
+    given = {
+        name: _built(value) if _is_part(value) else value
+        for name, value in part.items()
+        if name != "class"
+    }
+    return _class_of(part)(**given)
+
+
+def _check_known(part):
+    """Refuses what might run code; that of a recipe is the user's own."""
+    if part["class"] not in KNOWN_CLASSES:
+        raise ValueError(
+            f"{part['class']} is not among the classes that are known to run "
+            "no code; PerformerSeparation.from_hparams loads the yaml of a "
+            "folder that you trust"
+        )
+    for value in part.values():
+        if _is_part(value):
+            _check_known(value)
+
+
+def _yaml_node(part):
+    """A part as yaml, of which JSON is a kind."""
+    arguments = ", ".join(
+        f'"{name}": '
+        + (_yaml_node(value) if _is_part(value) else json.dumps(value))
+        for name, value in part.items()
+        if name != "class"
+    )
+    return f"!new:{part['class']} {{{arguments}}}"
+
+
+def unwrapped(module):
+    """The module inside of DDP, DataParallel and torch.compile."""
+    wrappers = nn.parallel.DistributedDataParallel, nn.DataParallel
+    while True:
+        if isinstance(module, wrappers):
+            module = module.module
+        elif hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        else:
+            return module
+
+
+class StemMaskNet(nn.Module):
+    """A masknet with one mask per stem, the sum of its slots.
 
     Arguments
     ---------
+    masknet : torch.nn.Module
+        [batch, channels, frames] -> [num_spks, batch, channels, frames].
     num_stems : int
         Number of stems, each of as many slots, which follow each other.
-    in_channels, num_spks
-        Of ``FusionMaskNet``; ``num_spks`` counts slots.
-    **masknet : dict
-        Its other arguments.
 
     Example
     -------
-    >>> masknet = StemMaskNet(3, 257, 6, channels=(8, 8, 8), d_model=16)
-    >>> masknet(torch.randn(1, 257, 9, dtype=torch.cfloat)).shape
-    torch.Size([3, 1, 257, 9])
+    >>> from trackformer_sb.nnet.masknet import PerformerMaskNet
+    >>> masknet = PerformerMaskNet(65, 6, d_model=16, num_layers=1)
+    >>> mix_w = torch.randn(1, 65, 9, dtype=torch.cfloat)
+    >>> StemMaskNet(masknet, num_stems=3)(mix_w).shape
+    torch.Size([3, 1, 65, 9])
     """
 
-    def __init__(self, num_stems, in_channels, num_spks, **masknet):
-        super().__init__(in_channels, num_spks, **masknet)
+    def __init__(self, masknet, num_stems):
+        super().__init__()
+        self.masknet = masknet
         self.num_stems = num_stems
+        self.stereo = getattr(masknet, "stereo", False)
 
     def forward(self, mix_w):
-        """Predicts masks [num_stems, batch, freq, frames]."""
-        return super().forward(mix_w).unflatten(0, (self.num_stems, -1)).sum(1)
+        """Predicts masks [num_stems, batch, channels, frames]."""
+        return self.masknet(mix_w).unflatten(0, (self.num_stems, -1)).sum(1)
 
 
-class Separator(torch.nn.Module, PyTorchModelHubMixin):
-    """A song goes in, stems come out by name.
+class Separator(
+    HubModel,
+    library_name="trackformer_sb",
+    license="apache-2.0",
+    pipeline_tag="audio-to-audio",
+    tags=[
+        "speechbrain",
+        "audio-source-separation",
+        "music-source-separation",
+        "unsupervised",
+        "mixit",
+    ],
+):
+    """A song goes in, its stems come out.
+
+    Each part is a dict with the name of its "class", such as
+    ``trackformer_sb.nnet.masknet.PerformerMaskNet``, and the arguments of it:
+    so ``config.json`` has them. A separator of modules as they are cannot be
+    saved.
 
     Arguments
     ---------
-    classes : list of str
-        Names of the stems.
+    encoder, masknet, decoder : dict or torch.nn.Module
+        As of ``trackformer_sb.inference.separation.separate``.
     sample_rate : int
         Rate of the waveforms in Hz.
-    n_fft, hop_length : int
-        Of the STFT, in samples.
-    masknet : dict, optional
-        Arguments of ``FusionMaskNet`` but ``in_channels``; ``num_spks`` is a
-        multiple of the number of classes.
+    num_spks : int
+        Number of outputs of the masknet.
+    classes : list of str, optional
+        Names of the stems, each of as many outputs, which follow each other;
+        without, each output is a stem.
+    mixture_consistency : bool, optional
+        Whether what the outputs lack of the mixture is distributed evenly over
+        them. By default, unless the masks are a softmax on an STFT: those sum
+        to it by themselves.
 
     Raises
     ------
+    ImportError
+        If a class is not installed.
     ValueError
         For a number of outputs that the classes do not divide.
 
     Example
     -------
+    >>> stft = {"n_fft": 128, "hop_length": 32}
     >>> separator = Separator(
-    ...     ["vocals", "rest"],
-    ...     n_fft=512,
-    ...     hop_length=256,
-    ...     masknet={"num_spks": 4, "channels": [8, 8, 8], "d_model": 16},
-    ... )
+    ...     encoder={"class": "trackformer_sb.nnet.stft.STFTEncoder", **stft},
+    ...     masknet={
+    ...         "class": "trackformer_sb.nnet.masknet.PerformerMaskNet",
+    ...         **{"in_channels": 65, "num_spks": 4},
+    ...         **{"d_model": 16, "num_layers": 1},
+    ...     },
+    ...     decoder={"class": "trackformer_sb.nnet.stft.STFTDecoder", **stft},
+    ...     sample_rate=44100,
+    ...     num_spks=4,
+    ...     classes=["vocals", "rest"],
+    ... ).eval()
     >>> song = torch.randn(2, 5000)
     >>> stems = separator.separate(song)
     >>> {name: stem.shape for name, stem in stems.items()}
     {'vocals': torch.Size([2, 5000]), 'rest': torch.Size([2, 5000])}
-    >>> torch.allclose(stems["vocals"] + stems["rest"], song, atol=1e-4)
+    >>> torch.allclose(stems["vocals"] + stems["rest"], song, atol=1e-5)
     True
     """
 
     def __init__(
         self,
-        classes,
-        sample_rate=44100,
-        n_fft=2048,
-        hop_length=1024,
-        masknet=None,
+        encoder,
+        masknet,
+        decoder,
+        sample_rate,
+        num_spks,
+        classes=None,
+        mixture_consistency=None,
     ):
         super().__init__()
-        masknet = {"num_spks": 2 * len(classes), **(masknet or {})}
-        if masknet["num_spks"] % len(classes):
+        parts = {"encoder": encoder, "masknet": masknet, "decoder": decoder}
+        for name, part in parts.items():
+            if _is_part(part):
+                parts[name] = _complete(part)
+                part = _built(part)
+            self.add_module(name, part)
+        if getattr(self.masknet, "num_spks", num_spks) != num_spks:
+            raise ValueError(
+                f"num_spks: expected {self.masknet.num_spks}, as the masknet "
+                f"has, got {num_spks}"
+            )
+        if classes is not None and num_spks % len(classes):
             raise ValueError(
                 f"num_spks: expected a multiple of {len(classes)}, the number "
-                f"of classes, got {masknet['num_spks']}"
+                f"of classes, got {num_spks}"
             )
+        if mixture_consistency is None:
+            activation = getattr(self.masknet, "mask_activation", "softmax")
+            on_stft = isinstance(self.encoder, STFTEncoder)
+            mixture_consistency = not (on_stft and activation == "softmax")
+        self.sample_rate, self.num_spks = sample_rate, num_spks
+        self.mixture_consistency = mixture_consistency
+        self.groups = None
+        if classes is not None:
+            slots = num_spks // len(classes)
+            self.groups = {
+                name: tuple(range(k * slots, (k + 1) * slots))
+                for k, name in enumerate(classes)
+            }
         self.config = {
-            "library_name": LIBRARY,
-            "library_version": trackformer_sb.__version__,
-            "classes": list(classes),
             "sample_rate": sample_rate,
-            "n_fft": n_fft,
-            "hop_length": hop_length,
-            "masknet": masknet,
+            "num_spks": num_spks,
+            "classes": None if classes is None else list(classes),
+            "mixture_consistency": mixture_consistency,
+            **parts,
         }
-        self.encoder = STFTEncoder(n_fft, hop_length)
-        self.masknet = FusionMaskNet(n_fft // 2 + 1, **masknet)
-        self.decoder = STFTDecoder(n_fft, hop_length)
 
-    @classmethod
-    def of_masknet(cls, masknet, **config):
-        """A separator of a trained ``FusionMaskNet``.
+    @property
+    def title(self):
+        """The first line of card and yaml."""
+        names = f"{self.num_spks} outputs"
+        if self.groups is not None:
+            names = ", ".join(self.groups)
+        return f"Separator of {names} at {self.sample_rate} Hz"
+
+    @property
+    def text(self):
+        """What the card says of all separators."""
+        named = self.groups is not None
+        stems = f"{self.num_spks} waveforms"
+        return TEXT.format(
+            stems=", ".join(self.groups) if named else stems,
+            sample_rate=self.sample_rate,
+        ) + ("" if named else UNNAMED)
+
+    @property
+    def device(self):
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def _separated(self, mix, groups):
+        est_source, _ = separate(
+            mix.to(self.device),
+            self.encoder,
+            self.masknet,
+            self.decoder,
+            self.mixture_consistency,
+            groups,
+        )
+        return est_source
+
+    def forward(self, mix):
+        """Separates mixtures at the rate of the model.
 
         Arguments
         ---------
-        masknet : FusionMaskNet
-            Its weights are copied.
-        **config : dict
-            The other arguments of the class.
+        mix : torch.Tensor
+            [batch, time] or [batch, channels, time].
 
         Returns
         -------
-        Separator
-            In evaluation mode.
-        """
-        separator = cls(masknet=masknet.arguments, **config)
-        separator.masknet.load_state_dict(masknet.state_dict())
-        return separator.eval()
+        torch.Tensor
+            [batch, stems, time] or [batch, stems, channels, time].
 
-    @property
-    def groups(self):
-        """Outputs of the masknet by class: {"drums": (0, 1), ...}."""
-        classes = self.config["classes"]
-        slots = self.masknet.num_spks // len(classes)
-        return {
-            name: tuple(range(k * slots, (k + 1) * slots))
-            for k, name in enumerate(classes)
-        }
+        Raises
+        ------
+        ValueError
+            For an input of another shape.
+        """
+        return self._separated(mix, self.groups and self.groups.values())
 
     @torch.no_grad()
     def separate(self, waveform):
@@ -207,7 +415,8 @@ class Separator(torch.nn.Module, PyTorchModelHubMixin):
         Returns
         -------
         dict
-            Name -> [channels, time]; the stems sum to the waveform.
+            Name -> [channels, time]; the stems sum to the waveform. Without
+            classes, names are source0, source1 and so on.
 
         Raises
         ------
@@ -219,116 +428,211 @@ class Separator(torch.nn.Module, PyTorchModelHubMixin):
                 "expected a waveform [channels, time], got "
                 f"{list(waveform.shape)}"
             )
-        est_source, _ = separate(
-            waveform.unsqueeze(0),
-            self.encoder,
-            self.masknet,
-            self.decoder,
-            groups=self.groups.values(),
-        )
-        return dict(zip(self.groups, est_source[0]))
+        names = check_outputs(self.groups, self.num_spks)
+        return dict(zip(names, self(waveform.unsqueeze(0))[0]))
 
-    def forward(self, waveform):
-        """Separates a waveform, see ``separate``."""
-        return self.separate(waveform)
+    def named_outputs(self, outputs=None):
+        """Which outputs ``separate_file`` writes, see there."""
+        if outputs is None:
+            return self.groups
+        return None if outputs == ALL else outputs
 
-    def interface(self, run_opts=None, **kwargs):
-        """The same separator as the command line uses it.
-
-        Arguments
-        ---------
-        run_opts, **kwargs
-            Of ``PerformerSeparation``.
-
-        Returns
-        -------
-        PerformerSeparation
-            It shares the modules.
-        """
-        return PerformerSeparation(
-            modules=dict(self.named_children()),
-            hparams={
-                **self.config,
-                "groups": self.groups,
-                "num_spks": self.masknet.num_spks,
-            },
-            run_opts=run_opts,
-            **kwargs,
-        )
-
-    def separate_file(self, path, out_folder=None, **options):
+    @torch.no_grad()
+    def separate_file(
+        self,
+        path,
+        out_folder=None,
+        chunk_seconds=10.0,
+        overlap=0.25,
+        progressbar=True,
+        batch_size=1,
+        file_format="wav",
+        outputs=None,
+        ranked=False,
+        remix=None,
+        figure=False,
+        skip_existing=False,
+        stem=None,
+        progress=None,
+    ):
         """Separates a file of any length at its own rate and channels.
 
         Arguments
         ---------
-        path, out_folder, **options
-            As of ``PerformerSeparation.separate_file``.
+        path : str or Path
+            Audio file that libsndfile reads.
+        out_folder : str or Path, optional
+            Where to write one file per output: ``<stem>_drums.wav`` and so
+            on, or ``<stem>_source0.wav`` where the model has no names. They
+            appear when all of them are whole. Memory then does not depend on
+            the length.
+        chunk_seconds : float
+            Length of what the model sees at once, in seconds.
+        overlap : float
+            Share of a chunk that overlaps with the next, in [0, 0.5]: a fifth
+            of it is crossfaded, the rest is context.
+        progressbar : bool
+            Whether to show one.
+        batch_size : int
+            How many chunks go through the model at once.
+        file_format : str
+            wav (32-bit float), flac (24 bit) or ogg (Vorbis). What exceeds
+            full scale is kept by wav; in flac and ogg, all outputs of the file
+            are turned down alike, with a warning.
+        outputs : str or dict, optional
+            Which outputs to keep, or to sum into groups: ``"0,2"`` or
+            ``"drums=0+3,rest=1+2"``; ``"none"`` for no output, only a remix or
+            a figure; ``"all"``. By default the named stems, or all.
+        ranked : bool
+            Whether the outputs are numbered by their energy in this file, 0
+            the loudest; otherwise as the model numbers them.
+        remix : str or dict, optional
+            Gains in dB of outputs or groups, ``"0:-inf,3:+3"``: writes their
+            sum to ``<stem>_remix.wav``. Outputs not named stay as they are.
+        figure : bool
+            Whether to write ``<stem>_figure.png``: spectrograms of the mixture
+            and of the outputs, and their levels over time.
+        skip_existing : bool
+            Whether to do nothing if all that would be written is there, not
+            older than the file, and made of it by this model and these
+            options.
+        stem : str, optional
+            What the names of the files begin with; that of ``path`` without
+            its ending if not given.
+        progress : callable, optional
+            Called as ``progress(seconds_done, seconds_total)`` at the start
+            and after each part of the file, and never if ``skip_existing``
+            leaves nothing to do. The total is None for a stream of unknown
+            length. What it raises ends the separation.
 
         Returns
         -------
         torch.Tensor or list of Path
-            [stems, channels, time], or the written files:
-            ``<out_folder>/<song>_drums.wav`` and so on.
+            [sources, channels, time] at the rate of the file; with
+            ``out_folder``, the written files: outputs, remix, figure. The sum
+            of all outputs is the file.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is empty, truncated or holds NaN or infinite samples,
+            or an argument is out of its range.
+        soundfile.LibsndfileError
+            If the file is no audio.
         """
-        device = str(next(self.parameters()).device)
-        interface = self.interface({"device": device}, freeze_params=False)
-        return interface.separate_file(path, out_folder, **options)
-
-    def _save_pretrained(self, save_directory):
-        """Writes config, weights, those in bfloat16, and a yaml for both."""
-        folder = Path(save_directory)
-        text = json.dumps(self.config, indent=2) + "\n"
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-        state = {
-            name: value.to("cpu", torch.bfloat16).contiguous()
-            for name, value in self.state_dict().items()
-        }
-        save_file(state, folder / SAFETENSORS_FILE, metadata={"format": "pt"})
-        classes = self.config["classes"]
-        stft = {key: self.config[key] for key in ("n_fft", "hop_length")}
-        masknet = {
-            "num_stems": len(classes),
-            "in_channels": self.masknet.in_channels,
-            **self.config["masknet"],
-        }
-        text = YAML.format(
-            title=named_title(classes, self.config["sample_rate"]),
-            version=trackformer_sb.__version__,
-            sample_rate=self.config["sample_rate"],
-            num_stems=len(classes),
-            groups=json.dumps({name: [k] for k, name in enumerate(classes)}),
-            stft=json.dumps(stft),
-            masknet=json.dumps(masknet),
-        )
-        (folder / YAML_FILE).write_text(text, encoding="utf-8")
-
-    def generate_model_card(self, metadata=None):
-        """The card that ``save_pretrained`` and ``push_to_hub`` write.
-
-        Arguments
-        ---------
-        metadata : dict, optional
-            Sections: title -> text, or a dict as a table.
-
-        Returns
-        -------
-        huggingface_hub.ModelCard
-            It is written where there is no card yet.
-        """
-        return ModelCard(
-            named_card(
-                self.config["classes"], self.config["sample_rate"], metadata
+        outputs = check_outputs(self.named_outputs(outputs), self.num_spks)
+        path = Path(path)
+        if not path.is_file():
+            what = "no such audio file"
+            if path.is_dir():
+                what = "a folder without audio files"
+            raise FileNotFoundError(f"{path}: {what}")
+        if out_folder is None:
+            written = remix is not None or figure or skip_existing
+            if written or file_format != "wav":
+                raise ValueError(
+                    "expected out_folder with file_format, remix, figure or "
+                    "skip_existing"
+                )
+            if not outputs:
+                raise ValueError("expected an output to return")
+        else:
+            out_folder = Path(out_folder)
+            stem = path.stem if stem is None else stem
+            paths = output_paths(
+                out_folder,
+                stem,
+                self.num_spks,
+                file_format,
+                outputs,
+                remix,
+                figure,
             )
+            gains = None
+            if remix is not None:
+                gains = remix_gains(remix, outputs, self.num_spks)
+            comment = provenance(
+                path,
+                dict(self.named_children()),
+                sample_rate=self.sample_rate,
+                mixture_consistency=self.mixture_consistency,
+                chunk_seconds=float(chunk_seconds),
+                overlap=float(overlap),
+                outputs=outputs,
+                ranked=ranked,
+                gains=gains,
+            )
+            if skip_existing and up_to_date(path, paths, comment):
+                return paths
+            check_paths(paths)
+        groups, all_outputs = None, list(range(self.num_spks))
+        each_once = sorted(chain(*outputs.values())) == all_outputs
+        if self.groups is not None and each_once and not (ranked or remix):
+            # masks are added up, so that fewer have to be decoded
+            groups = list(outputs.values())
+            outputs = {name: (k,) for k, name in enumerate(outputs)}
+        try:
+            # names need not be valid UTF-8
+            reader = soundfile.SoundFile(os.fsencode(path))
+        except TypeError as error:  # soundfile's own, of a .raw file
+            raise ValueError(f"{path}: no audio file ({error})") from error
+        known = reader.frames != UNKNOWN_FRAMES
+        seconds = reader.frames / reader.samplerate if known else None
+        bar = tqdm(
+            total=seconds,
+            desc=path.name,
+            disable=not progressbar,
+            bar_format=PROGRESS if known else None,
         )
+        with reader, bar:
+            blocks = separate_stream(
+                reader,
+                lambda mix: self._separated(mix, groups),
+                self.sample_rate,
+                chunk_seconds,
+                overlap,
+                batch_size,
+                keep_order=self.groups is not None,
+            )
+            blocks = _counted(blocks, bar, reader.samplerate, progress, seconds)
+            if out_folder is not None:
+                return write_sources(
+                    blocks,
+                    reader,
+                    out_folder,
+                    stem,
+                    file_format,
+                    outputs,
+                    ranked,
+                    remix,
+                    figure,
+                    comment,
+                )
+            est_source = torch.cat(list(blocks), dim=-1)
+            if ranked:
+                energies = est_source.double().square().sum((1, 2)).tolist()
+                est_source = est_source[loudest_first(energies)]
+            return torch.stack(
+                [est_source[list(x)].sum(0) for x in outputs.values()]
+            )
+
+    @classmethod
+    def check_config(cls, config):
+        """Refuses classes that are not known to run no code."""
+        for name in PARTS:
+            _check_known(config[name])
 
     @classmethod
     def from_pretrained(cls, source=DEFAULT, **hub):
-        """Loads a separator; no code is run and no pickle is read.
+        """Loads a separator strictly; no code is run and no pickle is read.
 
         Arguments
         ---------
         source : str or Path
-            Folder, id on the hub, or "default": the one in the package.
+            Folder as training leaves it, id on the hub, or "default": the one
+            in the package.
         **hub : dict
             ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
             ``force_download``.
@@ -336,24 +640,128 @@ class Separator(torch.nn.Module, PyTorchModelHubMixin):
         Returns
         -------
         Separator
-            In evaluation mode.
+            On the CPU, in evaluation mode.
 
         Raises
         ------
         FileNotFoundError
-            If there is no such folder, model or file.
-        OSError
-            If the hub cannot be reached or refuses.
+            If it cannot be had: there is no such folder, model or file, or the
+            hub refuses or cannot be reached.
         ValueError
             If config or weights are damaged or do not fit.
         """
-        source = resolved(source)
-        path = model_file(source, CONFIG_FILE, **hub)
+        if source == DEFAULT:
+            source = default_folder()
+        return super().from_pretrained(source, **hub)
+
+    @classmethod
+    def of_recipe(cls, hparams_file, modules=None):
+        """A separator of what a recipe trains.
+
+        Arguments
+        ---------
+        hparams_file : str or Path
+            The yaml with its references resolved, as
+            ``create_experiment_directory`` leaves it: with ``Encoder``,
+            ``MaskNet`` and ``Decoder`` as ``!new:`` nodes, their arguments by
+            name, ``sample_rate``, ``num_spks``, and ``classes`` and
+            ``mixture_consistency`` where it has them.
+        modules : dict, optional
+            The trained ``encoder``, ``masknet`` and ``decoder``, of which the
+            weights are copied; they may be wrapped by DDP or torch.compile,
+            and those without weights may be missing. Without, the weights are
+            randomly initialised.
+
+        Returns
+        -------
+        Separator
+            On the CPU, in evaluation mode.
+
+        Raises
+        ------
+        ValueError
+            If a key is missing, or the yaml does not build modules that fit
+            the trained ones.
+        """
+        hparams = read_recipe(hparams_file)
+        needed = [*PARTS.values(), "sample_rate", "num_spks"]
+        wrong = [key for key in needed if hparams.get(key) is None]
+        wrong += [x for x in PARTS.values() if not _is_part(hparams.get(x, {}))]
+        if wrong:
+            raise ValueError(
+                f"{hparams_file}: expected the keys {', '.join(needed)}, the "
+                "first three as !new: with arguments by name, got none of "
+                f"{', '.join(dict.fromkeys(wrong))}"
+            )
+        more = ("classes", "mixture_consistency")
         try:
-            config = json.loads(Path(path).read_text("utf-8"))
-            separator = cls(**{k: config[k] for k in config if k not in ABOUT})
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from error
-        path = model_file(source, SAFETENSORS_FILE, **hub)
-        load_state(separator, read_safetensors(path), path)
+            # without touching the random state of a training
+            with torch.random.fork_rng(devices=[]):
+                separator = cls(
+                    **{name: hparams[key] for name, key in PARTS.items()},
+                    sample_rate=hparams["sample_rate"],
+                    num_spks=hparams["num_spks"],
+                    **{key: hparams[key] for key in more if key in hparams},
+                )
+            for name, part in separator.named_children():
+                if modules is not None and part.state_dict():
+                    part.load_state_dict(unwrapped(modules[name]).state_dict())
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{hparams_file}: {error}") from error
         return separator.eval()
+
+    def _save_pretrained(self, save_directory):
+        """Writes config and weights, and a yaml for both."""
+        super()._save_pretrained(save_directory)
+        config = self.config
+        num_stems = len(self.groups or range(self.num_spks))
+        text = YAML.format(
+            title=self.title,
+            version=trackformer_sb.__version__,
+            sample_rate=self.sample_rate,
+            num_stems=num_stems,
+            classes=json.dumps(config["classes"]),
+            mixture_consistency=json.dumps(self.mixture_consistency),
+            **{name: _yaml_node(config[name]) for name in PARTS},
+        )
+        (Path(save_directory) / YAML_FILE).write_text(text, "utf-8")
+
+
+def _counted(blocks, bar, sample_rate, progress, seconds):
+    """Moves the progress as blocks pass by."""
+    frames = 0
+    progress = progress or (lambda done, total: None)
+    progress(0.0, seconds)
+    for block in blocks:
+        yield block
+        frames += block.shape[-1]
+        bar.update(block.shape[-1] / sample_rate)
+        progress(frames / sample_rate, seconds)
+
+
+def load_separator(source=DEFAULT, device=None):
+    """Loads a separator onto a device.
+
+    Arguments
+    ---------
+    source : str or Path
+        As of ``Separator.from_pretrained``.
+    device : str, optional
+        Where to put it; by default a GPU if there is one.
+
+    Returns
+    -------
+    Separator
+        In evaluation mode.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As of ``Separator.from_pretrained``, or if there is no CUDA device.
+    """
+    cuda = torch.cuda.is_available()
+    if device is None:
+        device = "cuda" if cuda else "cpu"
+    if str(device).startswith("cuda") and not cuda:
+        raise ValueError(f"device {device}: torch finds no CUDA device")
+    return Separator.from_pretrained(source).to(device)

@@ -205,17 +205,20 @@ def write_sources(
             solo = {finished[len(mixes)]: mix}
             _write_mixes(solo, file_format, reader, comment, move=False)
         if figure:
-            from trackformer_sb.inference.figures import save_figure
+            # Imported here: matplotlib is slow to import.
+            from trackformer_sb import plots
 
-            save_figure(
-                finished[-1],
-                _Mix(sources, [1.0] * num_spks).blocks,
-                {name: mix.blocks for name, mix in mixes.items()},
-                soundfile.info(os.fsencode(sources[0])).frames,
-                reader.samplerate,
-                stem,
-                comment,
-            )
+            frames = soundfile.info(os.fsencode(sources[0])).frames
+            rate = reader.samplerate
+            drawn = {
+                name: plots.spectrogram(mix.blocks(), frames, rate)
+                for name, mix in {
+                    "mixture": _Mix(sources, [1.0] * num_spks),
+                    **mixes,
+                }.items()
+            }
+            picture = plots.separation_figure([drawn], frames / rate, rate)
+            plots.save_figure(picture, finished[-1], comment)
         _write_mixes(
             dict(zip(finished, mixes.values())), file_format, reader, comment
         )

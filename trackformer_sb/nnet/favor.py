@@ -150,9 +150,8 @@ def favor_attention(query, key, value, projection, key_padding_mask=None):
 
     Time and memory are proportional to the number of frames; features are made
     for a block of frames at a time, see ``favor_blocked``. Computed in float32
-    whatever the autocast state, on a GPU in the precision of the kernels, see
-    ``favor_triton``; the result has the values' type. Can be differentiated
-    once.
+    whatever the autocast state; the result has the values' type. Can be
+    differentiated once.
 
     Arguments
     ---------
@@ -185,14 +184,6 @@ def favor_attention(query, key, value, projection, key_padding_mask=None):
     # plain form has a gradient of the directions
     plain = torch.compiler.is_compiling() or torch.jit.is_tracing()
     plain |= projection.requires_grad
-    if query.is_cuda and not plain:
-        # lazily: importing triton takes time
-        from trackformer_sb.nnet import favor_trial, favor_triton
-
-        if favor_trial.should_use_triton(query, key, value, projection):
-            return favor_triton.favor_attention_triton(
-                query, key, value, projection, key_padding_mask
-            )
     with torch.autocast(query.device.type, enabled=False):
         dtype = value.dtype
         # float64 stays, for gradient checks

@@ -7,7 +7,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from trackformer_sb.nnet import favor
-from trackformer_sb.nnet.dropout import Dropout
 
 ATTENTION_KINDS = ("favor", "softmax", "auto")
 
@@ -154,7 +153,7 @@ class SelfAttention(nn.Module):
         self.causal = causal
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out = nn.Linear(d_model, d_model)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         # sigmoid(0) * 2: a temperature of 1 to begin with
         self.temperature = nn.Parameter(torch.zeros(nhead))
         self.register_buffer(
@@ -264,7 +263,7 @@ class PerformerLayer(nn.Module):
             nn.Linear(d_model, d_ffn),
             nn.GELU(),
             nn.Linear(d_ffn, d_model),
-            Dropout(dropout),
+            nn.Dropout(dropout),
         )
 
     def forward(self, x, key_padding_mask=None):

@@ -1,1 +1,1 @@
-"""What the recipes share: command line, checkpoints, history, figures."""
+"""What the recipes share: command line, checkpoints, history."""

@@ -7,53 +7,52 @@ way to switch a flag off. Here run options count by their full name only.
 
 import dataclasses
 import difflib
-import io
 import json
 import pathlib
 import re
 
 import yaml
-from hyperpyyaml import load_hyperpyyaml, resolve_references
+from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
-
-from trackformer_sb.nnet.transfer import plain_values
-from trackformer_sb.training.settings import check_values
 
 # some fields of RunOptions are no options of its command line
 _OPTIONS = HELP_TEXTS.keys() | {"jit_module_keys", "compile_module_keys"}
 _FLAGS = {name for name in _OPTIONS if RunOptions()[name] is False}
 
 
-# Keys whose values are paths, be they called 2024 or 2024-05-01.
-PATHS = (
-    "_folder",
-    "_file",
-    "_log",
-    "pretrained_encoder",
-    "pretrained_separator",
-    "shard_urls",
-)
+class PlainLoader(yaml.SafeLoader):
+    """Reads a HyperPyYAML file without building anything."""
+
+
+def _untagged(loader, suffix, node):
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    return suffix
+
+
+PlainLoader.add_multi_constructor("!", _untagged)
 
 
 def _as_yaml(key, value):
-    """One line of overrides; what is no plain yaml value is quoted."""
+    """A value for a line of yaml: what yaml would read as text is quoted."""
     try:
-        read = yaml.safe_load(value)
+        read = yaml.load(value, PlainLoader)
     except yaml.YAMLError:
-        plain = value.startswith("!")
-    else:
-        # of a text yaml may drop a part: " #" starts a comment, "&" a name
-        cut = isinstance(read, str) and read != value and value[0] not in "'\""
-        number = re.fullmatch(r"[-+.\w]*\d[-+.\w]*", value)
-        other = not isinstance(read, (str, list, type(None)))
-        path = key.endswith(PATHS) and (number or other)
-        plain = not (
-            cut
-            or path
-            or isinstance(read, dict)
-            or value.startswith(("#", "- "))
-        )
-    return f"{key}: {value if plain else json.dumps(value)}"
+        return json.dumps(value)
+    # yaml drops the rest after " #", takes "a: b" apart, knows a null by its
+    # absence; a folder may be called 2024
+    text = isinstance(read, str) and value[0] not in "'\"!"
+    text |= isinstance(read, (dict, list)) and value[0] not in "{["
+    text |= value.startswith("#")
+    text |= key.endswith(("_folder", "_file")) and not (
+        read is None or value.startswith("!")
+    )
+    if text and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        # HyperPyYAML reads 1e-4 as a number
+        text = key.endswith(("_folder", "_file"))
+    return json.dumps(value) if text else value
 
 
 def parse_arguments(argv):
@@ -78,25 +77,24 @@ def parse_arguments(argv):
     Raises
     ------
     ValueError
-        For a missing file name or value, a second file name, a flag with a
-        value other than True or False, or a limit that is no number.
+        For a missing file name or value, a second file name, or a flag with a
+        value other than True or False.
 
     Example
     -------
     >>> hparams_file, run_opts, overrides = parse_arguments(
-    ...     ["train.yaml", "--data_folder=/music/a=b", "--lr", "1e-3"]
+    ...     ["train.yaml", "--music={max_stems: 4}", "--lr", "1e-3"]
     ... )
     >>> print(overrides)
-    data_folder: /music/a=b
+    music: {max_stems: 4}
     lr: 1e-3
     """
-    words, options, overrides, hparams_file = list(argv), [], {}, None
-    given = set()
+    words, options, values, hparams_file = list(argv), {}, {}, None
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
-            options.append(word)
-            continue
+            RunOptions.from_command_line_args([word])
+        key, has_value, value = word[2:].partition("=")
         if not word.startswith("--"):
             if hparams_file is not None:
                 raise ValueError(
@@ -104,62 +102,48 @@ def parse_arguments(argv):
                     f"then --key=value, got {hparams_file!r} before"
                 )
             hparams_file = word
-            continue
-        key, has_value, value = word[2:].partition("=")
-        if key in _FLAGS:
-            given.add(key)
-            if has_value and value.lower() not in ("true", "false"):
+        elif key in _FLAGS:
+            if value.lower() not in ("", "true", "false"):
                 raise ValueError(
                     f"--{key} is a flag, expected --{key}, --{key}=True or "
                     f"--{key}=False, got {word!r}"
                 )
-            if value.lower() != "false":
-                options.append(f"--{key}")
-            continue
-        if not has_value:
-            if not words or words[0].startswith("--"):
-                raise ValueError(f"expected a value after {word}")
-            value = words.pop(0)
-        if key in _OPTIONS:
-            given.add(key)
-            options += [f"--{key}", value]
+            options[key] = value.lower() != "false"
         else:
+            if not has_value:
+                if not words or words[0].startswith("--"):
+                    raise ValueError(f"expected a value after {word}")
+                value = words.pop(0)
             # given twice, the last one counts
-            overrides[key] = _as_yaml(key, value)
-    if hparams_file is None and not options:
+            (options if key in _OPTIONS else values)[key] = value
+    if hparams_file is None:
         raise ValueError(
             "expected a yaml file, for example: "
             "python recipes/train.py hparams/performer_mixit.yaml"
         )
-    file_argument = [] if hparams_file is None else [hparams_file]
-    _, run_opts, _ = RunOptions.from_command_line_args(file_argument + options)
-    limit = run_opts.optimizer_step_limit
-    if limit is not None:
+    given = [hparams_file]
+    for key, value in options.items():
+        if value is not False:
+            given += [f"--{key}"] if value is True else [f"--{key}", value]
+    _, run_opts, _ = RunOptions.from_command_line_args(given)
+    if run_opts.optimizer_step_limit is not None:
         # the one number that SpeechBrain's parser leaves a text
-        if not limit.isdecimal():
-            raise ValueError(
-                f"--optimizer_step_limit: expected a number, got {limit!r}"
-            )
         run_opts = dataclasses.replace(
-            run_opts, optimizer_step_limit=int(limit)
+            run_opts, optimizer_step_limit=int(run_opts.optimizer_step_limit)
         )
-    # what the yaml has as well is recorded and compared with the rest of it
-    for key in keys_of(hparams_file) & given:
+    lines = [f"{key}: {_as_yaml(key, value)}" for key, value in values.items()]
+    for key in keys_of(hparams_file) & options.keys():
+        # recorded and compared with the rest of the yaml
         value = json.dumps(run_opts[key]).replace("Infinity", ".inf")
-        overrides[key] = f"{key}: {value}"
-    return hparams_file, run_opts, "\n".join(overrides.values())
+        lines.append(f"{key}: {value}")
+    return hparams_file, run_opts, "\n".join(lines)
 
 
 def keys_of(hparams_file):
     """Top-level keys of a yaml file; none if there is no such file."""
-    path = pathlib.Path(hparams_file or "")
-    if not path.is_file():
-        return set()
-    return {
-        line.split(":")[0]
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if line[:1].isalpha() and ":" in line
-    }
+    path = pathlib.Path(hparams_file)
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return set(re.findall(r"^([A-Za-z]\w*):", text, re.MULTILINE))
 
 
 def load_hparams(hparams_file, overrides=""):
@@ -170,7 +154,8 @@ def load_hparams(hparams_file, overrides=""):
     hparams_file : str
         Path of the yaml file.
     overrides : str
-        Yaml text whose keys replace those of the file.
+        Yaml text, a line a key of the file; mappings are merged into what is
+        built there: ``music: {max_stems: 4}`` adds an argument.
 
     Returns
     -------
@@ -182,8 +167,8 @@ def load_hparams(hparams_file, overrides=""):
     FileNotFoundError
         If there is no such file.
     ValueError
-        For a key that the file does not have, with the nearest ones, or a
-        value of a wrong kind.
+        For a key that the file does not have, with the nearest ones, or an
+        argument that what it builds does not take.
     """
     path = pathlib.Path(hparams_file)
     if not path.is_file():
@@ -196,24 +181,13 @@ def load_hparams(hparams_file, overrides=""):
         key = line.split(":")[0]
         if key not in known:
             near = difflib.get_close_matches(key, known | _OPTIONS, n=3)
-            hint = (
-                f"did you mean {' or '.join(near)}?"
-                if near
-                else (f"its keys are {', '.join(sorted(known))}")
-            )
+            hint = f"did you mean {' or '.join(near)}?"
+            if not near:
+                hint = f"its keys are {', '.join(sorted(known))}"
             raise ValueError(f"unknown key {key!r} for {hparams_file}: {hint}")
-    text = path.read_text(encoding="utf-8")
-    resolved = resolve_references(io.StringIO(text), overrides)
-    # before anything is built, and as it will be used
-    resolved = resolved.getvalue()
-    empty = re.findall(r"^(\w+):[ \t]*(?:#.*)?$", resolved, re.MULTILINE)
-    values = {
-        key: value
-        for key, value in plain_values(resolved).items()
-        # what is built has no value yet
-        if value is not None or key in empty
-    }
-    check_values(values, built=False)
-    hparams = load_hyperpyyaml(text, overrides)
-    check_values(hparams)
-    return hparams
+    try:
+        return load_hyperpyyaml(path.read_text(encoding="utf-8"), overrides)
+    except TypeError as error:
+        # of an argument that a class does not have
+        words = ": ".join(map(str, error.args))
+        raise ValueError(f"{hparams_file}: {words}") from error

@@ -11,6 +11,8 @@ import numpy as np
 import speechbrain as sb
 import torch
 import yaml
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.dataio.sampler import ReproducibleRandomSampler
 from speechbrain.utils.checkpoints import (
     mark_as_loader,
     mark_as_saver,
@@ -19,14 +21,14 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from speechbrain.utils.logger import get_logger
 
+from trackformer_sb import plots
 from trackformer_sb.memory import peak_memory_mb
 from trackformer_sb.objectives.metrics import SILENT_ENERGY
-from trackformer_sb.training import figures
 from trackformer_sb.training.costs import of_all_ranks, training_costs
+from trackformer_sb.training.dataio import dataio_prep
 from trackformer_sb.training.optimization import (
     clip_all_groups,
     frozen_epochs,
-    separate_layers,
 )
 
 logger = get_logger(__name__)
@@ -36,19 +38,119 @@ logger = get_logger(__name__)
 class MusicBrain(sb.Brain):
     """Training on pairs of mixtures, see ``trackformer_sb.data.mixtures``.
 
-    Made by ``training.experiment.make_brain``, which sets what it needs. A
-    recipe adds ``compute_forward``, ``compute_objectives``, which sets
+    A recipe adds ``compute_forward``, ``compute_objectives``, which sets
     ``losses`` in training and adds to ``rows``, and the methods below that
     raise NotImplementedError.
+
+    Arguments
+    ---------
+    experiment : trackformer_sb.training.experiment.Experiment
+        Its folder and the manifests of its music are there.
+
+    Raises
+    ------
+    ValueError
+        If an epoch has no optimizer step.
     """
 
     # of test_results.csv, and what else is averaged
     columns, more_averages = (), ()
-    num_processes = 1
+    # columns of which higher is better; "loss" is the validation loss
+    selection_metrics = ("loss",)
     # panels of the training curves
-    curves = figures.CURVES
+    curves = plots.CURVES
     # layers of parameters that were pre-trained and are trained apart
     pretrained = ()
+
+    def __init__(self, experiment):
+        hparams = experiment.hparams
+        super().__init__(
+            modules=hparams["modules"],
+            opt_class=hparams["optimizer"],
+            hparams=hparams,
+            run_opts=experiment.run_opts,
+            checkpointer=hparams["checkpointer"],
+        )
+        self.num_processes, rank = 1, 0
+        if self.distributed_launch:
+            self.num_processes = torch.distributed.get_world_size()
+            rank = self.rank
+        self.skipped, self.silent_songs, self.sounding = {}, set(), {}
+        self.results_folder = pathlib.Path(hparams["output_folder"])
+        curves = {}
+        if self.debug and not self.debug_persistently:
+            # a few batches must not replace the results of a run, and all
+            # ranks need the same of SpeechBrain's temporary folders
+            self.results_folder = self.results_folder / "debug"
+            self.checkpointer.checkpoints_dir = pathlib.Path(
+                ddp_broadcast(str(self.checkpointer.checkpoints_dir))
+            )
+            self.results_folder.mkdir(exist_ok=True)
+            log = self.results_folder / "train_log.txt"
+            hparams["train_logger"].save_file = str(log)
+            curves = {"save_dir": str(self.results_folder / "tensorboard")}
+        self.tensorboard = hparams["tensorboard_logger"](**curves)
+        self.train_options = dict(hparams["train_loader_options"])
+        self.eval_options = dict(hparams["eval_loader_options"])
+        for options in (self.train_options, self.eval_options):
+            # copied to a GPU faster and without a wait
+            options["pin_memory"] = self.device_type == "cuda"
+        self.datasets, self.pairs = dataio_prep(
+            hparams, rank, self.num_processes
+        )
+        segments = self._sample_segments(hparams)
+        self.num_batches, self.num_steps = self._count_steps(segments)
+        # ranks start from equal weights but draw their own dropout
+        torch.manual_seed(hparams["seed"] + rank)
+
+    def _sample_segments(self, hparams):
+        """Chooses the order of an epoch; returns how many segments it has."""
+        train, options = self.datasets["train"], self.train_options
+        segments, wanted = len(train), hparams["epoch_segments"]
+        if isinstance(train, torch.utils.data.IterableDataset):  # shards
+            options.pop("shuffle", None)
+            options["collate_fn"] = PaddedBatch
+            # what this rank reads; all ranks read as much
+            return segments * self.num_processes
+        if wanted or options.pop("shuffle", False):
+            segments = min(segments, wanted or segments)
+            options.pop("shuffle", None)
+            # an order, and with fewer a set, of its own in each epoch; that of
+            # SpeechBrain is the same for all seeds on several processes
+            self.train_sampler = options["sampler"] = ReproducibleRandomSampler(
+                train, seed=hparams["seed"], num_samples=segments
+            )
+        return segments
+
+    def _count_steps(self, segments):
+        """Batches of an epoch, and optimizer steps of the run."""
+        size = self.train_options["batch_size"] * self.num_processes
+        batches = segments // size
+        steps = batches // self.grad_accumulation_factor
+        if not steps:
+            raise ValueError(
+                f"batch_size and grad_accumulation_factor: {segments} training "
+                f"segments are less than one step of "
+                f"{size * self.grad_accumulation_factor}"
+            )
+        # SpeechBrain counts batches anew in each epoch
+        steps *= self.hparams.number_of_epochs
+        return batches, min(steps, self.optimizer_step_limit or steps)
+
+    def train_and_test(self):
+        """Fits, then evaluates the best checkpoint."""
+        self.fit(
+            self.hparams.epoch_counter,
+            self.datasets["train"],
+            self.datasets["valid"],
+            train_loader_kwargs=self.train_options,
+            valid_loader_kwargs=self.eval_options,
+        )
+        self.evaluate(
+            self.datasets["test"],
+            max_key="score",
+            test_loader_kwargs=dict(self.eval_options),
+        )
 
     def log_picture(self, epoch):
         """Shows one validation item in TensorBoard."""
@@ -226,13 +328,7 @@ class MusicBrain(sb.Brain):
         """Adds the learning rate schedule, a cosine over all steps."""
         super().init_optimizers()
         if self.pretrained:
-            separate_layers(
-                self.optimizer,
-                self.pretrained,
-                self.hparams.pretrained_lr_scale,
-                self.hparams.pretrained_freeze_steps,
-                self.hparams.pretrained_layer_decay,
-            )
+            self.hparams.fine_tuning(self.optimizer, self.pretrained)
             counter = self.hparams.epoch_counter
             epoch_steps = self.num_batches // self.grad_accumulation_factor
             counter.limit_warmup = max(
@@ -391,8 +487,8 @@ class MusicBrain(sb.Brain):
         }
         text = json.dumps(results, indent=2)
         (folder / "metrics.json").write_text(text, encoding="utf-8")
-        figures.save_figure(
-            figures.training_curves(self.hparams.history, self.curves),
+        plots.save_figure(
+            plots.training_curves(self.hparams.history, self.curves),
             folder / "figures" / "training_curves.png",
         )
         if self.picture is not None:

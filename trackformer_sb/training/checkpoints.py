@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pathlib
+import pickle
 import shutil
 
 import torch
@@ -17,9 +18,17 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from speechbrain.utils.logger import get_logger
 
-from trackformer_sb.nnet.transfer import DAMAGED
-
 logger = get_logger(__name__)
+
+# What torch.load raises for a file that is cut, empty or something else.
+DAMAGED = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    KeyError,
+    pickle.UnpicklingError,
+)
 
 _UNFINISHED = "unfinished-"
 

@@ -1,65 +1,16 @@
-"""From the data keys of a yaml to datasets, for all recipes."""
+"""From the music of a yaml to datasets, for all recipes."""
 
 import functools
-import inspect
 import json
 import pathlib
 
-import torch
-import yaml
-from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.data_pipeline import DataPipeline
 from speechbrain.utils.distributed import run_on_main
-from speechbrain.utils.logger import get_logger
 
-from trackformer_sb.data.augment import Augmentation
-from trackformer_sb.data.catalogue import REPORT, prepare
 from trackformer_sb.data.manifest import MappedManifest
 from trackformer_sb.data.mixtures import MixtureOfMixtures
-from trackformer_sb.training.keys import SONG_KEYS
-from trackformer_sb.training.settings import check_values
-
-logger = get_logger(__name__)
-
-# Keys of the yaml that ``prepare`` takes.
-DATA_KEYS = (
-    "data_folder",
-    "dataset",
-    "segment_seconds",
-    "segment_hop_seconds",
-    "seed",
-    "sample_rate",
-    "test_folder",
-    "test_dataset",
-    *SONG_KEYS,
-)
-
-# Those that say how training pairs are made, and how they are augmented.
-PAIR_KEYS = (
-    "gain_db",
-    "single_stem_share",
-    "silent_share",
-    "equal_levels",
-    "channel",
-)
-AUGMENTATION_KEYS = (
-    "polarity_share",
-    "time_shift_seconds",
-    "speed_percent",
-    "time_stretch_percent",
-    "pitch_shift_semitones",
-)
-
-# Settled when shards are packed.
-PACKED_KEYS = (
-    "split",
-    "split_ratio",
-    "stem_groups",
-    "max_stems",
-    "min_active_share",
-    "min_level_db",
-)
+from trackformer_sb.data.music import REPORT
 
 
 class SegmentDataset(DynamicItemDataset):
@@ -89,7 +40,7 @@ class SegmentDataset(DynamicItemDataset):
 
 
 def prepare_data(hparams):
-    """Makes the manifests of the data, on the main process.
+    """Makes the manifests of the music, on the main process.
 
     Arguments
     ---------
@@ -99,39 +50,15 @@ def prepare_data(hparams):
     Raises
     ------
     FileNotFoundError, ValueError
-        For a data folder that cannot be used.
+        For music that cannot be used.
     """
-    check_values(hparams)
-    if not isinstance(hparams["min_level_db"], (int, float, type(None))):
-        raise ValueError(
-            "min_level_db: expected dBFS or null, got "
-            f"{hparams['min_level_db']!r}"
-        )
     if hparams["dataset"] == "shards":
         _check_packed(hparams)
         return
-    if hparams["shard_urls"]:
-        raise ValueError(
-            "shard_urls is given, expected dataset: shards, got dataset: "
-            f"{hparams['dataset']}"
-        )
-    options = {key: hparams[key] for key in DATA_KEYS}
-    options["stem_groups"] = read_mapping(hparams, "stem_groups")
-    options["manifest_folder"] = manifest_folder(hparams)
-    run_on_main(prepare, kwargs=options)
-
-
-def read_mapping(hparams, key, expected="{group: [pattern, ...]}"):
-    """The value of a key; a mapping on the command line arrives as a text."""
-    value = hparams[key]
-    if not isinstance(value, str):
-        return value
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"{key}: expected {expected}, got {value!r}"
-        ) from error
+    run_on_main(
+        hparams["music"].prepare,
+        args=[manifest_folder(hparams), hparams["segment_seconds"]],
+    )
 
 
 def manifest_folder(hparams):
@@ -142,22 +69,23 @@ def manifest_folder(hparams):
 
 
 def data_report(hparams):
-    """What the data of an experiment is, see ``data.catalogue.prepare``."""
-    path = manifest_folder(hparams) / REPORT
-    return json.loads(path.read_text(encoding="utf-8"))
+    """What the data of an experiment is, see ``Music.prepare``."""
+    return json.loads(_report_path(hparams).read_text(encoding="utf-8"))
+
+
+def _report_path(hparams):
+    return manifest_folder(hparams) / REPORT
 
 
 def _check_packed(hparams):
     """Refuses a folder that packing did not leave, or settings it lacks."""
-    folder = hparams["data_folder"]
-    where = f"data_folder={folder}"
-    path = pathlib.Path(folder or "") / REPORT
-    if not folder or not path.is_file():
+    where = f"data_folder={hparams['data_folder']}"
+    if not hparams["data_folder"] or not _report_path(hparams).is_file():
         raise FileNotFoundError(
             f"{where} has no {REPORT}, expected with dataset: shards a folder "
             "that `trackformer shards make` has finished"
         )
-    packed = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    packed = data_report(hparams)["settings"]
     if packed["sample_rate"] != hparams["sample_rate"]:
         raise ValueError(
             f"sample_rate: expected {packed['sample_rate']} Hz, that of the "
@@ -168,58 +96,6 @@ def _check_packed(hparams):
             f"segment_seconds: expected up to {packed['segment_seconds']}, the "
             f"length packed in {where}, got {hparams['segment_seconds']}"
         )
-    asked = {**hparams, "stem_groups": read_mapping(hparams, "stem_groups")}
-    for key in PACKED_KEYS:
-        default = inspect.signature(prepare).parameters[key].default
-        # of earlier packings, and of older yamls, not all are known
-        known = packed.get(key, default)
-        value = asked.get(key, default)
-        if key == "split_ratio":  # two parts with a test_folder
-            value, default = (list(x)[: len(known)] for x in (value, default))
-            known = list(known)
-        if value not in (known, default):
-            raise ValueError(
-                f"{key}: expected {known}, with which {where} was "
-                f"packed, got {value}"
-            )
-    faster = 1.0
-    for key in ("speed_percent", "time_stretch_percent"):
-        faster *= 1 + hparams[key] / 100
-    needed = hparams["segment_seconds"] * faster
-    if packed["segment_seconds"] < needed - 1e-6:
-        logger.warning(
-            "speed_percent, time_stretch_percent: segments that are played "
-            "faster end with silence, for the shards hold no more than "
-            f"{packed['segment_seconds']:g} s of each; those of {needed:g} s "
-            "would not"
-        )
-    if hparams["test_folder"]:
-        raise ValueError(
-            "test_folder: shards bring their own test songs, expected null, "
-            f"got {hparams['test_folder']}"
-        )
-
-
-def _sharded(hparams, training):
-    """The training set of shards; gives its loader the options it needs."""
-    # Imported here: an optional extra.
-    from trackformer_sb.data.shard_reading import ShardedMixtures
-
-    distributed = torch.distributed.is_initialized()
-    dataset = ShardedMixtures(
-        hparams["shard_urls"] or hparams["data_folder"],
-        hparams["sample_rate"],
-        hparams["segment_seconds"],
-        hparams["seed"],
-        world_size=torch.distributed.get_world_size() if distributed else 1,
-        epoch_segments=hparams["epoch_segments"],
-        batch_size=hparams["batch_size"],
-        **training,
-    )
-    options = hparams["train_loader_options"]
-    options.pop("shuffle", None)
-    options["collate_fn"] = PaddedBatch
-    return dataset
 
 
 def _lost(max_failures, tracks, skipped):
@@ -231,8 +107,15 @@ def _lost(max_failures, tracks, skipped):
     return own or len(skipped) >= max_failures
 
 
-def dataio_prep(hparams, rank):
+def dataio_prep(hparams, rank=0, world_size=1):
     """Datasets of pairs of mixtures from the prepared manifests.
+
+    Arguments
+    ---------
+    hparams : dict
+        The loaded yaml; ``pairs`` makes the training pairs.
+    rank, world_size : int
+        Number of this process, and of all.
 
     Returns
     -------
@@ -242,27 +125,35 @@ def dataio_prep(hparams, rank):
         What draws the training pairs; to be told the epoch.
     """
     folder = manifest_folder(hparams)
-    training = {key: hparams[key] for key in PAIR_KEYS}
-    evaluation = {"with_stems": True}
-    training["rank"] = rank
-    training["augmentation"] = Augmentation(
-        **{key: hparams[key] for key in AUGMENTATION_KEYS}
+    more = {"max_failures": 1} if hparams["music"].strict else {}
+    make_pairs = {
+        "train": functools.partial(hparams["pairs"], rank=rank, **more)
+    }
+    make_pairs["valid"] = make_pairs["test"] = functools.partial(
+        MixtureOfMixtures,
+        sample_rate=hparams["sample_rate"],
+        seed=hparams["seed"],
+        with_stems=True,
+        **more,
     )
-    if hparams["strict"]:
-        training["max_failures"] = evaluation["max_failures"] = 1
     datasets, train_pairs = {}, None
-    for split in ("train", "valid", "test"):
+    for split, make in make_pairs.items():
         if split == "train" and hparams["dataset"] == "shards":
-            datasets[split] = train_pairs = _sharded(hparams, training)
+            # Imported here: an optional extra.
+            from trackformer_sb.data.shard_reading import ShardedMixtures
+
+            datasets[split] = train_pairs = ShardedMixtures(
+                hparams["music"].shard_urls or folder,
+                duration=hparams["segment_seconds"],
+                world_size=world_size,
+                epoch_segments=hparams["epoch_segments"],
+                batch_size=hparams["batch_size"],
+                **make.keywords,
+            )
             continue
         rows = MappedManifest(folder, split, hparams["segment_seconds"])
         dataset = SegmentDataset(rows)
-        pairs = MixtureOfMixtures(
-            rows,
-            hparams["sample_rate"],
-            hparams["seed"],
-            **(training if split == "train" else evaluation),
-        )
+        pairs = make(rows)
         dataset.add_dynamic_item(
             pairs, takes="id", provides=["mixtures", "stems", "skipped"]
         )

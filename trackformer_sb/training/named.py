@@ -12,10 +12,9 @@ from speechbrain.dataio.dataloader import SaveableDataLoader
 from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from speechbrain.utils.logger import get_logger
 
+from trackformer_sb.data.music import Music
 from trackformer_sb.data.remix import (
     NamedWindows,
-    RemixedItems,
-    list_tracks,
     mark_absent,
 )
 from trackformer_sb.inference.separation import apply_masks
@@ -28,7 +27,6 @@ from trackformer_sb.objectives.named_metrics import (
     time_averaged_masks,
 )
 from trackformer_sb.training.costs import of_all_ranks
-from trackformer_sb.training.dataio import read_mapping
 from trackformer_sb.training.optimization import clip_all_groups
 
 logger = get_logger(__name__)
@@ -297,61 +295,29 @@ class NamedSeparation(sb.Brain):
         from trackformer_sb.inference.separator import Separator
 
         hparams = self.hparams
-        separator = Separator.of_masknet(
-            hparams.ema.module,
-            classes=list(hparams.classes),
-            sample_rate=hparams.sample_rate,
-            n_fft=hparams.n_fft,
-            hop_length=hparams.hop_length,
+        folder = pathlib.Path(hparams.output_folder)
+        separator = Separator.of_recipe(
+            folder / "hyperparams.yaml", {"masknet": hparams.ema.module}
         )
-        separator.save_pretrained(
-            pathlib.Path(hparams.output_folder) / "separator"
-        )
+        separator.bfloat16().save_pretrained(folder / "separator")
 
 
 def _songs(hparams):
     """Songs with stems, and without."""
-    classes, dataset = hparams["classes"], hparams["dataset"]
-    named, mixtures = [], []
-    if hparams["data_folder"] and dataset != "mixtures":
-        named = list_tracks(
-            "data_folder",
-            hparams["data_folder"],
-            dataset,
-            hparams["stem_classes"],
-        )
-    folders = {"mixtures_folder": hparams["mixtures_folder"]}
-    if dataset == "mixtures":
-        folders["data_folder"] = hparams["data_folder"]
-    for key, folder in folders.items():
-        if folder:
-            mixtures += list_tracks(key, folder, "mixtures")
-    absent = read_mapping(hparams, "absent", "{pattern: [class, ...]}")
-    mixtures = mark_absent(mixtures, absent, classes)
-    parts = [
-        [
-            song
-            for song in songs
-            if song["split"] in ("", "train")
-            and song["song_seconds"] >= hparams["segment_seconds"]
-        ]
-        for songs in (named, mixtures)
-    ]
+    songs = []
+    for music in (hparams["music"], hparams["mixtures"]):
+        if music.folder:
+            songs += music.songs(hparams["segment_seconds"])
+    songs = [song for song in songs if song.split in ("", "train")]
+    named = [song for song in songs if song.has_stems]
+    mixtures = [song for song in songs if not song.has_stems]
+    mixtures = mark_absent(mixtures, hparams["absent"], hparams["classes"])
     logger.info(
-        f"{len(parts[0])} songs with stems of {', '.join(classes)}, "
-        f"{len(parts[1])} without, of which "
-        f"{sum(bool(song['absent']) for song in parts[1])} lack a class"
+        f"{len(named)} songs with stems of {', '.join(hparams['classes'])}, "
+        f"{len(mixtures)} without, of which "
+        f"{sum(bool(song.absent) for song in mixtures)} lack a class"
     )
-    return parts
-
-
-def _mixture_share(hparams):
-    """Share of items without stems: all or none of one kind of folder."""
-    mixtures = hparams["dataset"] == "mixtures"
-    if not mixtures and not hparams["mixtures_folder"]:
-        return 0.0
-    named = hparams["data_folder"] and not mixtures
-    return hparams["mixture_share"] if named else 1.0
+    return named, mixtures
 
 
 def initialise(hparams):
@@ -377,11 +343,12 @@ def initialise(hparams):
     masknet = hparams["MaskNet"]
     keys = "classes", "sample_rate", "n_fft", "hop_length"
     asked = {key: hparams[key] for key in keys} | masknet.arguments
-    known = separator.config | separator.masknet.arguments
+    config = separator.config
+    known = config["encoder"] | config["masknet"] | config
     different = [
-        f"{key} is {known[key]}, this training has {value}"
+        f"{key} is {known.get(key)}, this training has {value}"
         for key, value in asked.items()
-        if known[key] != value
+        if known.get(key) != value
     ]
     if different:
         raise ValueError(
@@ -403,7 +370,6 @@ def train(experiment):
     hparams = experiment.hparams
     # before anything of an earlier run is written over
     initialise(hparams)
-    hparams["stem_classes"] = read_mapping(hparams, "stem_classes")
     sb.create_experiment_directory(**experiment.directory)
     brain = NamedSeparation(
         modules=hparams["modules"],
@@ -417,32 +383,20 @@ def train(experiment):
     world = (
         torch.distributed.get_world_size() if brain.distributed_launch else 1
     )
-    songs, mixtures = _songs(hparams)
-    brain.items = RemixedItems(
-        songs,
-        hparams["classes"],
-        mixtures,
-        _mixture_share(hparams),
-        hparams["epoch_items"],
-        hparams["sample_rate"],
-        hparams["segment_seconds"],
-        hparams["seed"],
-    )
-    brain.groups, windows = [], []
+    brain.items = hparams["items"](*_songs(hparams))
+    valid_songs = {}
     for folder in hparams["valid_folders"]:
         group = pathlib.Path(folder).name
-        if group in brain.groups:
+        if group in valid_songs:
             raise ValueError(
                 "valid_folders: expected other names than twice "
                 f"{group}, which tell them apart"
             )
-        brain.groups.append(group)
-        songs_of_group = list_tracks(
-            "valid_folders", folder, "stems", hparams["stem_classes"]
-        )
-        windows += [song | {"group": group} for song in songs_of_group]
+        music = Music(folder, "stems", stem_groups=hparams["stem_classes"])
+        valid_songs[group] = music.songs()
+    brain.groups = list(valid_songs)
     valid = NamedWindows(
-        windows,
+        valid_songs,
         hparams["sample_rate"],
         per_song=hparams["valid_windows"],
         rank=rank,
@@ -465,7 +419,7 @@ def train(experiment):
         hparams["epoch_counter"],
         brain.items,
         SaveableDataLoader(valid, batch_size=1, collate_fn=list)
-        if windows
+        if brain.groups
         else None,
         train_loader_kwargs=options,
         progressbar=False,

@@ -32,7 +32,7 @@ def cosine_schedule(optimizer, num_steps, lr_final, warmup_steps=0):
     Raises
     ------
     ValueError
-        If the optimizer's learning rate is zero.
+        If the optimizer's learning rate is zero, or below ``lr_final``.
 
     Example
     -------
@@ -47,8 +47,11 @@ def cosine_schedule(optimizer, num_steps, lr_final, warmup_steps=0):
     [1.0, 0.75, 0.5, 0.5]
     """
     highest = optimizer.defaults["lr"]
-    if not highest > 0:
-        raise ValueError(f"expected lr above 0, got {highest}")
+    if not 0 <= lr_final <= highest or not highest:
+        raise ValueError(
+            f"expected lr above 0 and lr_final from 0 to lr, got {highest} "
+            f"and {lr_final}"
+        )
     lowest = lr_final / highest
 
     def factor(step):
@@ -81,13 +84,12 @@ def check_groups(lr_scale, freeze_steps, layer_decay=1.0):
     numbers = lr_scale, freeze_steps
     if not all(isinstance(x, Real) and x >= 0 for x in numbers):
         raise ValueError(
-            "expected pretrained_lr_scale and pretrained_freeze_steps from 0, "
+            "expected lr_scale and freeze_steps from 0, "
             f"got {lr_scale} and {freeze_steps}"
         )
     if not (isinstance(layer_decay, Real) and 0 < layer_decay <= 1):
         raise ValueError(
-            "expected pretrained_layer_decay above 0 and up to 1, "
-            f"got {layer_decay}"
+            f"expected layer_decay above 0 and up to 1, got {layer_decay}"
         )
 
 

@@ -1,18 +1,23 @@
-"""The page of ``trackformer demo``: drop music in, hear its sources."""
+"""The page of ``trackformer demo``: drop music in, hear and take its stems.
 
+Everything comes from this machine: no fonts, scripts or statistics of others.
+"""
+
+import contextlib
+import html
 import os
 import shutil
 import tempfile
-import threading
+import zipfile
+from importlib import resources
 from pathlib import Path
+from urllib.parse import quote
 
-from trackformer_sb.web.markup import escaped, problem, separation
-from trackformer_sb.web.uploads import separate_upload
+import soundfile
 
-HINT = (
-    "Drop a file of music above: wav, flac, ogg, mp3 or aiff, at most "
-    "{minutes:g} minutes and {megabytes:g} MB."
-)
+from trackformer_sb import plots
+
+BLOCK_FRAMES = 2**18
 
 
 def import_gradio():
@@ -39,151 +44,227 @@ def import_gradio():
     return gradio
 
 
-class Uploads:
-    """The files of everyone who has the page open.
+def separate_upload(separator, path, folder, max_minutes, progress):
+    """Separates a file, draws its stems, and packs them.
 
     Arguments
     ---------
-    root : Path
-        An existing folder for all of them.
+    separator : Separator
+        Or any object with its ``separate_file`` and ``groups``.
+    path : Path
+        The uploaded file.
+    folder : Path
+        An existing folder for what is made. If it goes meanwhile, as the page
+        was closed, the separation ends.
+    max_minutes : float
+        Longest music that is taken.
+    progress : callable
+        Called with the share of the work that is done, and ``desc``, in words.
+
+    Returns
+    -------
+    dict
+        For ``player.js``: ``stems``, a list of dicts of name, address of the
+        wav and of its spectrogram, which sum to the file, and ``archive``, the
+        address of a zip of all stems.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read or is too long; the message names it without
+        its folder.
     """
 
-    def __init__(self, root):
-        self.root = root
-        self._lock = threading.Lock()
-        self._of_session = {}  # session -> (uploaded file, folder)
+    def separated(done, total):
+        if max(done, total or 0) > 60 * max_minutes:
+            raise ValueError(
+                f"{path.name} is too long: expected at most {max_minutes:g} "
+                "minutes"
+            )
+        if not folder.exists():
+            raise ValueError("the page was closed")
+        total = total or done or 1
+        text = f"Separated {done:.0f} of {total:.0f} s"
+        progress(0.9 * done / total, desc=text)
 
-    def start(self, session, upload):
-        """Takes a new upload in place of the session's former one.
-
-        Arguments
-        ---------
-        session : str
-            Who uploaded.
-        upload : str
-            The file.
-        """
-        self.discard(session)
-        folder = Path(tempfile.mkdtemp(dir=self.root))
-        with self._lock:
-            self._of_session[session] = (Path(upload), folder)
-
-    def get(self, session):
-        """The upload of a session.
-
-        Arguments
-        ---------
-        session : str
-            Who asks.
-
-        Returns
-        -------
-        tuple of Path, or None
-            The uploaded file and the folder of its sources.
-        """
-        with self._lock:
-            return self._of_session.get(session)
-
-    def discard(self, session):
-        """Removes what a session has left.
-
-        Arguments
-        ---------
-        session : str
-            Who left, or dropped another file.
-        """
-        with self._lock:
-            upload, folder = self._of_session.pop(session, (None, None))
-            # gradio keeps equal uploads once
-            others = [other for other, _ in self._of_session.values()]
-            if upload is not None and upload not in others:
-                upload.unlink(missing_ok=True)
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        wavs = separator.separate_file(
+            path, folder, progressbar=False, progress=separated
+        )
+    except soundfile.LibsndfileError as error:
+        raise ValueError(
+            f"{path.name} is no audio file that can be read (wav, flac, ogg, "
+            "mp3 or aiff), or is damaged"
+        ) from error
+    except (ValueError, OSError, RuntimeError) as error:
+        message = str(error).replace(str(path), path.name)
+        raise ValueError(message) from error
+    progress(0.9, desc="Drawing spectrograms")
+    powers = [_spectrogram(wav) for wav in wavs]
+    loudest = max(power.max() for power in powers)
+    names = separator.groups or [f"source {i}" for i in range(len(wavs))]
+    stems = []
+    for name, wav, power in zip(names, wavs, powers):
+        picture = wav.with_suffix(".png")
+        plots.save_spectrogram(power, loudest, picture)
+        stems.append(
+            {
+                "name": name.capitalize(),
+                "file": wav.name,
+                "url": _address(wav),
+                "picture": _address(picture),
+            }
+        )
+    archive = folder / f"{path.stem}_stems.zip"
+    # sound does not get smaller
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as packed:
+        for wav in wavs:
+            packed.write(wav, wav.name)
+    return {"stems": stems, "archive": _address(archive)}
 
 
-class _Discarded(Exception):
-    """Nobody waits for this separation any more."""
+def _spectrogram(path):
+    with soundfile.SoundFile(path) as file:
+        blocks = file.blocks(BLOCK_FRAMES, dtype="float32", always_2d=True)
+        return plots.spectrogram(blocks, file.frames, file.samplerate)[0]
 
 
-def build_page(separator, root, title, max_megabytes=100, max_minutes=15):
+def _address(path):
+    """Where gradio serves a file, relative to the page."""
+    return f"gradio_api/file={quote(str(path))}"
+
+
+def build_page(separator, root, title, max_minutes):
     """The page, ready to be launched.
 
     Arguments
     ---------
-    separator : PerformerSeparation
+    separator : Separator
         What separates; one file at a time.
     root : Path
-        An existing folder for uploads and sources.
+        An existing folder for the stems, one folder a visitor.
     title : str
         What the page says of the model.
-    max_megabytes, max_minutes : float
-        Limits that the page announces; ``max_minutes`` is enforced here.
+    max_minutes : float
+        Longest music that is taken.
 
     Returns
     -------
     gradio.Blocks
         The page.
+    """
+    gr = import_gradio()
+    parts = resources.files("trackformer_sb.web")
+
+    def discard(request: gr.Request):
+        shutil.rmtree(root / request.session_hash, ignore_errors=True)
+
+    # gradio finds the progress bar by the default of an argument
+    def separate(upload, request: gr.Request, bar=gr.Progress()):  # noqa: B008
+        discard(request)
+        if upload is None:
+            return None
+        folder = root / request.session_hash
+        folder.mkdir()
+        try:
+            return separate_upload(
+                separator, Path(upload), folder, max_minutes, bar
+            )
+        except ValueError as error:
+            raise gr.Error(
+                html.escape(str(error)), duration=20, print_exception=False
+            ) from error
+
+    # uploads go after an hour
+    with gr.Blocks(
+        title="trackformer", analytics_enabled=False, delete_cache=(600, 3600)
+    ) as page:
+        gr.HTML(f"<h1>trackformer</h1><p>{html.escape(title)}</p>")
+        file = gr.File(
+            label="Music: wav, flac, ogg, mp3 or aiff, at most "
+            f"{max_minutes:g} minutes",
+            height=140,
+        )
+        player = gr.HTML(
+            html_template="",
+            css_template=(parts / "player.css").read_text("utf-8"),
+            js_on_load=(parts / "player.js").read_text("utf-8"),
+            min_height=120,
+        )
+        file.change(
+            separate, file, player, concurrency_limit=1, api_name="separate"
+        )
+        page.unload(discard)
+    return page
+
+
+@contextlib.contextmanager
+def running_page(
+    separator,
+    title,
+    host="127.0.0.1",
+    port=None,
+    max_megabytes=100,
+    max_minutes=15,
+):
+    """Serves the page as long as the context lasts.
+
+    All files that visitors leave lie in one temporary folder, which goes with
+    the context; the stems of a visitor go when the page is closed.
+
+    Arguments
+    ---------
+    separator : Separator
+        What separates.
+    title : str
+        What the page says of the model.
+    host : str
+        Address to listen at; the default is reached from this machine only.
+    port : int, optional
+        By default the first free one from 7860.
+    max_megabytes : float
+        Largest upload, in 2**20 bytes.
+    max_minutes : float
+        Longest music.
+
+    Yields
+    ------
+    str
+        Address of the page.
 
     Raises
     ------
     ImportError
         If gradio is missing.
+    OSError
+        If the port is taken.
     """
     gr = import_gradio()
-    uploads = Uploads(root)
-    hint = HINT.format(minutes=max_minutes, megabytes=max_megabytes)
-    hint = f'<p class="hint">{escaped(hint)}</p>'
-
-    def receive(upload, request: gr.Request):
-        uploads.start(request.session_hash, upload)
-        return ""
-
-    def discard(request: gr.Request):
-        uploads.discard(request.session_hash)
-
-    def clear(request: gr.Request):
-        uploads.discard(request.session_hash)
-        return hint
-
-    # gradio finds the progress bar by the default of an argument
-    def separate(request: gr.Request, bar=gr.Progress()):  # noqa: B008
-        mine = uploads.get(request.session_hash)
-        if mine is None:
-            return gr.skip()
-        upload, folder = mine
-
-        def progress(share, text):
-            if uploads.get(request.session_hash) != mine:
-                raise _Discarded
-            bar(share, desc=text)
-
+    with tempfile.TemporaryDirectory(prefix="trackformer-") as root:
+        root = Path(root).resolve()
+        before = os.environ.get("GRADIO_TEMP_DIR", "")  # "" is the default
+        os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")
+        stems = root / "stems"
+        stems.mkdir()
+        page = build_page(separator, stems, title, max_minutes)
         try:
-            separated = separate_upload(
-                separator, upload, folder, max_minutes, progress
+            _, url, _ = page.launch(
+                server_name=host,
+                server_port=port,
+                share=False,
+                inbrowser=False,
+                prevent_thread_lock=True,
+                quiet=True,
+                ssr_mode=False,
+                footer_links=[],
+                allowed_paths=[str(stems)],
+                max_file_size=round(max_megabytes * 2**20),
+                theme=gr.themes.Base(
+                    font=["system-ui", "sans-serif"],
+                    font_mono=["ui-monospace", "monospace"],
+                ),
             )
-            return separation(separated, upload.name)
-        except _Discarded:
-            return gr.skip()
-        except (ValueError, OSError, RuntimeError) as error:
-            if uploads.get(request.session_hash) != mine:
-                return gr.skip()
-            return problem(str(error))
-
-    with gr.Blocks(title="trackformer", analytics_enabled=False) as page:
-        gr.HTML(f"<h1>trackformer</h1><p>{escaped(title)}</p>", padding=False)
-        file = gr.File(label="Music", height=140)
-        result = gr.HTML(hint, js_on_load=None, elem_id="result")
-        file.upload(
-            receive, file, result, queue=False, trigger_mode="multiple"
-        ).then(
-            separate,
-            None,
-            result,
-            concurrency_limit=1,
-            trigger_mode="multiple",
-            api_name="separate",
-        )
-        file.clear(clear, None, result, queue=False)
-        page.unload(discard)
-    return page
+            yield url
+        finally:
+            page.close(verbose=False)
+            os.environ["GRADIO_TEMP_DIR"] = before

@@ -1,284 +1,171 @@
-// Plays all tracks of a separation at once, exactly in sync.
+// Plays the stems of a separation at once, exactly in sync.
 //
-// The sources sum to the original, so that a shift of one sample between two
-// of them can be heard: audio elements are not exact enough. Pieces of the wav
-// files are fetched shortly before they sound, and scheduled on one clock.
-(() => {
-  const FIRST = 0.5; // seconds fetched before anything sounds
-  const PIECE = 2; // seconds fetched at once later on
-  const AHEAD = 6; // seconds scheduled before they sound
-  const LEAD = 0.1; // seconds between scheduling and the first sound
-  const FADE = 0.01; // seconds of a change of volume, so that none clicks
+// They sum to the song, so that a shift of one sample between two of them can
+// be heard: audio elements are not exact enough. Buffers that start at one time
+// of one clock are.
+//
+// Runs with gradio's `element`, `props` and `watch`.
 
-  const sleep = (seconds) =>
-    new Promise((done) => setTimeout(done, seconds * 1000));
+const LEAD = 0.05; // seconds from a press of Play to the first sound
+const FADE = 0.01; // seconds of a change of volume, so that none clicks
 
-  const clock = (seconds) => {
-    const whole = Math.floor(seconds);
-    return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}`;
-  };
+const make = (tag, attributes, ...children) => {
+  const node = Object.assign(document.createElement(tag), attributes);
+  node.append(...children);
+  return node;
+};
 
-  async function fetchBytes(url, first, last) {
-    const headers = { Range: `bytes=${first}-${last}` };
-    const response = await fetch(url, { headers });
-    if (response.status !== 206) {
-      throw new Error("The audio is no longer on the server.");
-    }
-    return response.arrayBuffer();
+const clock = (seconds) => {
+  const whole = Math.floor(seconds);
+  return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}`;
+};
+
+class Stem {
+  constructor({ name, file, url, picture }, player) {
+    this.url = url;
+    this.gain = player.context.createGain();
+    this.gain.connect(player.context.destination);
+    const toggle = (text) => {
+      const button = make("button", { type: "button", className: text }, text);
+      button.ariaLabel = `${text} ${name}`;
+      button.ariaPressed = "false";
+      button.onclick = () => {
+        button.ariaPressed = String(button.ariaPressed === "false");
+        player.mix();
+      };
+      return button;
+    };
+    this.mute = toggle("Mute");
+    this.solo = toggle("Solo");
+    this.volume = make("input", { type: "range", max: 1, step: "any" });
+    this.volume.value = 1;
+    this.volume.ariaLabel = `Volume of ${name}`;
+    this.volume.oninput = () => player.mix();
+    this.playhead = make("div", { className: "playhead" });
+    const image = make("img", { src: picture, alt: `Spectrogram of ${name}` });
+    const view = make("div", { className: "view" }, image, this.playhead);
+    view.onclick = ({ clientX }) => {
+      const { left, width } = view.getBoundingClientRect();
+      player.seek(((clientX - left) / width) * player.seconds);
+    };
+    this.row = make(
+      "div",
+      { className: "stem" },
+      make("b", {}, name),
+      make("span", {}, this.mute, this.solo),
+      this.volume,
+      view,
+      make("a", { href: url, download: file }, "Download"),
+    );
   }
 
-  // Position of the samples in a wav or RF64 file.
-  async function dataOffset(url) {
-    const view = new DataView(await fetchBytes(url, 0, 4095));
-    const name = (at) =>
-      String.fromCharCode(...new Uint8Array(view.buffer, at, 4));
-    for (let at = 12; at + 8 <= view.byteLength; ) {
-      if (name(at) === "data") return at + 8;
-      const size = view.getUint32(at + 4, true);
-      at += 8 + size + (size % 2);
-    }
-    throw new Error("The audio is no wav file.");
+  async load(context) {
+    const response = await fetch(this.url);
+    if (!response.ok) throw new Error("The stems are no longer here.");
+    this.buffer = await context.decodeAudioData(await response.arrayBuffer());
   }
 
-  class Track {
-    constructor(row, player) {
-      this.row = row;
-      this.player = player;
-      this.url = row.dataset.url;
-      this.playhead = row.querySelector(".playhead");
-      this.mute = row.querySelector(".mute");
-      this.solo = row.querySelector(".solo");
-      for (const button of [this.mute, this.solo]) {
-        button.addEventListener("click", () => {
-          const pressed = button.getAttribute("aria-pressed") === "true";
-          button.setAttribute("aria-pressed", String(!pressed));
-          player.mix();
-        });
-      }
-      const view = row.querySelector(".view");
-      view.addEventListener("click", (event) => {
-        const box = view.getBoundingClientRect();
-        player.seek(((event.clientX - box.left) / box.width) * player.seconds);
-      });
-    }
+  setHeard(heard) {
+    const volume = heard ? Number(this.volume.value) : 0;
+    this.row.style.setProperty("--heard", volume ? 1 : 0.35);
+    this.gain.gain.setTargetAtTime(volume, this.gain.context.currentTime, FADE);
+  }
+}
 
-    muted() {
-      return this.mute.getAttribute("aria-pressed") === "true";
-    }
-
-    soloed() {
-      return this.solo.getAttribute("aria-pressed") === "true";
-    }
-
-    connect(context, output) {
-      this.gain = context.createGain();
-      this.gain.gain.value = this.heard ? 1 : 0;
-      this.gain.connect(output);
-    }
-
-    setHeard(heard) {
-      this.heard = heard;
-      this.row.dataset.heard = String(heard);
-      if (!this.gain) return;
-      const { currentTime } = this.gain.context;
-      const { gain } = this.gain;
-      gain.cancelScheduledValues(currentTime);
-      gain.setValueAtTime(gain.value, currentTime);
-      gain.linearRampToValueAtTime(heard ? 1 : 0, currentTime + FADE);
-    }
-
-    async read(first, count) {
-      const { channels, rate, context } = this.player;
-      this.offset ??= await dataOffset(this.url);
-      const start = this.offset + first * channels * 4;
-      const end = start + count * channels * 4 - 1;
-      // float32, little endian as wav and as all that browsers run on
-      const sig = new Float32Array(await fetchBytes(this.url, start, end));
-      const buffer = context.createBuffer(channels, count, rate);
-      for (let channel = 0; channel < channels; channel++) {
-        const samples = buffer.getChannelData(channel);
-        for (let i = 0; i < count; i++) {
-          samples[i] = sig[i * channels + channel];
-        }
-      }
-      return buffer;
-    }
+class Player {
+  constructor({ stems, archive }) {
+    this.context = new AudioContext();
+    this.position = 0; // seconds, where it does not play
+    this.sources = []; // what plays now
+    this.seconds = 0;
+    this.stems = stems.map((stem) => new Stem(stem, this));
+    this.button = make("button", { type: "button", disabled: true }, "Loading");
+    this.button.onclick = () =>
+      this.sources.length ? this.stop() : this.play();
+    this.time = make("span", {});
+    this.seeker = make("input", { type: "range", max: 1, step: "any" });
+    this.seeker.ariaLabel = "Position";
+    this.seeker.oninput = () => this.seek(this.seeker.value * this.seconds);
+    const all = make("a", { href: archive, download: "" }, "Download all");
+    const controls = [this.button, this.time, this.seeker, all];
+    this.nodes = [
+      make("div", { className: "stem" }, ...controls),
+      ...this.stems.map(({ row }) => row),
+      make("p", {}, "Together the stems are the song."),
+    ];
+    this.mix();
+    this.load();
   }
 
-  class Player {
-    constructor(root) {
-      this.root = root;
-      this.rate = Number(root.dataset.rate);
-      this.channels = Number(root.dataset.channels);
-      this.frames = Number(root.dataset.frames);
-      this.seconds = this.frames / this.rate;
-      this.position = 0; // seconds, where it does not play
-      this.run = null; // what plays now
-      this.play = root.querySelector(".play");
-      this.seeker = root.querySelector(".seek");
-      this.time = root.querySelector(".time");
-      this.message = root.querySelector(".message");
-      this.tracks = [...root.querySelectorAll(".track")].map(
-        (row) => new Track(row, this),
-      );
-      this.play.addEventListener("click", () =>
-        this.run ? this.pause() : this.start(),
-      );
-      this.seeker.addEventListener("input", () =>
-        this.seek((this.seeker.value / this.seeker.max) * this.seconds),
-      );
-      this.mix();
+  async load() {
+    try {
+      await Promise.all(this.stems.map((stem) => stem.load(this.context)));
+      this.seconds = this.stems[0].buffer.duration;
+      this.button.disabled = false;
       this.show();
-    }
-
-    // Solo goes before mute: one solo, and only soloed tracks are heard.
-    mix() {
-      const anySolo = this.tracks.some((track) => track.soloed());
-      for (const track of this.tracks) {
-        track.setHeard(anySolo ? track.soloed() : !track.muted());
-      }
-    }
-
-    open() {
-      if (this.context) return;
-      // at the rate of the music pieces join without resampling
-      try {
-        this.context = new AudioContext({ sampleRate: this.rate });
-      } catch {
-        this.context = new AudioContext();
-      }
-      this.output = this.context.createGain();
-      this.output.connect(this.context.destination);
-      for (const track of this.tracks) track.connect(this.context, this.output);
-    }
-
-    now() {
-      if (!this.run || this.run.zero === undefined) return this.position;
-      const time = this.context.currentTime - this.run.zero;
-      return Math.min(Math.max(time, this.run.from), this.seconds);
-    }
-
-    // A time on the grid of samples, or sources would be interpolated.
-    soon() {
-      const { currentTime, sampleRate } = this.context;
-      return Math.ceil((currentTime + LEAD) * sampleRate) / sampleRate;
-    }
-
-    async start() {
-      const run = { from: this.position, sources: new Set() };
-      this.run = run; // ends the loop of an older one
-      this.message.textContent = "";
-      this.show();
-      try {
-        this.open();
-        await this.context.resume();
-        await this.feed(run);
-      } catch (error) {
-        if (this.run !== run) return;
-        this.pause();
-        this.message.textContent = error.message;
-      }
-    }
-
-    async feed(run) {
-      let piece = Math.round(FIRST * this.rate);
-      run.frame = Math.floor(run.from * this.rate); // scheduled up to here
-      while (run.frame < this.frames) {
-        const first = run.frame;
-        const count = Math.min(piece, this.frames - first);
-        const buffers = await Promise.all(
-          this.tracks.map((track) => track.read(first, count)),
-        );
-        if (this.run !== run) return;
-        const soon = this.soon();
-        // late: all tracks wait together
-        if (run.zero === undefined || run.zero + first / this.rate < soon - LEAD)
-          run.zero = soon - first / this.rate;
-        const when = run.zero + first / this.rate;
-        buffers.forEach((buffer, i) => {
-          const source = this.context.createBufferSource();
-          source.buffer = buffer;
-          source.connect(this.tracks[i].gain);
-          source.onended = () => run.sources.delete(source);
-          source.start(when);
-          run.sources.add(source);
-        });
-        run.frame += count;
-        piece = Math.min(piece * 2, Math.round(PIECE * this.rate));
-        const ahead = () =>
-          run.zero + run.frame / this.rate - this.context.currentTime;
-        while (this.run === run && ahead() > AHEAD) await sleep(0.1);
-        if (this.run !== run) return;
-      }
-      while (this.run === run && this.now() < this.seconds) await sleep(0.05);
-      if (this.run !== run) return;
-      this.stop();
-      this.position = 0;
-      this.show();
-    }
-
-    stop() {
-      const { run } = this;
-      this.run = null;
-      for (const source of run?.sources ?? []) source.stop();
-    }
-
-    pause() {
-      this.position = this.now();
-      this.stop();
-      this.show();
-    }
-
-    seek(seconds) {
-      const playing = this.run !== null;
-      if (playing) this.stop();
-      this.position = Math.min(Math.max(seconds, 0), this.seconds);
-      if (playing) this.start();
-      else this.show();
-    }
-
-    show() {
-      const now = this.now();
-      const share = this.seconds ? now / this.seconds : 0;
-      this.play.textContent = this.run ? "Pause" : "Play";
-      this.seeker.value = share * this.seeker.max;
-      const text = `${clock(now)} / ${clock(this.seconds)}`;
-      this.time.textContent = text;
-      this.seeker.setAttribute("aria-valuetext", text);
-      for (const { playhead } of this.tracks) {
-        playhead.style.left = `${share * 100}%`;
-      }
-      if (this.run && !this.drawing) {
-        this.drawing = true;
-        requestAnimationFrame(() => {
-          this.drawing = false;
-          if (this.run) this.show();
-        });
-      }
-    }
-
-    close() {
-      this.stop();
-      this.context?.close();
+    } catch (error) {
+      this.button.textContent = "Failed";
+      this.time.textContent = error.message;
     }
   }
 
-  // Results come and go without a reload of the page.
-  const players = new Set();
-  const update = () => {
-    for (const player of players) {
-      if (player.root.isConnected) continue;
-      player.close();
-      players.delete(player);
+  // Solo goes before mute: one solo, and only soloed stems are heard.
+  mix() {
+    const pressed = (button) => button.ariaPressed === "true";
+    const anySolo = this.stems.some(({ solo }) => pressed(solo));
+    for (const stem of this.stems) {
+      stem.setHeard(anySolo ? pressed(stem.solo) : !pressed(stem.mute));
     }
-    for (const root of document.querySelectorAll(".separation")) {
-      if (root.player) continue;
-      root.player = new Player(root);
-      players.add(root.player);
-    }
-  };
-  new MutationObserver(update).observe(document, {
-    childList: true,
-    subtree: true,
-  });
-})();
+  }
+
+  async play() {
+    await this.context.resume();
+    if (this.sources.length) return; // pressed twice
+    this.start = this.context.currentTime + LEAD;
+    this.sources = this.stems.map(({ buffer, gain }) => {
+      const source = this.context.createBufferSource();
+      source.buffer = buffer;
+      source.connect(gain);
+      source.start(this.start, this.position);
+      return source;
+    });
+    this.show();
+  }
+
+  now() {
+    if (!this.sources.length) return this.position;
+    const played = Math.max(this.context.currentTime - this.start, 0);
+    return Math.min(this.position + played, this.seconds);
+  }
+
+  stop(position = this.now()) {
+    for (const source of this.sources) source.stop();
+    this.sources = [];
+    this.position = position;
+    this.show();
+  }
+
+  seek(seconds) {
+    const playing = this.sources.length > 0;
+    this.stop(Math.min(Math.max(seconds, 0), this.seconds));
+    if (playing) this.play();
+  }
+
+  show() {
+    if (this.now() >= this.seconds && this.sources.length) return this.stop(0);
+    const share = this.seconds ? this.now() / this.seconds : 0;
+    this.button.textContent = this.sources.length ? "Pause" : "Play";
+    this.time.textContent = `${clock(this.now())} / ${clock(this.seconds)}`;
+    this.seeker.value = share;
+    for (const stem of this.stems) stem.playhead.style.left = `${share * 100}%`;
+    cancelAnimationFrame(this.frame);
+    if (!this.sources.length) return;
+    this.frame = requestAnimationFrame(() => this.show());
+  }
+}
+
+watch("value", () => {
+  element.player?.context.close();
+  element.player = props.value ? new Player(props.value) : null;
+  element.replaceChildren(...(element.player?.nodes ?? []));
+});

@@ -1,0 +1,276 @@
+"""A folder of music with stems, made from MIDI, soundfonts, kits and speech.
+
+Each song is a folder of 16-bit stereo wav files at 44.1 kHz, as `dataset:
+stems` reads them: pieces with drums, bass and other, clips of drums alone, and
+clips of vocals alone. What a song is depends on the seed and its name alone.
+"""
+
+import faulthandler
+import hashlib
+import json
+import shutil
+import tempfile
+import zlib
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from trackformer_sb.data.band import write_json
+from trackformer_sb.data.drumkits import (
+    load_kit,
+    make_drums,
+    make_pattern,
+    midi_hits,
+)
+from trackformer_sb.data.effects import SAMPLE_RATE
+from trackformer_sb.data.midi import load_midi, load_soundfont, make_piece
+from trackformer_sb.data.voices import make_voice
+
+PACKAGES = ("symusic", "espeakng-loader", "pyworld-prebuilt")
+VERSION = 2  # raise it when the songs change
+DRUM_SOUNDFONT_SHARE = 0.3
+TRACE = "trace"
+LIMIT = 600  # seconds that a song may take: some soundfonts never fall silent
+
+
+def make_music(
+    out,
+    midi=(),
+    soundfonts=(),
+    drum_soundfonts=(),
+    drumkits=(),
+    drums=0,
+    voices=0,
+    renders=1,
+    seconds=75.0,
+    classes=("bass",),
+    seed=0,
+    jobs=1,
+    report=print,
+):
+    """Makes what is not there yet, and ``music.json``, which names sources.
+
+    Arguments
+    ---------
+    out : str or pathlib.Path
+        Where to write; made if missing.
+    midi : sequence of str or pathlib.Path
+        Folders with General MIDI files.
+    soundfonts, drum_soundfonts : sequence of str or pathlib.Path
+        Files that play them; the latter, now and then, their drums.
+    drumkits : sequence of str or pathlib.Path
+        Folders with Hydrogen drum kits.
+    drums, voices : int
+        Number of clips of each.
+    renders : int
+        How often each MIDI file is played, by one soundfont after the other.
+    seconds : float
+        Length of a piece at most.
+    classes : sequence of str
+        See ``midi.midi_class``.
+    seed : int
+        Non-negative.
+    jobs : int
+        Number of processes.
+    report : callable
+        Takes a line for each song that is made and for all that is left out.
+
+    Returns
+    -------
+    dict
+        Names of songs as "made" and "kept", and reasons as "left_out".
+
+    Raises
+    ------
+    ImportError
+        If the packages of the extra `music` are not installed.
+    ValueError
+        If there is nothing to make, or `out` holds music of other settings.
+    """
+    settings = {"seed": seed, "seconds": seconds, "classes": list(classes)}
+    settings["version"] = VERSION
+    packages = {name: version(name) for name in PACKAGES}
+    out = Path(out)
+    _check_same(settings, out / "music.json")
+    made, left_out = [], []
+
+    def leave_out(reason):
+        # the renders of a piece fail alike
+        if reason not in left_out:
+            left_out.append(reason)
+            report(f"left out: {reason}")
+
+    def usable(paths, load, *args):
+        for path in paths:
+            try:
+                load(path, *args)
+                yield path
+            except ValueError as error:
+                leave_out(str(error))
+
+    def find(folders, expected, *endings):
+        for folder in folders:
+            paths = [
+                path
+                for path in sorted(Path(folder).rglob("*"))
+                if path.name.lower().endswith(endings)
+            ]
+            if not paths:
+                leave_out(f"expected {expected} in {folder}, got none")
+            yield from paths
+
+    files = find(midi, "MIDI files", ".mid", ".midi")
+    files = list(usable(files, load_midi, seconds))
+    fonts = list(usable(soundfonts, load_soundfont))
+    drum_fonts = list(usable(drum_soundfonts, load_soundfont))
+    kits = find(drumkits, "Hydrogen drum kits", "drumkit.xml")
+    kits = list(usable([path.parent for path in kits], load_kit))
+    tasks = {}
+    if fonts:
+        tasks |= {
+            f"{name}_{i}": (_piece, path, i, fonts, drum_fonts)
+            for name, path in _named(files).items()
+            for i in range(renders)
+        }
+    if kits:
+        tasks |= {
+            f"drums_{i:03d}": (_drums, i, kits, files) for i in range(drums)
+        }
+    tasks |= {f"voices_{i:03d}": (_voice,) for i in range(voices)}
+    if not tasks:
+        raise ValueError(
+            "nothing to make: expected MIDI files and a soundfont, drum kits, "
+            "or a number of voices"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    sources = [*files, *fonts, *drum_fonts]
+    sources += [kit / "drumkit.xml" for kit in kits]
+    content = settings | {
+        "packages": packages,
+        "sources": {str(path): _sha256(path) for path in sources},
+    }
+    write_json(out / "music.json", content)
+    kept = [name for name in tasks if (out / name).is_dir()]
+    missing = {name: tasks[name] for name in tasks if name not in kept}
+    for name, reason in _run_all(out, missing, settings, jobs):
+        if reason:
+            leave_out(reason)
+        else:
+            made.append(name)
+            report(f"{len(made) + len(kept)}/{len(tasks)} {name}")
+    return {"made": made, "kept": kept, "left_out": left_out}
+
+
+def _piece(rng, settings, path, render, fonts, drum_fonts):
+    # the same for all renders of a piece, so that their soundfonts differ
+    first = zlib.crc32(path.name.encode()) + settings["seed"]
+    font = fonts[(first + render) % len(fonts)]
+    drum_font = None
+    if drum_fonts and rng.random() < DRUM_SOUNDFONT_SHARE:
+        drum_font = drum_fonts[rng.integers(len(drum_fonts))]
+    what = settings["seconds"], settings["classes"], drum_font
+    return make_piece(path, font, rng, *what)
+
+
+def _drums(rng, settings, index, kits, files):
+    pair = [kits[index % len(kits)], kits[rng.integers(len(kits))]]
+    hits = []
+    if files and rng.random() < 0.35:
+        path = files[rng.integers(len(files))]
+        hits = midi_hits(load_midi(path, 600.0), rng)
+    if len(hits) < 40:
+        hits = make_pattern(rng)
+    return {"drums": make_drums(pair, hits, rng)}
+
+
+def _voice(rng, settings):
+    return {"vocals": make_voice(rng)}
+
+
+def _make(out, name, task, settings, limit):
+    """Makes one song; returns its name and why it could not be made."""
+    make, *args = task
+    rng = np.random.default_rng([settings["seed"], zlib.crc32(name.encode())])
+    # hidden: what a killed run leaves behind is no music
+    with tempfile.TemporaryDirectory(prefix=".making_", dir=out) as new:
+        song = Path(new, name)
+        song.mkdir()
+        with open(Path(new, TRACE), "w") as trace:
+            # ends the process even where a library does not come back
+            faulthandler.dump_traceback_later(limit, exit=True, file=trace)
+            try:
+                stems = make(rng, settings, *args)
+            except ValueError as error:
+                return name, str(error)
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+        for stem, sig in stems.items():
+            soundfile.write(song / f"{stem}.wav", sig, SAMPLE_RATE, "PCM_16")
+        song.rename(out / name)
+    return name, None
+
+
+def _run_all(out, tasks, settings, jobs, limit=LIMIT):
+    """Yields what ``_make`` returns, in the order in which songs are ready."""
+    left = dict(tasks)
+    while left:
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            futures = [
+                pool.submit(_make, out, name, task, settings, limit)
+                for name, task in left.items()
+            ]
+            try:
+                for future in as_completed(futures):
+                    name, reason = future.result()
+                    del left[name]
+                    yield name, reason
+            except BrokenProcessPool:
+                pass  # a process ended; the others' songs are made again
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        traces = [*out.glob(f".making_*/{TRACE}")]
+        stuck = [path for path in traces if path.stat().st_size]
+        if left and not stuck:
+            raise ValueError(
+                f"{out}: a process ended while it made {', '.join(left)[:200]}"
+            )
+        for path in stuck:
+            (song,) = (x for x in path.parent.iterdir() if x.is_dir())
+            del left[song.name]
+            yield song.name, f"expected {song.name} within {limit} s: no end"
+        for path in traces:
+            shutil.rmtree(path.parent)
+
+
+def _named(paths):
+    """Name of a song -> path; no two are the same."""
+    names = {}
+    for path in paths:
+        words = f"{path.parent.name} {path.stem}"
+        name = "".join(c if c.isalnum() else "_" for c in words)
+        while name in names:
+            name += "_"
+        names[name] = path
+    return names
+
+
+def _sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _check_same(settings, path):
+    if not path.exists():
+        return
+    found = json.loads(path.read_text())
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"expected {name} {found.get(name)} as in {path}, "
+                f"got {value}: choose another folder"
+            )

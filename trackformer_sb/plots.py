@@ -1,0 +1,547 @@
+"""All figures: separations, training curves, and what is in a data set.
+
+Made without pyplot, which keeps every figure and may want a display.
+"""
+
+from itertools import chain, pairwise
+
+import matplotlib.image
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+# Of a spectrogram. Windows are averaged in a column, at most so many.
+ROWS = 120
+COLUMNS = 600
+WINDOWS = 8
+WINDOW_SECONDS = 0.046
+LOWEST_HZ = 40.0
+TICKS_HZ = {100: "100", 1000: "1k", 10000: "10k"}
+
+# Spectrograms show this range below the loudest point of the mixture.
+RANGE_DB = 70.0
+
+SPLIT_COLORS = {"train": "tab:blue", "valid": "tab:orange", "test": "tab:green"}
+MAX_STEMS = 20
+MAX_NAME = 24
+
+# Panels of the training curves: title, unit, keys of the history.
+CURVES = (
+    ("Loss", "MixIT + regularizers", ("train_loss", "valid_loss")),
+    (
+        "Separation",
+        "dB",
+        (
+            *("train_mixture_si_snr", "valid_mixture_si_snr"),
+            *("valid_si_snri", "valid_si_snri_grouped"),
+        ),
+    ),
+    ("Mask overlap", "cosine", ("valid_mask_overlap",)),
+    ("Effective mask count", "masks", ("valid_effective_mask_count",)),
+)
+PRETRAINING_CURVES = (
+    ("Reconstruction", "mean squared error", ("train_loss", "valid_loss")),
+    ("Explained variance", "share", ("valid_explained_variance",)),
+)
+
+
+def save_figure(figure, path, comment=""):
+    """Writes a figure as PNG, making the folder it goes to.
+
+    Arguments
+    ---------
+    figure : matplotlib.figure.Figure
+        The figure.
+    path : pathlib.Path
+        The file.
+    comment : str
+        Text that the file carries.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Comment": comment} if comment else None
+    figure.savefig(path, format="png", dpi=110, metadata=metadata)
+
+
+# --- spectrograms ------------------------------------------------------------
+
+
+def band_edges(sample_rate):
+    """Frequencies between the rows of a spectrogram, logarithmic.
+
+    Arguments
+    ---------
+    sample_rate : int
+        In Hz.
+
+    Returns
+    -------
+    numpy.ndarray
+        [121] in Hz, from 40 Hz (or less at low rates) to half of the rate.
+
+    Example
+    -------
+    >>> band_edges(44100)[[0, -1]].round().tolist()
+    [40.0, 22050.0]
+    """
+    lowest = min(LOWEST_HZ, sample_rate / 200)
+    return np.geomspace(lowest, sample_rate / 2, ROWS + 1)
+
+
+def spectrogram(blocks, frames, sample_rate):
+    """The power of a signal of any length in a few bands and columns.
+
+    Channels are averaged in power, so that none hides another.
+
+    Arguments
+    ---------
+    blocks : iterable of numpy.ndarray
+        [time, channels] each. Memory does not depend on how many there are.
+    frames : int
+        Samples of all of them, at least 1.
+    sample_rate : int
+        In Hz.
+
+    Returns
+    -------
+    power : numpy.ndarray
+        [120, columns], at most 600 columns: mean power of a bin in logarithmic
+        bands, where a sine of amplitude 1 has 1/2 in a band of one bin.
+    mean_square : float
+        That of all samples.
+
+    Example
+    -------
+    >>> sine = np.sin(np.arange(8000) * 2 * np.pi * 1000 / 8000)
+    >>> power, mean_square = spectrogram([sine[:, None]], 8000, 8000)
+    >>> row = power.sum(1).argmax()
+    >>> bool(abs(band_edges(8000)[row] - 1000) < 8000 / 512)  # of a bin
+    True
+    >>> round(mean_square, 3)
+    0.5
+    """
+    n_fft = max(64, 2 ** round(np.log2(WINDOW_SECONDS * sample_rate)))
+    window = np.hanning(n_fft + 1)[:-1, None]
+    bins = band_edges(sample_rate) * n_fft / sample_rate
+    # each band has one bin at least, if only the nearest
+    first = np.minimum(np.round(bins[:-1]).astype(int), n_fft // 2)
+    last = np.maximum(np.round(bins[1:]).astype(int), first + 1)
+    columns = max(1, min(COLUMNS, 4 * frames // n_fft))
+    edges = np.arange(columns + 1) * frames // columns
+    power, energy = np.zeros((ROWS, columns)), 0.0
+    for column, piece in enumerate(_pieces(blocks, edges, n_fft)):
+        width = len(piece) - n_fft
+        inside = piece[n_fft // 2 :][:width]
+        energy += float(np.square(inside, dtype=float).mean(1).sum())
+        count = int(np.clip(2 * width // n_fft, 1, WINDOWS))
+        starts = (np.arange(count) + 0.5) * width / count
+        windows = [piece[start:][:n_fft] for start in starts.astype(int)]
+        spectrum = np.abs(np.fft.rfft(windows * window, axis=1)) ** 2
+        total = np.append(0, spectrum.mean((0, 2)).cumsum())
+        power[:, column] = (total[last] - total[first]) / (last - first)
+    return power * 2 / window.sum() ** 2, energy / frames
+
+
+def _pieces(blocks, edges, n_fft):
+    """The samples from each edge to the next, and half a window around."""
+    blocks = iter(blocks)
+    block = next(blocks)
+    silence = np.zeros_like(block, shape=(n_fft, block.shape[1]))
+    blocks = chain([block], blocks, [silence])
+    held, position = silence[: n_fft // 2], 0
+    for first, last in pairwise(edges):
+        while position + len(held) < last + n_fft:
+            held = np.concatenate([held, next(blocks)])
+        held, position = held[first - position :], first
+        yield held[: last - first + n_fft]
+
+
+def decibels(power, loudest):
+    """Power in dB below the loudest, at least -70.
+
+    Example
+    -------
+    >>> decibels(np.array([0.0, 0.01, 1.0]), loudest=1.0).tolist()
+    [-70.0, -20.0, 0.0]
+    """
+    relative = power / loudest if loudest > 0 else np.zeros_like(power)
+    return 10 * np.log10(np.maximum(relative, 10 ** (-RANGE_DB / 10)))
+
+
+def save_spectrogram(power, loudest, path):
+    """Writes a spectrogram without axes, a pixel a value.
+
+    Arguments
+    ---------
+    power : numpy.ndarray
+        [bands, columns], low frequencies first; they are drawn at the bottom.
+    loudest : float
+        Power of the brightest colour, the same for all that is compared.
+    path : str or Path
+        The PNG.
+    """
+    matplotlib.image.imsave(
+        path,
+        decibels(power, loudest),
+        vmin=-RANGE_DB,
+        vmax=0.0,
+        cmap="magma",
+        origin="lower",
+        format="png",
+    )
+
+
+# --- separations -------------------------------------------------------------
+
+
+def _show(axis, image, seconds, title, top=None, **style):
+    """Draws [rows, columns] over time, low rows at the bottom."""
+    axis.set_title(title, loc="left", fontsize=9, pad=3, parse_math=False)
+    return axis.imshow(
+        image,
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0, seconds, 0, len(image) if top is None else top),
+        **style,
+    )
+
+
+def _minutes(seconds, _):
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def separation_figure(columns, seconds, sample_rate, masks=()):
+    """Spectrograms of a mixture, of what is in it, and the masks.
+
+    Arguments
+    ---------
+    columns : list of dict
+        Columns of the figure: name -> what ``spectrogram`` returned. The first
+        of the first column is the mixture.
+    seconds : float
+        Length of all of them.
+    sample_rate : int
+        In Hz.
+    masks : numpy.ndarray
+        [sources, channels, frames] in [0, 1], for one more column.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A row each. All spectrograms have the same colours, in dB below the
+        loudest point of the mixture.
+
+    Example
+    -------
+    >>> power = np.ones((120, 5))
+    >>> figure = separation_figure(
+    ...     [{"mixture": (power, 0.5), "drums": (power / 2, 0.25)}],
+    ...     seconds=3.0,
+    ...     sample_rate=8000,
+    ... )
+    >>> [axis.get_title(loc="left") for axis in figure.axes[:2]]
+    ['mixture', 'drums: -3.0 dB of the mixture']
+    """
+    counts = [len(column) for column in columns]
+    if len(masks):
+        counts.append(len(masks))
+    figure = Figure(
+        figsize=(max(10, 5 * len(counts)), 1.3 * max(counts) + 0.8),
+        layout="constrained",
+    )
+    axes = figure.subplots(
+        max(counts), len(counts), sharex=True, squeeze=False
+    ).T
+    mixture, total = next(iter(columns[0].values()))
+    edges = band_edges(sample_rate)
+    ticks = [hertz for hertz in TICKS_HZ if edges[0] <= hertz < edges[-1]]
+    rows = ROWS * np.log(np.array(ticks) / edges[0])
+    rows = rows / np.log(edges[-1] / edges[0])
+    style = {"vmin": -RANGE_DB, "vmax": 0, "cmap": "magma"}
+    for column, column_axes in zip(columns, axes):
+        for axis, (name, (power, level)) in zip(column_axes, column.items()):
+            title = _drawable(name)
+            if power is not mixture:
+                title = f"{title}: {_level(level, total)}"
+            image = decibels(power, mixture.max())
+            shown = _show(axis, image, seconds, title, **style)
+            axis.set_yticks(rows, [TICKS_HZ[x] for x in ticks], fontsize=8)
+    figure.colorbar(
+        shown,
+        ax=axes[: len(columns)],
+        label="dB, the peak of the mixture is 0",
+        fraction=0.03,
+        aspect=40,
+        pad=0.01,
+    )
+    axes[0, 0].set_ylabel("Hz", fontsize=9)
+    for number, (axis, mask) in enumerate(zip(axes[-1], masks)):
+        shown = _show(axis, mask, seconds, f"mask {number}", vmin=0, vmax=1)
+    if len(masks):
+        axes[-1, 0].set_ylabel("channel", fontsize=9)
+        figure.colorbar(shown, ax=axes[-1], label="mask", fraction=0.05)
+    for count, column_axes in zip(counts, axes):
+        for axis in column_axes[count:]:
+            axis.set_axis_off()
+        last = column_axes[count - 1]
+        last.tick_params(labelbottom=True)
+        last.set_xlabel("time in seconds")
+        if seconds >= 120:
+            last.set_xlabel("time in minutes")
+            last.xaxis.set_major_formatter(FuncFormatter(_minutes))
+    return figure
+
+
+def _level(power, total):
+    """The level of an output against that of the mixture."""
+    if power <= 0 or total <= 0:
+        return "silent"
+    return f"{10 * np.log10(power / total):.1f} dB of the mixture"
+
+
+def item_figure(mix, est_source, est_mask, stems, names, sample_rate):
+    """A mixture, its stems, the outputs of a model and its masks.
+
+    Arguments
+    ---------
+    mix : torch.Tensor
+        [time].
+    est_source : torch.Tensor
+        [sources, time].
+    est_mask : torch.Tensor
+        [sources, channels, frames].
+    stems : torch.Tensor
+        [stems, time], with no rows where stems are not known.
+    names : list of str
+        Names of the stems.
+    sample_rate : int
+        In Hz.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        See ``separation_figure``.
+    """
+
+    def drawn(sig):
+        return spectrogram([_array(sig)[:, None]], len(sig), sample_rate)
+
+    known = {f"stem {name}": drawn(x) for name, x in zip(names, stems)}
+    outputs = {f"output {i}": drawn(x) for i, x in enumerate(est_source)}
+    return separation_figure(
+        [{"mixture": drawn(mix), **known}, outputs],
+        len(mix) / sample_rate,
+        sample_rate,
+        _array(est_mask),
+    )
+
+
+def reconstruction_figure(target, prediction, hidden, sample_rate, hop_length):
+    """What a masked autoencoder saw, rebuilt, and missed.
+
+    Arguments
+    ---------
+    target, prediction : torch.Tensor
+        [frames, channels], normalised.
+    hidden : torch.Tensor
+        Boolean, [frames, channels].
+    sample_rate : int
+        In Hz.
+    hop_length : int
+        Samples between frames.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Target, its visible part, reconstruction and error, one below another.
+    """
+    target, prediction = _array(target).T, _array(prediction).T
+    hidden = _array(hidden).T > 0
+    figure = Figure(figsize=(11, 10), layout="constrained")
+    axes = figure.subplots(4, 1, sharex=True, sharey=True)
+    seconds = target.shape[1] * hop_length / sample_rate
+    rebuilt = np.where(hidden, prediction, target)
+    low, high = np.quantile(target, (0.01, 0.99))
+    khz = sample_rate / 2000
+    style = {"vmin": low, "vmax": high, "cmap": "magma"}
+    for axis, title, image in (
+        (axes[0], "target", target),
+        (axes[1], "visible", np.where(hidden, np.nan, target)),
+        (axes[2], "visible, and rebuilt where hidden", rebuilt),
+    ):
+        shown = _show(axis, image, seconds, title, khz, **style)
+        axis.set(ylabel="kHz", facecolor="lightgrey")
+    figure.colorbar(shown, ax=axes[:3], label="normalised log-magnitude")
+    error = np.abs(rebuilt - target)
+    title = "absolute error"
+    shown = _show(axes[3], error, seconds, title, khz, vmin=0, vmax=2)
+    axes[3].set(ylabel="kHz", xlabel="time in seconds")
+    figure.colorbar(shown, ax=axes[3])
+    return figure
+
+
+def _array(x):
+    """A tensor of a training as a numpy array."""
+    return x.detach().float().cpu().numpy()
+
+
+# --- curves ------------------------------------------------------------------
+
+
+def training_curves(history, panels=CURVES):
+    """Losses and measures over the epochs.
+
+    Arguments
+    ---------
+    history : TrainingHistory
+        What was measured.
+    panels : tuple
+        Title, unit and keys of the history of each panel.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Two panels a row.
+    """
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(10, 3.25 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False).flat
+    for axis, (title, unit, names) in zip(axes, panels):
+        for name in names:
+            epochs, values = history.series(name)
+            if epochs:
+                axis.plot(epochs, values, marker="o", ms=3, label=name)
+        axis.set(title=title, xlabel="epoch", ylabel=unit)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+        else:
+            axis.text(0.5, 0.5, "not measured", ha="center", va="center")
+    return figure
+
+
+# --- data --------------------------------------------------------------------
+
+
+def _one_axis(height=4.0):
+    figure = Figure(figsize=(8, height), layout="constrained")
+    axis = figure.subplots()
+    axis.grid(alpha=0.3)
+    axis.set_axisbelow(True)
+    return figure, axis
+
+
+def songs_figure(values, title, unit, log=False):
+    """A histogram of something of songs, such as their lengths.
+
+    Arguments
+    ---------
+    values : dict
+        Split -> list of a value per song, at least one in all. What is not
+        finite is left out.
+    title, unit : str
+        What it is.
+    log : bool
+        Whether the axis of the values, which are above 0 then, is logarithmic.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Splits are stacked; the legend has their medians.
+
+    Example
+    -------
+    >>> figure = songs_figure({"train": [3.0, 4.0], "test": []}, "", "min")
+    >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    ['train: 2 songs, median 3.5 min', 'test: 0 songs']
+    """
+    figure, axis = _one_axis()
+    values = {name: np.array(part, float) for name, part in values.items()}
+    values = {name: x[np.isfinite(x)] for name, x in values.items()}
+    labels = [
+        f"{name}: {_songs(len(x))}"
+        + (f", median {np.median(x):.1f} {unit}" if len(x) else "")
+        for name, x in values.items()
+    ]
+    everything = np.concatenate(list(values.values()))
+    low, high = everything.min(), everything.max()
+    if log:
+        edges = np.geomspace(low / 1.1, high * 1.1, 41)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.set_xticks([], minor=True)
+    else:
+        edges = np.linspace(low - 1, high + 1, 41)
+    axis.hist(
+        list(values.values()),
+        bins=edges,
+        stacked=True,
+        color=[SPLIT_COLORS.get(name, "tab:gray") for name in values],
+        label=labels,
+    )
+    axis.set(title=title, xlabel=unit, ylabel="songs")
+    axis.margins(y=0.4)  # room for the legend
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axis.legend()
+    return figure
+
+
+def activity_figure(activity):
+    """For how much of their songs stems sound.
+
+    Arguments
+    ---------
+    activity : dict
+        Name of a stem -> list of shares in [0, 1], one a song. The first 20
+        are drawn.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A box a name from the first to the third quartile with the median,
+        whiskers to the least and the largest share.
+
+    Example
+    -------
+    >>> figure = activity_figure({"drums": [0.5, 1.0], "voice": [0.25]})
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ['drums (2 songs)', 'voice (1 song)']
+    """
+    drawn = dict(list(activity.items())[:MAX_STEMS])
+    figure, axis = _one_axis(height=1.4 + 0.32 * len(drawn))
+    axis.boxplot(
+        [100 * np.array(shares) for shares in drawn.values()],
+        orientation="horizontal",
+        whis=(0, 100),
+        widths=0.6,
+    )
+    labels = [
+        f"{_drawable(name)} ({_songs(len(shares))})"
+        for name, shares in drawn.items()
+    ]
+    # else a name with two dollar signs would be read as a formula
+    axis.set_yticks(range(1, len(drawn) + 1), labels, parse_math=False)
+    axis.invert_yaxis()
+    title = "Activity of the stems"
+    if len(drawn) < len(activity):
+        title += f" (the {len(drawn)} most frequent of {len(activity)})"
+    axis.set(title=title, xlabel="% of the length of the song above -60 dBFS")
+    axis.set_xlim(-2, 102)
+    return figure
+
+
+def _songs(count):
+    return f"{count} song{'s' * (count != 1)}"
+
+
+def _drawable(name):
+    """A short name on one line, in letters that the font has."""
+    known = get_font(findfont(FontProperties())).get_charmap()
+    name = "".join(
+        letter if ord(letter) in known and letter.isprintable() else "▯"
+        for letter in name
+    )
+    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
