@@ -107,14 +107,13 @@ class MusicBrain(sb.Brain):
         """Chooses the order of an epoch; returns how many segments it has."""
         train, options = self.datasets["train"], self.train_options
         segments, wanted = len(train), hparams["epoch_segments"]
+        shuffled = options.pop("shuffle", False)
         if isinstance(train, torch.utils.data.IterableDataset):  # shards
-            options.pop("shuffle", None)
             options["collate_fn"] = PaddedBatch
             # what this rank reads; all ranks read as much
             return segments * self.num_processes
-        if wanted or options.pop("shuffle", False):
+        if wanted or shuffled:
             segments = min(segments, wanted or segments)
-            options.pop("shuffle", None)
             # an order, and with fewer a set, of its own in each epoch; that of
             # SpeechBrain is the same for all seeds on several processes
             self.train_sampler = options["sampler"] = ReproducibleRandomSampler(

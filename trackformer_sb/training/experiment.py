@@ -69,7 +69,8 @@ def load_experiment(argv, selection_metrics):
         )
     hparams["checkpointer"].check_fits()
     begun = hparams["checkpointer"].find_checkpoint() is not None
-    if begun and not hparams["allow_changes"]:
+    # a yaml of the user's own may not have the key
+    if begun and not hparams.get("allow_changes"):
         check_same(hparams_file, overrides, hparams["output_folder"])
     sb.utils.distributed.ddp_init_group(run_opts)
     directory = {
