@@ -64,7 +64,7 @@ check: $(INSTALLED)-dev
 lock: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet uv
 	{ printf 'pip\nsetuptools\ntorch=='; $(BIN)/python -c \
-		'from trackformer_sb.torch_pair import TESTED; print(TESTED)'; } \
+		'from trackformer_sb.cli import TESTED; print(TESTED)'; } \
 	| $(BIN)/uv pip compile setup.py - --all-extras --universal --upgrade \
 		--python-version 3.10 --quiet --no-annotate --no-header \
 		--no-emit-index-url --output-file $(LOCK)

@@ -34,6 +34,8 @@ setup(
         "ruamel.yaml",
         "pyyaml",
         "soundfile>=0.12",
+        "av>=14",
+        "soxr",
         "numpy",
         "scipy",
         "tqdm",

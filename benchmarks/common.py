@@ -6,6 +6,7 @@ reported. Memory is measured in a fresh process for each candidate, since an
 allocator keeps what an earlier candidate made it take.
 """
 
+import argparse
 import gc
 import math
 import multiprocessing
@@ -284,8 +285,9 @@ class Record:
         self.output.write_text(text, encoding="utf-8")
 
 
-def add_arguments(parser, name):
-    """The arguments of every benchmark."""
+def new_parser(doc, name):
+    """A parser with the arguments of every benchmark."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument(
         "--device",
         # SpeechBrain warns of "cuda" without a number
@@ -300,10 +302,11 @@ def add_arguments(parser, name):
         "a GPU in a folder there with its name)",
     )
     parser.set_defaults(record=name)
+    return parser
 
 
 def parse_args(parser):
-    """Parses, and says where the record goes; after ``add_arguments``."""
+    """Parses, and says where the record goes; of ``new_parser``."""
     args = parser.parse_args()
     if args.output is None:
         folder = pathlib.Path("benchmarks/results")

@@ -19,13 +19,12 @@ its own. Losses of other data, seeds, splits or segment lengths cannot be
 compared and are refused.
 """
 
-import argparse
 import json
 import pathlib
 import sys
 from statistics import mean, stdev
 
-from common import Record, add_arguments, parse_args, say, table
+from common import Record, new_parser, parse_args, say, table
 from real_music import plain_values, shown, training_command
 
 MEASURES = (
@@ -209,8 +208,7 @@ def pair_by_pair(runs):
 
 def main():
     """Compares runs and writes the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, "compare_runs")
+    parser = new_parser(__doc__, "compare_runs")
     parser.add_argument("run_folders", type=pathlib.Path, nargs="+")
     parser.add_argument("--pairs", action="store_true")
     parser.add_argument("--title", default="Trainings side by side")

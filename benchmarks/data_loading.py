@@ -26,7 +26,6 @@ both on one core, which a rank of a training shares with its loader worker; turn
 by turn. The share is of the means, as items differ.
 """
 
-import argparse
 import functools
 import pathlib
 import statistics
@@ -38,8 +37,8 @@ from typing import NamedTuple
 import torch
 from common import (
     Record,
-    add_arguments,
     interleave,
+    new_parser,
     parse_args,
     say,
     spread,
@@ -279,8 +278,7 @@ def named_blocks(args):
 
 def main():
     """Measures each set and writes the record after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, "data_loading")
+    parser = new_parser(__doc__, "data_loading")
     parser.add_argument("--data_folder", type=pathlib.Path)
     parser.add_argument(
         "--dataset", default="mixtures", choices=("mixtures", "stems")

@@ -33,7 +33,7 @@ import time
 import torch
 from common import (
     Record,
-    add_arguments,
+    new_parser,
     parse_args,
     say,
     synchronise,
@@ -197,8 +197,7 @@ def report(rounds, args):
 
 def main():
     """Trains with one rank and with several, turn by turn."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, "ddp_scaling")
+    parser = new_parser(__doc__, "ddp_scaling")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)

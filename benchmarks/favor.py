@@ -27,7 +27,6 @@ inputs as ours. Timed is `FastAttention` as it is.
 inputs and output, against the same layer with either kind.
 """
 
-import argparse
 import functools
 import statistics
 import sys
@@ -35,9 +34,9 @@ import sys
 import torch
 from common import (
     Record,
-    add_arguments,
     in_fresh_process,
     interleave,
+    new_parser,
     parse_args,
     peak_extra_mb,
     say,
@@ -213,8 +212,7 @@ def measure_auto(frames, args):
 
 def main():
     """Measures each length and writes the record after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, "favor")
+    parser = new_parser(__doc__, "favor")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32"
     )

@@ -17,7 +17,6 @@ written anew, with the size of what it leaves. All reads come from the system's
 cache.
 """
 
-import argparse
 import multiprocessing
 import os
 import pathlib
@@ -29,8 +28,8 @@ import psutil
 import soundfile
 from common import (
     Record,
-    add_arguments,
     in_fresh_process,
+    new_parser,
     parse_args,
     say,
     table,
@@ -182,8 +181,7 @@ def catalogue_rows(count):
 
 def main():
     """Measures memory, then the catalogue; writes the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, "library_scale")
+    parser = new_parser(__doc__, "library_scale")
     parser.add_argument(
         "--segments",
         type=int,

@@ -13,26 +13,14 @@ each, the largest extra memory of the first call at full size, with the
 gradient; a call at a small size before it starts the libraries.
 """
 
-import argparse
 import functools
 import math
 import statistics
 import sys
 import warnings
 
+import common
 import torch
-from common import (
-    Record,
-    add_arguments,
-    in_fresh_process,
-    interleave,
-    parse_args,
-    peak_extra_mb,
-    say,
-    spread,
-    table,
-    verdict,
-)
 
 from trackformer_sb.objectives.mixit import mixit_loss
 
@@ -86,7 +74,9 @@ def memory_of(who, objective, shape, device):
     small = make_signals(batch_size, num_spks, 100, device)
     forward_backward(loss, *small)
     signals = make_signals(*shape, device)
-    return peak_extra_mb(lambda: forward_backward(loss, *signals), device)
+    return common.peak_extra_mb(
+        lambda: forward_backward(loss, *signals), device
+    )
 
 
 def compare(losses, signals):
@@ -104,8 +94,10 @@ def measure(objective, args, shape):
     losses = {who: make_loss(who, objective) for who in (OURS, PEER)}
     signals = make_signals(*shape, args.device)
     values, value_apart, gradient_apart = compare(losses, signals)
-    say(f"{objective}: {values} dB, gradients {gradient_apart:.1e} apart")
-    seconds = interleave(
+    common.say(
+        f"{objective}: {values} dB, gradients {gradient_apart:.1e} apart"
+    )
+    seconds = common.interleave(
         {
             who: functools.partial(forward_backward, loss, *signals)
             for who, loss in losses.items()
@@ -115,13 +107,13 @@ def measure(objective, args, shape):
     )
     memory = {}
     for who in losses:
-        memory[who], reason = in_fresh_process(
+        memory[who], reason = common.in_fresh_process(
             memory_of, who, objective, shape, args.device
         )
         if reason:
             sys.exit(f"{who}: {reason}")
-        say(
-            f"{objective}, {who}: {spread(seconds[who])} ms, "
+        common.say(
+            f"{objective}, {who}: {common.spread(seconds[who])} ms, "
             f"{memory[who]:.0f} MB"
         )
     faster = statistics.median(seconds[PEER]) / statistics.median(seconds[OURS])
@@ -133,7 +125,7 @@ def measure(objective, args, shape):
             who,
             f"{value:.5f}",
             len(seconds[who]),
-            spread(seconds[who]),
+            common.spread(seconds[who]),
             f"{memory[who]:.0f}",
             *([f"{faster:.0f}", f"{smaller:.0f}"] if who == PEER else [1, 1]),
         ]
@@ -141,8 +133,10 @@ def measure(objective, args, shape):
     ]
     agree = max(value_apart, gradient_apart) <= TOLERANCE
     lines = [
-        verdict(f"{objective}, times faster", faster, SPEED_TARGET),
-        verdict(f"{objective}, times less memory", smaller, MEMORY_TARGET),
+        common.verdict(f"{objective}, times faster", faster, SPEED_TARGET),
+        common.verdict(
+            f"{objective}, times less memory", smaller, MEMORY_TARGET
+        ),
         f"- {objective}: values differ by {value_apart:.1e} dB, gradients by "
         f"{gradient_apart:.1e} of their norm (tolerance {TOLERANCE:g}: "
         f"{'equal' if agree else 'NOT EQUAL'})",
@@ -152,16 +146,15 @@ def measure(objective, args, shape):
 
 def main():
     """Measures both objectives and writes the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, "mixit_loss")
+    parser = common.new_parser(__doc__, "mixit_loss")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--num_spks", type=int, default=8)
     parser.add_argument("--time", type=int, default=132300, help="samples")
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--peer_repetitions", type=int, default=3)
-    args = parse_args(parser)
+    args = common.parse_args(parser)
     shape = args.batch_size, args.num_spks, args.time
-    record = Record("MixIT loss", __doc__, args.output, args.device)
+    record = common.Record("MixIT loss", __doc__, args.output, args.device)
     header = [
         "loss",
         "implementation",
@@ -181,10 +174,10 @@ def main():
         record.write(
             f"Sources {list(shape)}, mixtures "
             f"{[args.batch_size, 2, args.time]}.",
-            table(header, rows),
+            common.table(header, rows),
             "\n".join(lines),
         )
-    say(f"wrote {args.output}")
+    common.say(f"wrote {args.output}")
     if not agree:
         sys.exit("the two implementations do not agree")
 

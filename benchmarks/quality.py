@@ -49,6 +49,7 @@ import pathlib
 import statistics
 import time
 from collections import defaultdict
+from fnmatch import fnmatchcase
 
 import soundfile
 import torch
@@ -56,11 +57,11 @@ from common import Record, say, table
 from scipy.ndimage import median_filter
 from torchaudio.functional import resample
 
-from trackformer_sb.data.remix import STEM_CLASSES, stem_class
+from trackformer_sb.data.remix import STEM_CLASSES
 from trackformer_sb.inference.separator import Separator
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 from trackformer_sb.objectives import metrics
-from trackformer_sb.objectives.named_metrics import (
+from trackformer_sb.objectives.named import (
     decode_masks,
     leakage,
     named_si_snri,
@@ -227,6 +228,14 @@ def nmf_masks(spectrum, stems, number=8, updates=200):
         w *= (magnitude / (w @ h)) @ h.T / h.sum(1)
         w, h = w.clamp(min=1e-10), h.clamp(min=1e-10)
     return w.T.unsqueeze(-1) * h.unsqueeze(1) / (w @ h), None
+
+
+def stem_class(name):
+    """The class of a stem by its name, the first that fits; or None."""
+    for one, patterns in STEM_CLASSES.items():
+        if any(fnmatchcase(name.lower(), pattern) for pattern in patterns):
+            return one
+    return None
 
 
 def static_masks(spectrum, stems):

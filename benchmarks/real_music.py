@@ -25,7 +25,6 @@ is slow. Silent stems are left out. Averages are over segments, as in the
 recipe, so that long songs count more; the mean over songs is given as well.
 """
 
-import argparse
 import contextlib
 import csv
 import io
@@ -36,19 +35,18 @@ import sys
 import time
 
 import torch
-import yaml
-from common import Record, add_arguments, parse_args, say, table
+from common import Record, new_parser, parse_args, say, table
 from hyperpyyaml import resolve_references
 
 from trackformer_sb.data.manifest import MappedManifest
 from trackformer_sb.data.mixtures import MixtureOfMixtures
+from trackformer_sb.inference.hub import plain_values
 from trackformer_sb.inference.separation import separate
 from trackformer_sb.inference.separator import Separator, load_separator
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.performer import SelfAttention
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 from trackformer_sb.objectives import metrics
-from trackformer_sb.training.arguments import PlainLoader
 
 TRAINED, ORACLE = "trained", "ideal ratio masks"
 MAX_EPOCHS = 30  # rows of the training curve
@@ -323,11 +321,6 @@ def training_curve(history):
     return ["## Training curve", table(["epoch", *keys], rows)]
 
 
-def plain_values(text):
-    """The numbers, words, lists and mappings of a yaml, without tags."""
-    return yaml.load(text, PlainLoader)
-
-
 def changes(value, before):
     """What of a mapping is another one now; anything else as it is."""
     if not isinstance(value, dict) or not isinstance(before, dict):
@@ -367,8 +360,7 @@ def training_command(folder):
 
 def main():
     """Evaluates a run folder and writes the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, "real_music")
+    parser = new_parser(__doc__, "real_music")
     parser.add_argument("run_folder", type=pathlib.Path)
     parser.add_argument(
         "--test_folder",

@@ -15,14 +15,13 @@ left out. "Spread" is the standard deviation over windows: how much two
 separations of the same samples differ at a seam at all.
 """
 
-import argparse
 import pathlib
 import statistics
 import tempfile
 
 import soundfile
 import torch
-from common import Record, add_arguments, parse_args, say, table, verdict
+from common import Record, new_parser, parse_args, say, table, verdict
 
 from trackformer_sb.inference.overlap_add import FADE_SHARE
 from trackformer_sb.inference.separator import load_separator
@@ -104,8 +103,7 @@ def figures(differences):
 
 def main():
     """Measures song by song."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, "seams")
+    parser = new_parser(__doc__, "seams")
     parser.add_argument("separator", help="folder")
     parser.add_argument("songs", nargs="+", type=pathlib.Path)
     parser.add_argument("--chunk_seconds", type=float, default=10.0)

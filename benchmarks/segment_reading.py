@@ -24,7 +24,6 @@ with the slice of the whole file.
 record unless given --output.
 """
 
-import argparse
 import functools
 import pathlib
 import statistics
@@ -34,11 +33,11 @@ import time
 import numpy as np
 import soundfile
 import torch
-from common import Record, add_arguments, parse_args, say, table
+from common import Record, new_parser, parse_args, say, table
 from speechbrain.dataio.dataio import read_audio
 from torch.utils.data import DataLoader, Dataset
 
-from trackformer_sb.data.audio import audio_info, read_segment
+from trackformer_sb.audio import audio_info, read_segment
 from trackformer_sb.data.band import make_song
 
 SAMPLE_RATE = 44100
@@ -232,8 +231,7 @@ def reading(folder, args, write):
 
 def arguments():
     """The command line; --quick lowers what is not given."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, "segment_reading")
+    parser = new_parser(__doc__, "segment_reading")
     parser.add_argument(
         "--formats", nargs="+", choices=FORMATS, default=list(FORMATS)
     )

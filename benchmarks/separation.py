@@ -51,7 +51,6 @@ latter, smaller by what Python and torch take, tells more of what grows.
 Sum. Our outputs, read back from disk, against the file.
 """
 
-import argparse
 import functools
 import pathlib
 import statistics
@@ -66,9 +65,9 @@ import soundfile
 import torch
 from common import (
     Record,
-    add_arguments,
     in_fresh_process,
     limit_memory,
+    new_parser,
     parse_args,
     peak_extra_mb,
     say,
@@ -462,8 +461,7 @@ def memory_blocks(folder, args):
 
 def main():
     """Measures each part; writes the record after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, "separation")
+    parser = new_parser(__doc__, "separation")
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--excerpt_seconds", type=float, default=12.0)
     parser.add_argument("--named_seconds", type=float, default=30.0)

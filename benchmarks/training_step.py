@@ -34,7 +34,6 @@ beside it: time and memory against length, with the exponent p of length^p that
 fits best, and the ratios to the Performer with FAVOR+.
 """
 
-import argparse
 import functools
 import io
 import pathlib
@@ -45,12 +44,12 @@ from typing import NamedTuple
 import torch
 from common import (
     Record,
-    add_arguments,
     free_cache,
     in_fresh_process,
     interleave,
     limit_memory,
     limit_of,
+    new_parser,
     parse_args,
     peak_extra_mb,
     say,
@@ -66,7 +65,7 @@ from ruamel.yaml import YAML
 from trackformer_sb.inference.separation import separate
 from trackformer_sb.objectives.mixit import mixit_loss
 from trackformer_sb.objectives.named import named_loss
-from trackformer_sb.training.muon import MuonAdamW
+from trackformer_sb.training.optimization import MuonAdamW
 
 HPARAMS = pathlib.Path(__file__).resolve().parents[1] / "hparams"
 SAMPLE_RATE = 44100
@@ -397,8 +396,7 @@ def report(seconds, costs, reasons, times, args):
 
 def main():
     """Measures each length and writes the record after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, "training_step")
+    parser = new_parser(__doc__, "training_step")
     parser.add_argument(
         "--seconds", type=float, nargs="+", default=[3, 10, 30, 60]
     )

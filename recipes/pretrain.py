@@ -20,7 +20,7 @@ import pathlib
 # 2 busy CPU cores training was 7 times slower. Takes effect before torch loads.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
-from trackformer_sb.torch_pair import exit_unless_pair_fits
+from trackformer_sb.cli import exit_unless_pair_fits
 
 exit_unless_pair_fits()
 
@@ -48,13 +48,7 @@ class Pretraining(MusicBrain):
     selection_metrics = ("explained_variance", "loss")
 
     def compute_forward(self, batch, stage):
-        """Hides a part of the spectrograms and rebuilds it.
-
-        Returns
-        -------
-        Reconstruction
-            Loss, prediction, target and what was hidden.
-        """
+        """Hides a part of the spectrograms and rebuilds it."""
         self.note_input(batch)
         mixtures = batch.to(self.device, non_blocking=True).mixtures.data
         if stage != sb.Stage.TRAIN and self.pairs.silent_share == 1.0:
@@ -118,7 +112,7 @@ class Pretraining(MusicBrain):
     def log_picture(self, epoch):
         """One validation item in TensorBoard."""
         if self.picture is not None:
-            self.tensorboard.writer.add_figure(
+            self.tensorboard.add_figure(
                 "reconstruction", self.reconstruction_figure(), epoch
             )
 
@@ -157,8 +151,7 @@ def model_card(hparams, brain):
             "seed": hparams["seed"],
         },
         "Measured on the test songs": {
-            name: f"{value:.3f}"
-            for name, value in brain.known_averages().items()
+            name: f"{value:.3f}" for name, value in brain.averages().items()
         },
     }
 
@@ -173,7 +166,7 @@ def main(argv):
     brain = Pretraining(experiment)
     brain.redrawn = hparams["AudioMAE"]
     brain.train_and_test()
-    folder = brain.results_folder / "encoder"
+    folder = brain.folder / "encoder"
     splits = data_report(hparams)["splits"]
     heard = {
         name

@@ -19,7 +19,7 @@ import pathlib
 # 2 busy CPU cores training was 7 times slower. Takes effect before torch loads.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
-from trackformer_sb.torch_pair import exit_unless_pair_fits
+from trackformer_sb.cli import exit_unless_pair_fits
 
 exit_unless_pair_fits()
 
@@ -31,14 +31,12 @@ from speechbrain.utils.logger import get_logger
 
 from trackformer_sb import plots
 from trackformer_sb.data.manifest import read_songs
-from trackformer_sb.inference.hub import model_folder
-from trackformer_sb.inference.separation import separate
-from trackformer_sb.inference.separator import Separator
-from trackformer_sb.nnet.transfer import (
-    check_settings,
+from trackformer_sb.inference.features import (
     encoder_layers,
     load_pretrained_encoder,
 )
+from trackformer_sb.inference.separation import separate
+from trackformer_sb.inference.separator import Separator
 from trackformer_sb.objectives import metrics
 from trackformer_sb.objectives.mixit import mixit_loss
 from trackformer_sb.objectives.regularizers import (
@@ -80,12 +78,8 @@ class Separation(MusicBrain):
     def compute_forward(self, batch, stage):
         """Separates sums of mixtures, and in evaluation the first mixture.
 
-        Returns
-        -------
-        est_source : torch.Tensor
-            [batch, sources, time].
-        est_mask : torch.Tensor
-            [num_spks, batch, channels, frames].
+        Returns sources [batch, sources, time] and masks [num_spks, batch,
+        channels, frames].
         """
         self.note_input(batch)
         mixtures = batch.to(self.device, non_blocking=True).mixtures.data
@@ -200,7 +194,7 @@ class Separation(MusicBrain):
         """One validation item in TensorBoard, to see and to hear."""
         if self.picture is None:
             return
-        writer = self.tensorboard.writer
+        writer = self.tensorboard
         writer.add_figure("separation", self.separation_figure(), epoch)
         for name, sig in (
             ("mixture", self.picture["mix"].unsqueeze(0)),
@@ -246,7 +240,7 @@ def model_card(hparams, brain):
         },
         "Measured on the test songs": {
             name: f"{value:.2f}"
-            for name, value in brain.known_averages().items()
+            for name, value in brain.averages().items()
             if name in COLUMNS
         },
     }
@@ -255,29 +249,20 @@ def model_card(hparams, brain):
 def initialise(hparams):
     """Loads the pre-trained encoder, if one is asked for.
 
-    Returns
-    -------
-    list of str
-        Names of the masknet's parameters and buffers that it initialised; none
-        where the encoder is gone and a checkpoint goes on without it.
-    list of str or None
-        The songs that it was trained on.
+    Returns the names of what it initialised, none where the encoder is gone
+    and a checkpoint goes on without it, and the songs that it was trained on.
     """
     source = hparams.get("pretrained_encoder")
     if not source:
         return [], None
     try:
-        folder = model_folder(source)
+        features = load_pretrained_encoder(hparams["MaskNet"], source, hparams)
     except FileNotFoundError as error:
         if hparams["checkpointer"].find_checkpoint() is not None:
             # which takes the place of these weights
             return [], None
         raise FileNotFoundError(f"pretrained_encoder: {error}") from error
-    masknet = hparams["MaskNet"]
-    asked = {**hparams, "spec_norm": masknet.spec_norm}
-    settings = check_settings(asked, folder)
-    keys = load_pretrained_encoder(masknet, folder)
-    return keys, settings.get("songs")
+    return sorted(features.encoder.state_dict()), features.config["songs"]
 
 
 def songs_heard(hparams, songs):
@@ -324,7 +309,7 @@ def main(argv):
     if source and "fine_tuning" in hparams:
         brain.pretrained = encoder_layers(hparams["MaskNet"])
     brain.train_and_test()
-    folder = brain.results_folder / "separator"
+    folder = brain.folder / "separator"
     separator = Separator.of_recipe(
         pathlib.Path(hparams["output_folder"]) / "hyperparams.yaml",
         hparams["modules"],

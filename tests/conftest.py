@@ -7,7 +7,7 @@ import tempfile
 import hypothesis
 import pytest
 
-from trackformer_sb.torch_pair import exit_unless_pair_fits
+from trackformer_sb.cli import exit_unless_pair_fits
 
 exit_unless_pair_fits()
 

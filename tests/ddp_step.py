@@ -25,7 +25,7 @@ def one_step(folder, batch):
     """Trains one step with the recipe's Brain."""
     from test_recipes import ROOT, recipe, tiny
 
-    from trackformer_sb.training.arguments import load_hparams, parse_arguments
+    from trackformer_sb.training.experiment import load_hparams, parse_arguments
 
     argv = tiny("performer_mixit.yaml", "none", folder, dropout=0.0)
     _, run_opts, overrides = parse_arguments(
@@ -56,12 +56,13 @@ def one_step(folder, batch):
         run_opts=run_opts,
         checkpointer=hparams["checkpointer"],
     )
-    brain.num_steps, brain.skipped, brain.sounding = 100, {}, {}
-    brain.tensorboard = hparams["tensorboard_logger"]()
+    brain.num_batches, brain.num_steps = 10, 100
+    brain.skipped, brain.sounds = {}, False
+    brain.tensorboard = hparams["tensorboard_logger"]().writer
     before = {k: v.clone() for k, v in hparams["MaskNet"].state_dict().items()}
     brain.on_fit_start()
     items = [
-        {"id": str(i), "song": "", "mixtures": x, "skipped": []}
+        {"id": str(i), "mixtures": x, "skipped": []}
         for i, x in enumerate(batch)
     ]
     brain.waiting = brain.last_batch_end = 0.0

@@ -120,38 +120,23 @@ def read_results(folder):
     return rows, average, metrics
 
 
-def values_of(yaml_name):
-    """The plain values of a yaml as they are written: key -> text."""
-    text = (ROOT / "hparams" / yaml_name).read_text("utf-8")
-    return dict(re.findall(r"^(\w+): ([^!\s].*?)(?:  #.*)?$", text, re.M))
-
-
-def source_of(recipe_path):
-    """A recipe with what all recipes share."""
-    shared = ("brain", "dataio", "experiment")
-    paths = [f"trackformer_sb/training/{name}.py" for name in shared]
-    return "".join(
-        (ROOT / path).read_text("utf-8") for path in (recipe_path, *paths)
-    )
-
-
 def unused_keys(yaml_name, recipe_path):
     """Top-level keys that neither the yaml nor its recipe reads."""
     text = (ROOT / "hparams" / yaml_name).read_text("utf-8")
-    source = source_of(recipe_path)
+    shared = ("brain", "dataio", "experiment")
+    paths = [f"trackformer_sb/training/{name}.py" for name in shared]
+    paths = [ROOT / path for path in (recipe_path, *paths)]
+    source = "".join(path.read_text("utf-8") for path in paths)
     keys = re.findall(r"^(\w+):", text, re.M)
-    assert len(keys) > 30
-    assert len(keys) == len(set(keys))
+    assert len(keys) == len(set(keys)) > 30
     used_elsewhere = {"mixture_consistency", *RunOptions().as_dict()}
     return [
         key
         for key in keys
-        if f"<{key}>" not in text
-        and f'"{key}"' not in source
-        and f"hparams.{key}" not in source
+        if not any(x in source for x in (f'"{key}"', f"hparams.{key}"))
+        and f"<{key}>" not in text
         and key not in used_elsewhere
         and not key.startswith("__")
-        and not key.startswith("lambda_")
     ]
 
 

@@ -1,18 +1,17 @@
 """trackformer export and trackformer info."""
 
+import argparse
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from hub_server import serving, use_hub
-from separators import OF_SPEECHBRAIN, PERFORMER, mixtures, trained
+from huggingface_hub import HfApi
+from separators import trained
 from speechbrain.utils.checkpoints import Checkpointer
 
 from trackformer_sb.cli import main
-from trackformer_sb.inference.measure import card_tables, describe_model
+from trackformer_sb.inference.measure import card_tables
 from trackformer_sb.inference.separator import Separator
 
 SCORES = {1: 2.0, 2: 5.0, 3: 3.0}
@@ -24,15 +23,15 @@ def command(*args):
     return main([str(arg) for arg in args])
 
 
-def make_run(folder, text=PERFORMER, scores=SCORES):
+def make_run(folder):
     """The folder of a training, and its modules as of each epoch."""
-    _, modules = trained(folder, text)
+    _, modules = trained(folder)
     recoverables = {
         name: module for name, module in modules.items() if module.state_dict()
     }
     checkpointer = Checkpointer(folder / "save", recoverables)
     states = {}
-    for epoch, score in scores.items():
+    for epoch, score in SCORES.items():
         with torch.no_grad():
             for parameter in modules["masknet"].parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -44,7 +43,7 @@ def make_run(folder, text=PERFORMER, scores=SCORES):
         }
     # in the middle of an epoch, and the newest of all
     checkpointer.save_checkpoint(name="intra", end_of_epoch=False)
-    results = {**METRICS, "test_loss": -5.0, "epochs": max(scores)}
+    results = {**METRICS, "test_loss": -5.0, "epochs": max(SCORES)}
     (folder / "metrics.json").write_text(json.dumps(results))
     columns = ",".join(["id", *METRICS])
     (folder / "test_results.csv").write_text(f"{columns}\na,1,2,3\n")
@@ -109,61 +108,21 @@ def test_export_of_another_checkpoint(run, tmp_path, capsys):
     assert check_state(out, states[3])["Training"]["epoch"] == "unfinished"
 
 
-@pytest.mark.parametrize("epochs", [2, None])
-def test_no_test_results_of_what_was_not_tested(run, tmp_path, epochs):
-    folder, states = run
-    results = json.loads((folder / "metrics.json").read_text())
-    path = folder / "metrics.json"
-    path.write_text(json.dumps({**results, "epochs": epochs}))
-    if epochs is None:
-        path.unlink()
-    assert command("export", folder, tmp_path / "separator") == 0
-    card = check_state(tmp_path / "separator", states[2])
-    assert list(card) == ["Training"]
-
-
-def test_export_of_other_parts(tmp_path):
-    states = make_run(tmp_path / "run", OF_SPEECHBRAIN, {1: 0.5})
-    assert command("export", tmp_path / "run", tmp_path / "separator") == 0
-    check_state(tmp_path / "separator", states[1])
-
-
-def test_export_runs_nothing_but_the_modules(run, tmp_path):
-    folder, _ = run
-    trace = tmp_path / "trace"
-    with open(folder / "hyperparams.yaml", "a") as file:
-        file.write(f'more: !apply:builtins.open ["{trace}", w]\n')
-    assert command("export", folder, tmp_path / "separator") == 0
-    assert not trace.exists()
-
-
 def damage(folder):
     path = folder / "save" / "CKPT+epoch2" / "masknet.ckpt"
     path.write_bytes(path.read_bytes()[:2000])
-
-
-def lose(folder):
-    (folder / "save" / "CKPT+epoch2" / "masknet.ckpt").unlink()
-
-
-def resize(folder):
-    path = folder / "hyperparams.yaml"
-    path.write_text(path.read_text().replace("d_model: 16", "d_model: 32"))
-
-
-def cut_checkpoint(folder):
-    (folder / "save" / "CKPT+epoch2" / "CKPT.yaml").write_text("{end")
 
 
 @pytest.mark.parametrize(
     "change, options, message",
     [
         (damage, (), "PytorchStreamReader failed"),
-        (lose, (), "epoch2: no weights of the masknet"),
-        (resize, (), "masknet.ckpt: Error(s) in loading state_dict"),
-        (cut_checkpoint, (), "save: a CKPT.yaml in it is damaged"),
         (lambda f: shutil.rmtree(f / "save"), (), "no checkpoint of a finish"),
-        (lambda f: (f / "hyperparams.yaml").unlink(), (), "yaml not found"),
+        (
+            lambda f: (f / "hyperparams.yaml").unlink(),
+            (),
+            "No such file or directory",
+        ),
         (None, ("--checkpoint", "CKPT+x"), "CKPT+x: no checkpoint"),
     ],
 )
@@ -172,63 +131,38 @@ def test_export_that_fails(run, tmp_path, capsys, change, options, message):
     if change:
         change(folder)
     assert command("export", folder, tmp_path / "separator", *options) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    (line,) = printed.err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("trackformer export: ")
     assert message in line
     assert not (tmp_path / "separator").exists()
 
 
 def test_push(run, tmp_path, monkeypatch, capsys):
+    pushed = {}
+
+    def create(api, repo_id, private, exist_ok):
+        pushed["private"] = private
+        return argparse.Namespace(repo_id=repo_id)
+
+    def upload(api, repo_id, folder_path, **_):
+        files = {path.name: path.read_bytes() for path in folder_path.iterdir()}
+        pushed[repo_id] = files
+        return "the commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
     out = tmp_path / "separator"
-    push = ("export", run[0], out, "--push")
-    with serving() as hub:
-        use_hub(monkeypatch, hub, tmp_path / "cache")
-        hub.token = "hf_right"
-        assert command(*push, "me/mine") == 1
-        line = capsys.readouterr().err.splitlines()[-1]
-        assert line.startswith("trackformer export: me/mine: not uploaded: 401")
-        # the folder is there all the same
-        separator = Separator.from_pretrained(out)
-        monkeypatch.setenv("HF_TOKEN", "hf_right")
-        assert command(*push, "me/mine") == 0
-        printed = capsys.readouterr().out.splitlines()
-        assert printed[-1].startswith(f"{hub.url}/me/mine/commit/")
-        files = hub.repos["me/mine"]["main"]
-        assert files == {path.name: path.read_bytes() for path in out.iterdir()}
-        again = Separator.from_pretrained("me/mine")
-        assert torch.equal(again(mixtures()), separator(mixtures()))
-        assert command(*push, "a/b/c") == 1
-        assert "a/b/c: not uploaded" in capsys.readouterr().err
+    options = ("--push", "me/mine", "--private")
+    assert command("export", run[0], out, *options) == 0
+    assert capsys.readouterr().out.splitlines() == [str(out), "the commit"]
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert pushed == {"private": True, "me/mine": files}
 
 
 # --- info --------------------------------------------------------------------
 
 
-def test_info(exported, capsys):
-    assert command("info", exported, *NOISE) == 0
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    lines = dict(
-        line.split(maxsplit=1)
-        for line in printed.out.splitlines()
-        if " " in line
-    )
-    masknet = Separator.from_pretrained(exported).masknet
-    count = sum(p.numel() for p in masknet.parameters())
-    assert lines["model"] == str(exported)
-    assert lines["classes"] == "STFTEncoder, PerformerMaskNet, STFTDecoder"
-    assert lines["outputs"] == "3"
-    assert lines["rate"] == "8000 Hz"
-    assert lines["parameters"].startswith(f"{count:,} (0.0 MB")
-    assert lines["speed"].startswith("0.25 s in ")
-    assert lines["memory"].endswith(" MB at most, the whole process")
-    assert lines["epoch"] == "2"
-    assert lines["si_snri"] == "4.57"
-
-
-def test_info_as_json(exported, tmp_path, capsys):
+def test_info_as_json(exported, capsys):
     assert command("info", exported, *NOISE, "--json") == 0
     about = json.loads(capsys.readouterr().out)
     assert (about["num_spks"], about["sample_rate"]) == (3, 8000)
@@ -236,47 +170,8 @@ def test_info_as_json(exported, tmp_path, capsys):
     assert about["real_time_factor"] > 0
     # python and torch alone take more than that
     assert 50 < about["peak_memory_mb"] < 100000
-    folder = shutil.copytree(exported, tmp_path / "separator")
-    (folder / "README.md").unlink()
-    assert describe_model(folder, seconds=0.1)["card"] == {}
 
 
 def test_info_of_the_model_in_the_package(capsys):
     assert command("info", *NOISE) == 0
     assert "drums, bass, vocals, other" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (("nosuch",), "nosuch not found: expected a folder"),
-        (("{tmp}",), "config.json not found"),
-        (("{model}", "--device", "cuda"), "torch finds no CUDA device"),
-        (("{model}", "--device", "tpu9"), "tpu9"),
-    ],
-)
-def test_info_that_fails(
-    exported, tmp_path, capsys, monkeypatch, options, message
-):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    options = [o.format(tmp=tmp_path, model=exported) for o in options]
-    assert command("info", *options) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("trackformer info: ")
-    assert message in printed.err
-
-
-def test_nothing_heavy_is_imported_for_help():
-    code = (
-        "import sys, argparse, trackformer_sb.cli_model as cli; "
-        "commands = argparse.ArgumentParser().add_subparsers(); "
-        "cli.add_export(commands); cli.add_info(commands); "
-        "print(sys.modules.keys() & {'torch', 'speechbrain', 'yaml'})"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-    )
-    assert result.stdout.strip() == "set()", result.stderr

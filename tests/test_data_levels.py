@@ -9,26 +9,12 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trackformer_sb.data.levels import (
-    active_share,
+from trackformer_sb.data.files import (
     decibels,
     measure_levels,
-    segment_level,
+    segment_loudness,
     sum_levels,
 )
-
-RATE = 8000
-
-
-def write(path, sig, sample_rate=RATE, **options):
-    soundfile.write(path, np.asarray(sig, "float64"), sample_rate, **options)
-    return path
-
-
-def codes_of(levels):
-    """Codes of a made-up curve in dBFS."""
-    codes = 2 * (np.asarray(levels, dtype=float) + 100)
-    return codes.round().astype("uint8")
 
 
 def slow_decibels(sig, sample_rate):
@@ -60,84 +46,44 @@ def test_levels_equal_slow_ones(
     sig = scale * rng.standard_normal((num_frames, channels)) + scale / 3
     sig = sig.astype("float32")
     path = tmp_path_factory.getbasetemp() / "any.wav"
-    codes = measure_levels(write(path, sig, sample_rate, subtype="FLOAT"))
+    soundfile.write(path, sig, sample_rate, "FLOAT")
+    codes = measure_levels(path)
     expected = slow_decibels(sig.astype("float64"), sample_rate)
     assert codes.dtype == np.uint8 and codes.shape == expected.shape
     # rounded to half decibels
     np.testing.assert_allclose(decibels(codes), expected, atol=0.2501)
 
 
-@pytest.mark.parametrize("sample_rate", [11025, 44100])
-def test_windows_do_not_drift(tmp_path, sample_rate):
-    """Half a sample a window would be 2.7 windows in an hour at 11025 Hz."""
-    loud, soft = round(47.3 * sample_rate), 5 * sample_rate
-    sig = np.concatenate([np.full(loud, 0.5), np.full(soft, 0.005)])
-    codes = measure_levels(write(tmp_path / "step.wav", sig, sample_rate))
-    assert decibels(codes[:473]).tolist() == [-6.0] * 473
-    assert decibels(codes[474:]).tolist() == [-46.0] * (523 - 474)
-
-
-@pytest.mark.parametrize("extension", ["flac", "ogg", "mp3"])
-def test_decoding_is_by_the_second_and_never_seeks(
-    tmp_path, monkeypatch, extension
-):
-    """After a seek the first frames of an mp3 are wrong, by 0.5 measured."""
-    sig = np.random.default_rng(0).normal(0, 0.2, 5 * 44100)
-    path = write(tmp_path / f"noise.{extension}", sig, 44100)
-    whole = soundfile.read(path, dtype="float32", always_2d=True)[0]
-    counts = []
-    read = soundfile.SoundFile.read
-
-    def counting_read(self, frames=-1, **options):
-        counts.append(frames)
-        return read(self, frames, **options)
-
-    def seek(self, *args):
-        raise AssertionError("seeked")
-
-    monkeypatch.setattr(soundfile.SoundFile, "read", counting_read)
-    monkeypatch.setattr(soundfile.SoundFile, "seek", seek)
-    codes = measure_levels(path)
-    assert max(counts) == 44100
-    expected = slow_decibels(whole.astype("float64"), 44100)
-    np.testing.assert_allclose(decibels(codes), expected, atol=0.2501)
-
-
-def test_activity_and_level_of_a_segment():
-    codes = codes_of([-100, -60, -59.5, -20, -100, -100])
-    assert active_share(codes, 0, 0.6) == pytest.approx(2 / 6)
-    assert active_share(codes, 0.2, 0.2) == 1
-    assert active_share(codes, 0, 0.5, threshold_db=-30) == 0.2
-    # a window that is cut counts
-    assert active_share(codes, 0.35, 0.1) == 0.5
-    # past the end there is silence
-    assert active_share(codes, 0.3, 1.0) == 0.1
-    assert segment_level(codes, 0.3, 1.0) == pytest.approx(-30, abs=0.01)
-    assert segment_level(codes, 7, 1.0) == -math.inf
-    assert segment_level(codes_of([-100.0] * 20), 0.5, 1.0) == -math.inf
-
-
-@given(st.integers(0, 500), st.integers(1, 100))
-def test_segment_on_the_grid_takes_no_window_more(first, count):
-    """0.3 / 0.1 is 2.9999999999999996."""
-    curve = np.full(700, -20.0)
-    curve[first : first + count] = -40
-    what = codes_of(curve), first / 10, count / 10
-    assert segment_level(*what) == pytest.approx(-40)
-    assert active_share(*what, threshold_db=-30) == 0
+@pytest.mark.parametrize(
+    ("start", "duration", "level", "share"),
+    [
+        (0, 0.6, -27.78, 2 / 6),
+        # 0.3 / 0.1 is 2.9999999999999996
+        (0.3, 0.1, -20, 1),
+        # a window that is cut counts
+        (0.35, 0.1, -23.01, 0.5),
+        # past the end there is silence
+        (0.3, 1.0, -30, 0.1),
+        (7, 1.0, -math.inf, 0),
+    ],
+)
+def test_loudness_of_a_segment(start, duration, level, share):
+    levels = np.array([-100, -60, -59.5, -20, -100, -100])
+    codes = (2 * (levels + 100)).astype("uint8")
+    found = segment_loudness(codes, start, duration)
+    assert found == pytest.approx((level, share), abs=0.01)
 
 
 def test_levels_of_a_sum(tmp_path):
     """Of files that have nothing in common, as those of two instruments."""
     rng = np.random.default_rng(0)
-    long, short = rng.normal(0, 0.1, 4 * RATE), rng.normal(0, 0.05, 2 * RATE)
+    long, short = rng.normal(0, 0.1, 32000), rng.normal(0, 0.05, 16000)
     total = long.copy()
     total[: len(short)] += short
-    path = tmp_path / "sig.wav"
-    *parts, expected = (
-        measure_levels(write(path, sig)) for sig in (long, short, total)
-    )
-    found = sum_levels(parts)
-    np.testing.assert_allclose(decibels(found), decibels(expected), atol=0.5)
+    codes = []
+    for sig in (long, short, total):
+        soundfile.write(tmp_path / "sig.wav", sig, 8000)
+        codes.append(measure_levels(tmp_path / "sig.wav"))
+    found = sum_levels(codes[:2])
+    np.testing.assert_allclose(decibels(found), decibels(codes[2]), atol=0.5)
     assert found[:20].mean() > found[20:].mean() + 1
-    assert sum_levels([expected]).tolist() == expected.tolist()

@@ -13,7 +13,6 @@ from speechbrain.dataio.dataloader import make_dataloader
 from trackformer_sb.data.manifest import (
     Manifest,
     MappedManifest,
-    read_songs,
     write_manifest,
 )
 from trackformer_sb.training.dataio import SegmentDataset
@@ -40,11 +39,6 @@ def write(folder, numbers, split="train"):
 
 def test_rows_are_what_was_written(tmp_path):
     manifest = write(tmp_path, [[0, 3], [7]])
-    assert list(manifest) == [
-        "song_00000_0000",
-        "song_00000_0003",
-        "song_00001_0007",
-    ]
     assert manifest["song_00001_0007"] == {
         "song": "song_00001",
         "tracks": {
@@ -57,10 +51,6 @@ def test_rows_are_what_was_written(tmp_path):
         "song_seconds": 60.0,
         "has_stems": True,
     }
-    assert [line["song"] for line in read_songs(tmp_path, "train")] == [
-        "song_00000",
-        "song_00001",
-    ]
 
 
 @given(
@@ -77,6 +67,8 @@ def test_on_disk_as_in_memory(tmp_path_factory, numbers):
     assert len(mapped) == len(memory) == sum(map(len, numbers))
     assert mapped.num_songs == memory.num_songs == sum(map(bool, numbers))
     assert set(mapped.ids) == set(memory.ids)
+    pickled = pickle.dumps(mapped)
+    assert len(pickled) < 500 and dict(pickle.loads(pickled)) == dict(mapped)
     for place, segment_id in enumerate(mapped.ids):
         assert mapped.index(segment_id) == place
         assert mapped.row(place) == memory[segment_id]
@@ -86,42 +78,21 @@ def test_on_disk_as_in_memory(tmp_path_factory, numbers):
         assert songs.count(songs[place]) == end - first
 
 
-@pytest.mark.parametrize(
-    "wrong", ["song_00000", "song_00000_0001", "song_00009_0000", "", "x_y"]
-)
-def test_no_such_segment(tmp_path, wrong):
+def test_what_is_not_there(tmp_path):
     manifest = write(tmp_path, [[0, 2], [0]])
-    assert wrong not in manifest
-    with pytest.raises(KeyError):
-        manifest[wrong]
-
-
-def test_songs_without_segments_are_left_out(tmp_path):
-    manifest = write(tmp_path, [[], [1], []])
-    assert list(manifest) == ["song_00001_0001"]
-    assert manifest.num_songs == 1
-
-
-def test_a_missing_manifest_is_named(tmp_path):
+    for wrong in ("song_00000", "song_00000_0001", "song_00009_0000", "x_y"):
+        assert wrong not in manifest
     with pytest.raises(FileNotFoundError, match=r"valid\.npy"):
         MappedManifest(tmp_path, "valid")
 
 
-def test_pickled_it_is_opened_again(tmp_path):
-    manifest = write(tmp_path, [[0], [1]])
-    text = pickle.dumps(manifest)
-    assert len(text) < 500
-    assert dict(pickle.loads(text)) == dict(manifest)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_dataset_of_speechbrain(tmp_path, num_workers):
+def test_dataset_of_speechbrain(tmp_path):
     dataset = SegmentDataset(write(tmp_path, [[0, 1], [5]]))
     dataset.add_dynamic_item(len, takes="song", provides="letters")
     dataset.set_output_keys(["id", "start", "letters"])
     assert len(dataset) == 3
     loader = make_dataloader(
-        dataset, batch_size=2, num_workers=num_workers, drop_last=False
+        dataset, batch_size=2, num_workers=2, drop_last=False
     )
     batches = list(loader)
     assert [x for batch in batches for x in batch.id] == list(dataset.data_ids)

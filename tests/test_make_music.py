@@ -17,15 +17,9 @@ from symusic import ControlChange, Note, Score, Tempo, Track
 
 from trackformer_sb.cli import main
 from trackformer_sb.data import make_music
-from trackformer_sb.data.drumkits import (
-    HATS,
-    Hit,
-    load_kit,
-    make_drums,
-    make_pattern,
-)
-from trackformer_sb.data.midi import load_midi, load_soundfont, make_piece
-from trackformer_sb.data.voices import LANGUAGES, VARIANTS, make_voice
+from trackformer_sb.data.drumkits import Hit, make_drums
+from trackformer_sb.data.midi import load_midi, make_piece
+from trackformer_sb.data.voices import make_voice
 
 SAMPLE_RATE = 44100
 ROOT = pathlib.Path(__file__).parents[1]
@@ -99,14 +93,12 @@ def test_stems_are_of_one_length_and_their_sum_does_not_clip(
     assert min(peaks) > 0.01
 
 
-def test_drums_come_from_channel_10_alone(soundfont, tmp_path):
+def test_channel_and_program_say_the_stem(soundfont, tmp_path):
     # program 118 is a synth drum, but on a channel of its own
     parts = ((118, False), (33, False))
     path = write_midi(tmp_path / "a.mid", parts=parts)
     assert sorted(make_piece(path, soundfont, rng())) == ["bass", "other"]
-
-
-def test_guitar_may_be_a_class_of_its_own(soundfont, tmp_path):
+    # and a guitar may be a class of its own
     path = write_midi(tmp_path / "a.mid", parts=((27, False), (0, False)))
     stems = make_piece(path, soundfont, rng(), classes=("bass", "guitar"))
     assert sorted(stems) == ["guitar", "other"]
@@ -133,15 +125,6 @@ def test_a_note_that_never_ends_is_closed(soundfont, tmp_path):
     assert load_midi(path, 3.0).end() <= 3.01
 
 
-def test_silence_before_the_first_note_is_cut(tmp_path):
-    path = tmp_path / "a.mid"
-    score = Score(480)
-    score.tracks.append(Track("", 0))
-    score.tracks[0].notes.append(Note(480 * 3600, 480, 60, 100))
-    score.dump_midi(path)
-    assert load_midi(path, 3.0).tracks[0].notes[0].time == pytest.approx(0)
-
-
 def test_drums_ring_until_the_next_of_their_kind(tmp_path):
     path = tmp_path / "a.mid"
     score = Score(480)
@@ -155,67 +138,18 @@ def test_drums_ring_until_the_next_of_their_kind(tmp_path):
     assert rings == pytest.approx({46: 0.5, 42: 2.0, 49: 2.0}, abs=1e-3)
 
 
-def not_midi(path):
-    path.write_bytes(b"no music")
-    return "expected a MIDI file, got .*a.mid"
-
-
-def damaged_midi(path):
-    data = write_midi(path).read_bytes()
-    path.write_bytes(data[:60])
-    return "expected a MIDI file, got .*a.mid"
-
-
-def empty_midi(path):
+def test_midi_that_is_cut_or_has_no_notes(tmp_path):
+    path = tmp_path / "a.mid"
+    path.write_bytes(write_midi(path).read_bytes()[:60])
+    with pytest.raises(ValueError, match="expected a MIDI file, got one that"):
+        load_midi(path, 10.0)
     header = b"MThd" + struct.pack(">IHHH", 6, 0, 1, 480)
     path.write_bytes(header + b"MTrk\0\0\0\4\0\xff\x2f\0")
-    return "expected notes in .*a.mid"
-
-
-def only_drums(path):
-    write_midi(path, parts=((0, True),))
-    return "expected two stems or more that sound in .*a.mid, got drums alone"
-
-
-@pytest.mark.parametrize(
-    "write", (not_midi, damaged_midi, empty_midi, only_drums)
-)
-def test_useless_midi_is_named(write, soundfont, tmp_path):
-    reason = write(tmp_path / "a.mid")
-    with pytest.raises(ValueError, match=reason):
-        make_piece(tmp_path / "a.mid", soundfont, rng())
-
-
-def test_useless_soundfont_is_named(tmp_path):
-    path = tmp_path / "a.sf2"
-    path.write_bytes(b"no soundfont")
-    with pytest.raises(ValueError, match=r"expected a soundfont .*a.sf2: Not"):
-        load_soundfont(path)
+    with pytest.raises(ValueError, match="expected notes, got none"):
+        load_midi(path, 10.0)
 
 
 # --- drums -------------------------------------------------------------------
-
-
-def test_pattern_is_a_groove():
-    hits = make_pattern(rng(), seconds=8.0)
-    assert hits == sorted(hits)
-    assert 0 <= hits[0].time and hits[-1].time < 8.0
-    assert {36, 38} < {hit.note for hit in hits}
-
-
-def test_kit_has_the_voices_that_can_be_read(tmp_path):
-    kit = load_kit(write_kit(tmp_path / "kit"))
-    assert [one.name for one in kit] == ["kick", "snare", "hat closed"]
-
-
-def test_useless_kits_are_named(tmp_path):
-    with pytest.raises(ValueError, match="expected a Hydrogen drum kit, got"):
-        load_kit(tmp_path)
-    (tmp_path / "drumkit.xml").write_text("<drumkit_info/>")
-    with pytest.raises(
-        ValueError, match="expected recordings that can be read"
-    ):
-        load_kit(tmp_path / ".")
 
 
 def test_drums_sound_where_they_are_hit(tmp_path):
@@ -226,47 +160,16 @@ def test_drums_sound_where_they_are_hit(tmp_path):
     assert abs(sig[:44000]).max() < 1e-3 < abs(sig[44100:50000]).max()
 
 
-def test_a_hat_stops_at_the_next_one(tmp_path):
-    kit = write_kit(tmp_path / "kit")
-    alone = [Hit(0.0, HATS[-1], 1.0)]
-    choked = [*alone, Hit(0.1, HATS[0], 1e-6)]
-    late = [0.0, 0.0]
-    for seed in range(10):  # some of them have a room
-        for i, hits in enumerate((alone, choked)):
-            sig = make_drums([kit, kit], hits, np.random.default_rng(seed), 1.0)
-            late[i] += np.square(sig[6000:]).sum()
-    assert late[0] > 5 * late[1]
-
-
 # --- voices ------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def voice():
-    return make_voice(rng(), seconds=12.0)
-
-
-def test_voices_sing_and_rest(voice):
+def test_voices_sing_and_rest():
+    voice = make_voice(rng(), seconds=12.0)
     assert voice.shape == (12 * SAMPLE_RATE, 2) and np.isfinite(voice).all()
     assert abs(voice).max() == pytest.approx(0.8)
     blocks = np.square(voice).reshape(-1, 4410, 2).mean((1, 2)) ** 0.5
     assert (blocks > 0.03).mean() > 0.4
     assert (blocks < 0.003).mean() > 0.02
-
-
-def test_voice_is_a_function_of_its_seed(voice):
-    make_voice(np.random.default_rng(1), seconds=2.0)
-    assert np.array_equal(make_voice(rng(), seconds=12.0), voice)
-
-
-def test_all_voices_exist():
-    import espeakng_loader
-
-    data = pathlib.Path(espeakng_loader.get_data_path())
-    variants = {path.name for path in (data / "voices" / "!v").iterdir()}
-    assert set(VARIANTS) <= variants
-    languages = {path.name.lower() for path in (data / "lang").rglob("*")}
-    assert set(LANGUAGES) - {"en"} <= languages
 
 
 # --- the command -------------------------------------------------------------
@@ -277,14 +180,15 @@ def made(soundfont, tmp_path_factory):
     """A folder of music, and the arguments that made it."""
     folder = tmp_path_factory.mktemp("music")
     write_midi(folder / "midi" / "a.mid")
-    damaged_midi(folder / "midi" / "b.mid")
-    only_drums(folder / "midi" / "c.mid")
+    (folder / "midi" / "b.mid").write_bytes(b"no music")
+    write_midi(folder / "midi" / "c.mid", parts=((0, True),))
     write_kit(folder / "kits" / "kit")
     (folder / "kits" / "none").mkdir()
     (folder / "kits" / "none" / "drumkit.xml").write_text("no xml")
     args = ["make-music", folder / "out", "--midi", folder / "midi"]
     args += ["--soundfont", soundfont, folder / "midi" / "a.mid"]
     args += ["--drumkits", folder / "kits", "--drums", 1, "--voices", 1]
+    args += ["--electronic", 1, "--seconds", 10]
     args = list(map(str, args))
     assert main([*args, "--jobs", "2"]) == 0
     return folder / "out", args
@@ -299,6 +203,9 @@ def test_command_writes_a_folder_of_stems(made):
         "midi_a_0/other.wav",
         "drums_000/drums.wav",
         "voices_000/vocals.wav",
+        "electronic_000/bass.wav",
+        "electronic_000/drums.wav",
+        "electronic_000/other.wav",
         "music.json",
     }
     for path in out.rglob("*.wav"):
@@ -313,7 +220,6 @@ def test_command_writes_a_folder_of_stems(made):
 
 def test_command_goes_on_and_names_what_it_leaves_out(made, capsys):
     out, args = made
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.wav")}
     sig = soundfile.read(out / "midi_a_0" / "other.wav")[0]
     for path in (out / "midi_a_0").iterdir():
         path.unlink()
@@ -321,19 +227,15 @@ def test_command_goes_on_and_names_what_it_leaves_out(made, capsys):
     assert main([*args, "--jobs", "1"]) == 0
     text = capsys.readouterr().out
     assert text.splitlines()[-1] == (
-        f"1 made, 2 there before, 4 left out in {out}"
+        f"1 made, 3 there before, 4 left out in {out}"
     )
     for reason in (
-        "expected a MIDI file, got",
+        "midi/b.mid: expected a MIDI file, got one that is cut",
         "expected two stems or more",
-        "expected a soundfont (sf2, sf3), got",
-        "expected a Hydrogen drum kit, got",
+        "midi/a.mid: ",
+        "kits/none: ",
     ):
-        assert text.count(f"left out: {reason}") == 1
-    after = {path: path.stat().st_mtime_ns for path in out.rglob("*.wav")}
-    assert {path for path in after if after[path] != before[path]} == {
-        path for path in after if path.parent.name == "midi_a_0"
-    }
+        assert text.count(reason) == 1
     # and the piece is the same, whatever made it
     again = soundfile.read(out / "midi_a_0" / "other.wav")[0]
     assert np.array_equal(sig, again)
@@ -342,21 +244,13 @@ def test_command_goes_on_and_names_what_it_leaves_out(made, capsys):
 def test_folder_of_other_settings_is_refused(made, capsys):
     _, args = made
     assert main([*args, "--seed", "1"]) == 2
-    assert "expected seed 0 as in" in capsys.readouterr().err
+    assert "expected seed 1, got 0 in" in capsys.readouterr().err
 
 
 def test_nothing_to_make_is_an_error(tmp_path, capsys):
     assert main(["make-music", str(tmp_path / "out")]) == 2
     assert "nothing to make" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_nothing_made_is_an_error(soundfont, tmp_path, capsys):
-    only_drums(tmp_path / "a.mid")
-    args = ["make-music", tmp_path / "out", "--midi", tmp_path]
-    args += ["--soundfont", soundfont, "--jobs", "1"]
-    assert main(list(map(str, args))) == 1
-    assert "0 made, 0 there before, 1 left out" in capsys.readouterr().out
 
 
 def make_noise(rng, settings, seconds):

@@ -66,19 +66,14 @@ def test_equals_brute_force(objective, num_mixtures, num_sources, device):
     torch.testing.assert_close(gradient, slope, atol=1e-5, rtol=1e-3)
 
 
-def test_equals_brute_force_over_6561_assignments():
-    est_source, mixtures = sources_and_mixtures(8, 3, time=30, batch=1)
-    expected, assignment = references.mixit(est_source, mixtures, "mse")
-    value, found = mixit_loss(est_source, mixtures, "mse")
-    torch.testing.assert_close(value, expected.float())
-    assert torch.equal(found, assignment.float())
-
-
 @pytest.mark.parametrize(
     "objective, assign_by", list(itertools.product(OBJECTIVES, repeat=2))
 )
 def test_searches_by_one_objective_and_minimises_another(objective, assign_by):
-    est_source, mixtures = sources_and_mixtures(5)
+    # where objectives choose differently
+    est_source, mixtures = sources_and_mixtures(5, batch=20)
+    chosen = [mixit_assignment(est_source, mixtures, x) for x in OBJECTIVES]
+    assert not torch.equal(chosen[1], chosen[2])
     expected, slope = value_and_gradient(
         lambda x: references.mixit(x, mixtures, objective, assign_by=assign_by)[
             0
@@ -90,19 +85,7 @@ def test_searches_by_one_objective_and_minimises_another(objective, assign_by):
         est_source,
     )
     torch.testing.assert_close(value, expected.float(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(gradient, slope, atol=1e-5, rtol=1e-3)
-    assert torch.equal(
-        mixit_loss(est_source, mixtures, objective, assign_by=assign_by)[1],
-        mixit_assignment(est_source, mixtures, assign_by),
-    )
-
-
-def test_objectives_can_choose_differently():
-    """Otherwise the test above says nothing about ``assign_by``."""
-    est_source, mixtures = sources_and_mixtures(5, batch=20)
-    by_level = mixit_assignment(est_source, mixtures, "mse")
-    by_shape = mixit_assignment(est_source, mixtures, "si_snr")
-    assert not torch.equal(by_level, by_shape)
+    torch.testing.assert_close(gradient, slope, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("snr_max", [10.0, 30.0])
@@ -151,168 +134,50 @@ def test_equals_asteroid(objective):
     objective=st.sampled_from(OBJECTIVES),
     seed=SEEDS,
 )
-def test_order_of_sources_does_not_matter(
-    num_sources, num_mixtures, objective, seed
-):
+def test_order_does_not_matter(num_sources, num_mixtures, objective, seed):
     torch.manual_seed(seed)
     est_source, mixtures = sources_and_mixtures(num_sources, num_mixtures)
-    order = torch.randperm(num_sources)
+    order, other = torch.randperm(num_sources), torch.randperm(num_mixtures)
     value, assignment = mixit_loss(est_source, mixtures, objective)
-    permuted, reordered = mixit_loss(est_source[:, order], mixtures, objective)
-    torch.testing.assert_close(permuted, value, atol=1e-4, rtol=1e-4)
-    assert torch.equal(reordered, assignment[:, :, order])
-
-
-@given(
-    num_sources=st.integers(1, 6),
-    num_mixtures=st.integers(1, 3),
-    objective=st.sampled_from(OBJECTIVES),
-    seed=SEEDS,
-)
-def test_no_fixed_assignment_is_better(
-    num_sources, num_mixtures, objective, seed
-):
-    torch.manual_seed(seed)
-    est_source, mixtures = sources_and_mixtures(num_sources, num_mixtures)
-    owner = torch.randint(num_mixtures, (num_sources,))
-    fixed = torch.nn.functional.one_hot(owner, num_mixtures).T.double()
-    value, assignment = mixit_loss(est_source, mixtures, objective)
-    assert torch.equal(assignment.sum(1), torch.ones(2, num_sources))
-    assert ((assignment == 0) | (assignment == 1)).all()
-    for i in range(2):
-        alternative = references.objective_loss(
-            objective, fixed @ est_source[i].double(), mixtures[i].double()
-        )
-        assert value[i] <= alternative + 1e-3
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_source_of_silence_changes_nothing(objective):
-    est_source, mixtures = sources_and_mixtures(4)
-    silent = torch.zeros(2, 1, 50)
-    value, assignment = mixit_loss(est_source, mixtures, objective)
-    more, padded = mixit_loss(
-        torch.cat([est_source, silent], 1), mixtures, objective
+    permuted, reordered = mixit_loss(
+        est_source[:, order], mixtures[:, other], objective
     )
-    torch.testing.assert_close(more, value)
-    assert torch.equal(padded[:, :, :4], assignment)
+    torch.testing.assert_close(permuted, value, atol=1e-4, rtol=1e-4)
+    assert torch.equal(reordered, assignment[:, other][:, :, order])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_order_of_mixtures_does_not_matter(objective):
-    est_source, mixtures = sources_and_mixtures(5, 3)
-    value, assignment = mixit_loss(est_source, mixtures, objective)
-    swapped, reordered = mixit_loss(est_source, mixtures.flip(1), objective)
-    torch.testing.assert_close(swapped, value)
-    assert torch.equal(reordered.flip(1), assignment)
-
-
-def test_si_snr_does_not_depend_on_gain_and_offset():
-    est_source, mixtures = sources_and_mixtures(5)
-    value, assignment = mixit_loss(est_source, mixtures, "si_snr")
-    for gain, offset in ((0.01, 0.0), (7.0, 0.0), (1.0, 0.5)):
-        again, same = mixit_loss(gain * est_source + offset, mixtures, "si_snr")
-        torch.testing.assert_close(again, value, atol=1e-3, rtol=1e-4)
-        assert torch.equal(same, assignment)
-
-
-def test_snr_depends_on_their_common_gain_only_relatively():
-    est_source, mixtures = sources_and_mixtures(5)
-    value, _ = mixit_loss(est_source, mixtures)
-    louder, _ = mixit_loss(100 * est_source, 100 * mixtures)
-    torch.testing.assert_close(louder, value, atol=1e-4, rtol=1e-4)
-
-
-@given(
-    num_sources=st.integers(2, 8), num_mixtures=st.integers(1, 2), seed=SEEDS
-)
-def test_sources_that_sum_to_the_mixtures_are_recovered(
-    num_sources, num_mixtures, seed
-):
-    torch.manual_seed(seed)
-    sources = torch.randn(1, num_sources, 100)
-    owner = torch.randint(num_mixtures, (num_sources,))
-    owner[0], owner[1] = 0, num_mixtures - 1
-    truth = torch.nn.functional.one_hot(owner, num_mixtures).T.float()
-    value, assignment = mixit_loss(sources, truth @ sources)
-    assert torch.equal(assignment[0], truth)
-    assert value.item() == pytest.approx(-30.0, abs=1e-2)
-    value, _ = mixit_loss(sources, truth @ sources, "mse")
-    assert value.item() < 1e-10
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_batch_neighbours_do_not_matter(objective):
+def test_batch_neighbours_and_silent_sources_do_not_matter(objective):
     est_source, mixtures = sources_and_mixtures(4, batch=3)
     est_source[1], mixtures[1] = 1e3 * est_source[1], 1e3 * mixtures[1]
     est_source[2], mixtures[2] = 0.0, 0.0
-    value, assignment = mixit_loss(est_source, mixtures, objective)
+    padded = torch.nn.functional.pad(est_source, (0, 0, 0, 1))
+    value, assignment = mixit_loss(padded, mixtures, objective)
     for i in range(3):
         alone, same = mixit_loss(
             est_source[i : i + 1], mixtures[i : i + 1], objective
         )
         torch.testing.assert_close(value[i : i + 1], alone)
-        assert torch.equal(assignment[i : i + 1], same)
-
-
-# -- gradient
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_gradient_goes_through_the_winner_only(objective):
-    est_source, mixtures = sources_and_mixtures(5)
-    _, assignment = mixit_loss(est_source, mixtures, objective)
-
-    def fixed(x):
-        return torch.stack(
-            [
-                references.objective_loss(objective, a @ y, m)
-                for a, y, m in zip(
-                    assignment.double(), x.double(), mixtures.double()
-                )
-            ]
-        )
-
-    _, expected = value_and_gradient(fixed, est_source)
-    _, gradient = value_and_gradient(
-        lambda x: mixit_loss(x, mixtures, objective)[0], est_source
-    )
-    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-3)
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_gradient_equals_a_difference_quotient(objective):
-    est_source, mixtures = (x.double() for x in sources_and_mixtures(4))
-    est_source.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x: mixit_loss(x, mixtures, objective)[0], est_source
-    )
+        assert torch.equal(assignment[i : i + 1, :, :4], same)
 
 
 # -- silence
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize(
-    "silence",
-    ["one mixture", "all mixtures", "one source", "all sources", "everything"],
-)
-def test_silence_gives_finite_losses_and_gradients(objective, silence):
+@pytest.mark.parametrize("silent_mixtures", [0, 1, 2])
+@pytest.mark.parametrize("silent_sources", [0, 4])
+def test_silence_gives_finite_losses_and_gradients(
+    objective, silent_mixtures, silent_sources
+):
     est_source, mixtures = sources_and_mixtures()
-    if silence == "one mixture":
-        mixtures[:, 0] = 0.0
-    if silence in ("all mixtures", "everything"):
-        mixtures[:] = 0.0
-    if silence == "one source":
-        est_source[:, 0] = 0.0
-    if silence in ("all sources", "everything"):
-        est_source[:] = 0.0
+    mixtures[:, :silent_mixtures] = 0.0
+    est_source[:, :silent_sources] = 0.0
     value, gradient = value_and_gradient(
         lambda x: mixit_loss(x, mixtures, objective)[0], est_source
     )
-    assert value.isfinite().all()
-    assert gradient.isfinite().all()
-    if not silence.startswith(("all mix", "every")):
+    assert value.isfinite().all() and gradient.isfinite().all()
+    if silent_mixtures < 2:
         expected, _ = references.mixit(est_source, mixtures, objective)
         torch.testing.assert_close(
             value, expected.float(), atol=1e-3, rtol=1e-4
@@ -325,22 +190,6 @@ def test_a_silent_mixture_is_given_no_source(objective):
     mixtures = torch.stack([sources.sum(1), torch.zeros(1, 100)], 1)
     _, assignment = mixit_loss(sources, mixtures, objective)
     assert torch.equal(assignment[0], torch.tensor([[1.0] * 4, [0.0] * 4]))
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_errors_in_a_silent_mixture_are_relative_to_the_others(objective):
-    """A source against the phase of a mixture: by "mse" better left out."""
-    mixtures = torch.randn(1, 2, 100)
-    mixtures[:, 1] = 0.0
-    est_source = -mixtures[:, :1]
-    value, assignment = mixit_loss(
-        est_source, mixtures, objective, assign_by="mse"
-    )
-    assert assignment.flatten().tolist() == [0.0, 1.0]
-    expected, _ = references.mixit(
-        est_source, mixtures, objective, assign_by="mse"
-    )
-    torch.testing.assert_close(value, expected.float(), atol=1e-3, rtol=1e-4)
 
 
 def test_si_snr_leaves_no_mixture_without_a_source():
@@ -386,10 +235,6 @@ def test_half_precision_sources_are_compared_in_single(objective, device):
     assert value.dtype == torch.float32
     assert torch.equal(value, expected)
     assert torch.equal(assignment, same)
-    targets = mixtures.to(half)
-    value, _ = mixit_loss(half, targets, objective)
-    expected, _ = mixit_loss(half.float(), targets.float(), objective)
-    assert torch.equal(value, expected)
 
 
 # -- beyond exhaustive reach
@@ -412,55 +257,21 @@ def test_least_squares_search_recovers_an_assignment(num_mixtures):
     assert torch.equal(assignment.sum(1), torch.ones(3, 20))
 
 
-def test_least_squares_search_is_near_to_the_exhaustive_one(monkeypatch):
-    est_source, mixtures = sources_and_mixtures(8, time=500, batch=8)
-    exact, _ = mixit_loss(est_source, mixtures)
-    monkeypatch.setattr("trackformer_sb.objectives.mixit.MAX_EXHAUSTIVE", 1)
-    value, _ = mixit_loss(est_source, mixtures)
-    assert (value >= exact - 1e-4).all()
-    # every other item is estimated well, the others are mostly noise
-    assert (value[::2] < exact[::2] + 1.5).all()
-    assert (value[1::2] < exact[1::2] + 3.0).all()
-    assert (value > exact + 0.01).any()
-
-
 # -- interfaces
 
 
 def test_recipe_signature_has_time_before_sources():
     est_source, mixtures = sources_and_mixtures(5)
-    for objective in OBJECTIVES:
-        expected, _ = mixit_loss(est_source, mixtures, objective, 20.0)
-        value = get_mixit(mixtures.mT, est_source.mT, objective, 20.0)
-        assert torch.equal(value, expected)
-    value = get_mixit(mixtures.mT, est_source.mT)
-    assert torch.equal(value, mixit_loss(est_source, mixtures)[0])
-    assert value.shape == (2,)
+    for more in ((), *((objective, 20.0) for objective in OBJECTIVES)):
+        expected, _ = mixit_loss(est_source, mixtures, *more)
+        value = get_mixit(mixtures.mT, est_source.mT, *more)
+        assert value.shape == (2,) and torch.equal(value, expected)
 
 
-def test_inputs_are_left_alone():
-    est_source, mixtures = sources_and_mixtures()
-    before = est_source.clone(), mixtures.clone()
-    for objective in OBJECTIVES:
-        mixit_loss(est_source, mixtures, objective)
-    assert torch.equal(est_source, before[0])
-    assert torch.equal(mixtures, before[1])
-
-
-@pytest.mark.parametrize(
-    "sources, mixtures",
-    [
-        ((2, 4, 50), (2, 2, 49)),
-        ((2, 4, 50), (1, 2, 50)),
-        ((2, 4, 50), (2, 50)),
-        ((4, 50), (2, 50)),
-    ],
-)
-def test_shapes_that_do_not_fit_are_named(sources, mixtures):
+@pytest.mark.parametrize("mixtures", [(2, 2, 49), (1, 2, 50), (2, 50)])
+def test_shapes_that_do_not_fit_are_named(mixtures):
     with pytest.raises(ValueError, match=r"\[batch, sources, time\].*got \["):
-        mixit_loss(torch.zeros(sources), torch.zeros(mixtures))
-    with pytest.raises(ValueError, match=r"\[batch, sources, time\].*got \["):
-        mixit_assignment(torch.zeros(sources), torch.zeros(mixtures))
+        mixit_loss(torch.zeros(2, 4, 50), torch.zeros(mixtures))
 
 
 @pytest.mark.parametrize("argument", ["objective", "assign_by"])

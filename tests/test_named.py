@@ -3,26 +3,14 @@
 import pytest
 import torch
 
-from trackformer_sb.objectives.named import (
-    absent_loss,
-    class_masks,
-    named_loss,
-    octave_weights,
-)
-from trackformer_sb.training.muon import MuonAdamW, orthogonalise
+from trackformer_sb.objectives.named import absent_loss, named_loss
+from trackformer_sb.training.optimization import MuonAdamW, orthogonalise
 
 CLASSES, SLOTS, BATCH, FREQ, FRAMES = 3, 2, 4, 33, 6
 
 
 def spectra(*shape):
     return torch.randn(*shape, dtype=torch.complex64)
-
-
-def test_slots_of_a_class_are_added():
-    masks = torch.rand(CLASSES * SLOTS, BATCH, FREQ, FRAMES)
-    torch.testing.assert_close(
-        class_masks(masks, CLASSES)[1], masks[2] + masks[3]
-    )
 
 
 def test_loss_equals_a_loop():
@@ -56,17 +44,6 @@ def test_absent_classes_are_compared_with_silence():
     # half of what names of both classes would have found
     expected = named_loss(masks, mix_w, stems_w, 44100) / 2
     assert found.tolist() == pytest.approx([expected[0].item(), 0, 0])
-
-
-def test_octaves_count_alike():
-    weights = octave_weights(1025, 44100)[:, 0]
-    assert weights.mean() == pytest.approx(1.0)
-    bin_hz = 22050 / 1024
-    octaves = [
-        weights[round(low / bin_hz) : round(2 * low / bin_hz)].sum()
-        for low in (2000, 4000, 8000)
-    ]
-    assert max(octaves) / min(octaves) < 1.15
 
 
 def test_ideal_masks_have_the_least_loss():

@@ -11,13 +11,11 @@ import soundfile
 import torch
 from separators import performer
 
-from trackformer_sb.data.remix import STEM_CLASSES, stem_class
-from trackformer_sb.objectives.metrics import si_snr
-from trackformer_sb.objectives.named_metrics import (
+from trackformer_sb.data.remix import STEM_CLASSES
+from trackformer_sb.objectives.named import (
     leakage,
     named_si_snri,
     pair_by_class,
-    time_averaged_masks,
 )
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
@@ -50,13 +48,9 @@ def test_the_mixture_improves_by_0_and_true_stems_by_much():
     assert named_si_snri(stems, stems, mix).min() > 80
     # by name: stems in another order are worse than the mixture
     assert named_si_snri(stems.flip(0), stems, mix).max() < 0
-
-
-def test_improvement_is_the_difference_of_two_si_snr():
-    stems, noise = torch.randn(2, 3, 500)
-    est_stems, mix = stems + 0.3 * noise, stems.sum(0)
-    expected = si_snr(est_stems, stems) - si_snr(mix.expand(3, -1), stems)
-    assert torch.allclose(named_si_snri(est_stems, stems, mix), expected)
+    silence = torch.zeros(3, 100)
+    assert named_si_snri(silence, silence, silence[0]).isnan().all()
+    assert leakage(silence, silence, silence[0]).isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -72,12 +66,6 @@ def test_stems_count_that_sound_and_are_not_alone(share, counts):
     assert bool(improvement[0].isfinite()) == counts
 
 
-def test_nothing_counts_in_silence():
-    silence = torch.zeros(3, 100)
-    assert named_si_snri(silence, silence, silence[0]).isnan().all()
-    assert leakage(silence, silence, silence[0]).isnan().all()
-
-
 def test_leakage_is_the_level_below_the_mixture():
     mix = torch.randn(1000)
     stems = torch.stack([mix, *torch.zeros(3, 1000)])
@@ -85,22 +73,6 @@ def test_leakage_is_the_level_below_the_mixture():
     below = leakage(gains[:, None] * mix, stems, mix)
     assert below[0].isnan()  # it sounds
     assert below[1:].tolist() == pytest.approx([6.0206, 40, 120], abs=1e-3)
-
-
-def test_static_masks_are_their_own_time_average():
-    masks = torch.rand(3, 5, 1).expand(-1, -1, 20)
-    power = torch.rand(5, 20)
-    power[2] = 0
-    assert torch.allclose(time_averaged_masks(masks, power), masks)
-
-
-def test_time_average_keeps_the_energy_share_of_power_masks():
-    masks, power = torch.rand(2, 3, 5, 20), torch.rand(3, 5, 20)
-    averaged = time_averaged_masks(masks, power)
-    assert averaged.shape == masks.shape
-    assert torch.equal(averaged[..., :1].expand_as(averaged), averaged)
-    kept = (averaged * power).sum(-1)
-    assert torch.allclose(kept, (masks * power).sum(-1), rtol=1e-4)
 
 
 def test_bass_goes_into_other_only_where_the_song_has_no_bass():
@@ -135,21 +107,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("drums.wav", "drums"),
-        ("Percussion_2", "drums"),
-        ("bassguitar.ogg", "bass"),
-        ("vocals_lead.flac", "vocals"),
-        ("horns", "other"),
-    ],
-)
-def test_class_of_a_file(name, expected):
-    assert stem_class(name) == expected
-
-
-def test_stems_are_read_and_added(folder, quality):
+def test_stems_are_read_and_added(folder, tmp_path, quality):
     stems = quality.read_stems(folder / "a", 44100)
     assert list(stems) == ["bass_1", "drums_1"]
     assert {sig.shape for sig in stems.values()} == {(2, 7 * 44100)}
@@ -163,9 +121,6 @@ def test_stems_are_read_and_added(folder, quality):
         2,
         7 * 22050,
     )
-
-
-def test_folder_without_stems_is_refused(tmp_path, quality):
     with pytest.raises(ValueError, match="expected stems"):
         quality.read_stems(tmp_path, 44100)
 
@@ -206,9 +161,8 @@ def test_benchmark_writes_its_tables(folder, tmp_path, monkeypatch, quality):
     assert ("bands", "drums") not in first
 
 
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_exported_folder_gives_its_own_outputs(tmp_path, quality, activation):
-    model = performer(mask_activation=activation)
+def test_exported_folder_gives_its_own_outputs(tmp_path, quality):
+    model = performer(mask_activation="sigmoid")
     model.save_pretrained(tmp_path)
     method = quality.load_method(str(tmp_path))
     mix = torch.randn(2, 5000)

@@ -11,16 +11,12 @@ from trackformer_sb.inference.separation import separate
 from trackformer_sb.nnet.masknet import PerformerMaskNet
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 
+SIZES = {"d_model": 16, "nhead": 2, "num_layers": 1, "n_features": 16}
+
 
 def stft_modules(activation="softmax", num_spks=4):
     masknet = PerformerMaskNet(
-        33,
-        num_spks,
-        d_model=16,
-        nhead=2,
-        num_layers=1,
-        n_features=16,
-        mask_activation=activation,
+        33, num_spks, **SIZES, mask_activation=activation
     )
     return STFTEncoder(64, 16), masknet.eval(), STFTDecoder(64, 16)
 
@@ -28,15 +24,7 @@ def stft_modules(activation="softmax", num_spks=4):
 def learned_modules(num_spks=3):
     """SpeechBrain's learned encoder and decoder, kernel 16, stride 8."""
     encoder = Encoder(kernel_size=16, out_channels=20)
-    masknet = PerformerMaskNet(
-        20,
-        num_spks,
-        d_model=16,
-        nhead=2,
-        num_layers=1,
-        n_features=16,
-        mask_activation="relu",
-    )
+    masknet = PerformerMaskNet(20, num_spks, **SIZES, mask_activation="relu")
     decoder = Decoder(20, 1, kernel_size=16, stride=8, bias=False)
     return encoder, masknet.eval(), decoder
 
@@ -90,66 +78,19 @@ def test_consistency_makes_any_sources_sum_to_the_mixture(make, shape):
 @pytest.mark.parametrize(
     "make, num_spks", [(stft_modules, 4), (learned_modules, 3)]
 )
-@pytest.mark.parametrize("batch", [2, 3])
 @pytest.mark.parametrize("time", [500, 504, 507])
-def test_equals_the_stock_loop(make, num_spks, batch, time):
+def test_equals_the_stock_loop(make, num_spks, time):
     modules = make()
-    mix = torch.randn(batch, time)
+    mix = torch.randn(2, time)
     est_source, _ = separate(mix, *modules)
     expected = stock_loop(mix, *modules, num_spks)
     torch.testing.assert_close(est_source.mT, expected)
-
-
-def test_equals_the_stock_loop_for_one_item():
     # SpeechBrain's decoder squeezes a batch of one away, ours does not
-    modules = learned_modules()
-    mix = torch.randn(2, 500)
-    expected, _ = separate(mix, *modules)
     alone, _ = separate(mix[:1], *modules)
-    torch.testing.assert_close(alone, expected[:1])
-    modules = learned_modules(num_spks=1)
-    alone, _ = separate(mix[:1], *modules)
-    assert alone.shape == (1, 1, 500)
-
-
-def test_a_shorter_decoder_output_is_padded_with_zeros():
-    encoder, masknet, decoder = learned_modules()
-    mix = torch.randn(2, 503)
-    est_source, _ = separate(mix, encoder, masknet, decoder)
-    # whole strides of 8: 496 of 503 samples
-    assert est_source.shape == (2, 3, 503)
-    assert not est_source[..., 496:].any()
-    assert est_source[..., 400:496].any()
-
-
-def test_a_longer_decoder_output_is_cut():
-    def longer(spectrum):
-        return F.pad(decoder(spectrum), (0, 100), value=9.0)
-
-    encoder, masknet, decoder = stft_modules()
-    mix = torch.randn(2, 500)
-    expected, _ = separate(mix, encoder, masknet, decoder)
-    est_source, _ = separate(mix, encoder, masknet, longer)
-    torch.testing.assert_close(est_source, expected)
+    torch.testing.assert_close(alone, est_source[:1])
 
 
 # -- channels
-
-
-def test_a_panned_mixture_gives_panned_sources():
-    mono = torch.randn(2, 500)
-    pan = torch.tensor([0.8, 0.2])
-    mix = mono.unsqueeze(1) * pan[:, None]
-    modules = stft_modules()
-    est_source, _ = separate(mix, *modules)
-    torch.testing.assert_close(
-        est_source[:, :, 0] * 0.2, est_source[:, :, 1] * 0.8, atol=1e-5, rtol=0
-    )
-    # and those of the mono mixture
-    expected, _ = separate(mono, *modules)
-    torch.testing.assert_close(
-        est_source[:, :, 0], 0.8 * expected, atol=1e-3, rtol=0
-    )
 
 
 def test_each_source_keeps_its_place_between_the_channels():
@@ -177,54 +118,7 @@ def test_each_source_keeps_its_place_between_the_channels():
     )
 
 
-def test_items_and_channels_are_not_confused():
-    mix = torch.randn(3, 2, 300)
-    modules = stft_modules()
-    together, _ = separate(mix, *modules)
-    for i in range(3):
-        alone, _ = separate(mix[i : i + 1], *modules)
-        torch.testing.assert_close(
-            together[i : i + 1], alone, atol=1e-5, rtol=0
-        )
-
-
-def test_one_channel_equals_mono():
-    mix = torch.randn(2, 300)
-    modules = stft_modules()
-    stereo, _ = separate(mix.unsqueeze(1), *modules)
-    mono, _ = separate(mix, *modules)
-    torch.testing.assert_close(stereo.squeeze(2), mono)
-
-
 # -- training and errors
-
-
-def test_gradient_reaches_encoder_masknet_and_decoder():
-    modules = learned_modules()
-    est_source, _ = separate(torch.randn(2, 300), *modules)
-    est_source.square().sum().backward()
-    for module in modules:
-        for parameter in module.parameters():
-            assert parameter.grad.isfinite().all()
-    assert modules[0].conv1d.weight.grad.any()
-    assert modules[1].head.weight.grad.any()
-    assert modules[2].weight.grad.any()
-
-
-def test_all_sources_are_decoded_in_one_pass():
-    modules, seen = stft_modules(), []
-    for module in modules:
-        module.register_forward_hook(
-            lambda module, inputs, output: seen.append(
-                (type(module).__name__, list(inputs[0].shape))
-            )
-        )
-    separate(torch.randn(2, 500), *modules)
-    assert seen == [
-        ("STFTEncoder", [2, 500]),
-        ("PerformerMaskNet", [2, 33, 32]),
-        ("STFTDecoder", [4 * 2, 33, 32]),
-    ]
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "relu"])
@@ -248,25 +142,6 @@ def test_transforms_are_single_precision_under_autocast(activation, device):
     )
     if activation == "softmax":
         torch.testing.assert_close(est_source.sum(1), mix, atol=1e-5, rtol=0)
-
-
-def test_silence_separates_into_silence():
-    est_source, est_mask = separate(torch.zeros(1, 300), *stft_modules())
-    assert not est_source.any()
-    assert est_mask.isfinite().all()
-
-
-def test_masks_may_be_complex():
-    encoder, _, decoder = stft_modules()
-    mix = torch.randn(2, 500)
-
-    def masknet(mix_w):
-        # half of the mixture, turned by a quarter and back
-        return torch.stack([0.5j * mix_w.new_ones(mix_w.shape)] * 2)
-
-    est_source, _ = separate(mix, encoder, masknet, decoder)
-    spectrum = encoder(mix) * 0.5j
-    torch.testing.assert_close(est_source[:, 0], decoder(spectrum, 500))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -1,21 +1,16 @@
 """Training of named stems: results, resume, ranks, an end on demand."""
 
 import csv
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from hub_server import serving, use_hub
-from recipe_runs import RATE, ROOT, interrupted, load_recipe
+from recipe_runs import RATE, ROOT, interrupted, load_recipe, torchrun
 from separators import named
 
 from trackformer_sb.cli import main
-from trackformer_sb.data.layouts import MUSDB18_VALIDATION
 from trackformer_sb.inference.separator import Separator
 from trackformer_sb.training import named as training
 from trackformer_sb.training.named import NamedSeparation
@@ -92,18 +87,14 @@ def test_a_run_leaves_its_curve_and_separator(music, tmp_path):
     assert list(stems) == STEMS
 
 
-def test_export_of_a_run_is_what_it_left(music, tmp_path, monkeypatch, capsys):
-    run = tmp_path / "run"
+def test_export_of_a_run_is_what_it_left(music, tmp_path):
+    run, again = tmp_path / "run", tmp_path / "again"
     recipe.main(command(music, run, number_of_epochs=1))
-    with serving() as hub:
-        use_hub(monkeypatch, hub, tmp_path / "cache")
-        words = ["export", str(run), str(tmp_path / "again")]
-        assert main([*words, "--push=me/mine"]) == 0
-        assert f"{hub.url}/me/mine" in capsys.readouterr().out
-        for name in ("config.json", "hyperparams.yaml", "model.safetensors"):
-            left = (run / "separator" / name).read_bytes()
-            assert hub.repos["me/mine"]["main"][name] == left
-    assert "| epoch | 1 |" in (tmp_path / "again" / "README.md").read_text()
+    assert main(["export", str(run), str(again)]) == 0
+    for name in ("config.json", "hyperparams.yaml", "model.safetensors"):
+        left = (run / "separator" / name).read_bytes()
+        assert (again / name).read_bytes() == left
+    assert "| epoch | 1 |" in (again / "README.md").read_text()
 
 
 def test_resumed_run_equals_uninterrupted_one(music, tmp_path, monkeypatch):
@@ -189,70 +180,6 @@ def test_a_separator_that_does_not_fit_is_refused(music, tmp_path, pretrained):
         "d_model is 16, this training has 32",
     ):
         assert difference in str(error.value)
-    words = command(music, tmp_path / "run", pretrained_separator="/no/such")
-    with pytest.raises(FileNotFoundError, match="pretrained_separator: /no/su"):
-        recipe.main(words)
-
-
-def test_a_dataset_with_stems_trains(music, tmp_path, pretrained):
-    root = tmp_path / "musdb"
-    for number, title in enumerate(("A - B", MUSDB18_VALIDATION[0])):
-        shutil.copytree(
-            music / "stems" / f"song{number}", root / "train" / title
-        )
-    shutil.copy(
-        root / "train" / "A - B" / "other.wav",
-        root / "train" / MUSDB18_VALIDATION[0] / "vocals.wav",
-    )
-    keys = {"data_folder": root, "dataset": "musdb18hq"}
-    keys |= {"mixtures_folder": "null", "number_of_epochs": 1}
-    keys["pretrained_separator"] = pretrained
-    out = tmp_path / "run"
-    recipe.main(command(music, out, stem_classes="{drums: ['d*']}", **keys))
-    assert curve(out)
-    assert "1 songs with stems" in (out / "log.txt").read_text()
-
-
-@pytest.mark.parametrize(
-    ("kept", "keys", "message"),
-    [
-        ("stems/song0/drums.wav", {}, "data_folder: expected songs of 0.3 s"),
-        (
-            "song.wav",
-            {"dataset": "mixtures", "mixtures_folder": "null"},
-            r"data_folder with dataset: mixtures\): expected two songs",
-        ),
-    ],
-)
-def test_too_little_music_is_refused(music, tmp_path, kept, keys, message):
-    path = tmp_path / "music" / kept
-    path.parent.mkdir(parents=True)
-    shutil.copy(music / "songs" / "0.wav", path)
-    keys = {"data_folder": tmp_path / "music"} | keys
-    with pytest.raises(ValueError, match=message):
-        recipe.main(command(music, tmp_path / "run", **keys))
-
-
-def test_without_songs_to_validate_on_it_exports_too(music, tmp_path):
-    recipe.main(command(music, tmp_path, valid_folders="[]"))
-    assert len(curve(tmp_path)) == 2
-    assert weights(tmp_path)
-
-
-def test_songs_too_short_to_validate_on_are_refused(music, tmp_path):
-    short = tmp_path / "short" / "song" / "drums.wav"
-    short.parent.mkdir(parents=True)
-    soundfile.write(short, np.zeros((RATE, 2)), RATE)
-    words = command(
-        music, tmp_path / "run", valid_folders=f"[{short.parents[1]}]"
-    )
-    with pytest.raises(ValueError, match="songs of 3 s or more"):
-        recipe.main(words)
-
-
-def test_a_folder_that_is_not_there_is_named(music, tmp_path):
-    with pytest.raises(FileNotFoundError, match="folder=/no/such"):
-        recipe.main(command(music, tmp_path, data_folder="/no/such"))
 
 
 @pytest.mark.slow
@@ -260,16 +187,7 @@ def test_two_ranks_train_and_measure(music, tmp_path):
     options = {"epoch_items": 16, "number_of_epochs": 1, "log_steps": 2}
     words = command(music, tmp_path, **options)
     words.append("--distributed_backend=gloo")
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node=2", str(ROOT / "recipes" / "train.py")),
-            *words,
-        ],
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-    )
+    torchrun(ROOT / "recipes" / "train.py", *words)
     (row,) = curve(tmp_path)
     assert row["items"] == "16.0"
     assert row["step"] == "4.0"

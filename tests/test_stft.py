@@ -31,12 +31,6 @@ def test_decoding_an_encoded_signal_gives_it_back(device, length, size, seed):
     assert torch.equal(decoder(spectrum, length), decoded[:, :length])
 
 
-@pytest.mark.parametrize("seconds, frames", [(3, 517), (10, 1723), (30, 5168)])
-def test_number_of_frames_of_real_segments(seconds, frames):
-    spectrum = STFTEncoder(1024, 256)(torch.zeros(1, seconds * 44100))
-    assert spectrum.shape == (1, 513, frames)
-
-
 @pytest.mark.parametrize("n_fft, hop_length", [(1024, 256), (64, 32), (64, 4)])
 def test_frames_are_those_of_torch_half_a_hop_later(n_fft, hop_length, device):
     sig = torch.randn(2, 20 * n_fft, device=device)
@@ -73,18 +67,6 @@ def test_tone_lies_in_its_bin_and_leaks_into_the_two_beside_it():
     )
 
 
-def test_click_is_seen_by_the_frames_that_cover_it():
-    n_fft, hop_length, position = 64, 16, 500
-    click = torch.zeros(1, 1024)
-    click[0, position] = 1.0
-    spectrum = STFTEncoder(n_fft, hop_length)(click)
-    centre = (torch.arange(spectrum.shape[-1]) + 0.5) * hop_length
-    seen = (centre - position).abs() < n_fft / 2
-    level = spectrum.abs().amax((0, 1))
-    assert (level[seen] > 1e-3).all()
-    assert (level[~seen] < 1e-6).all()
-
-
 @pytest.mark.parametrize("overlap", [3, 4, 8])
 def test_energy_is_kept_up_to_the_energy_of_the_window(overlap):
     n_fft = 96
@@ -109,22 +91,6 @@ def test_decoder_takes_any_leading_dimensions():
     torch.testing.assert_close(decoder(spectrum[0], 200), decoded[0])
 
 
-def test_decoder_is_linear_so_that_masked_spectra_sum_to_the_signal():
-    sig = torch.randn(1, 300)
-    spectrum = STFTEncoder(64, 16)(sig)
-    masks = torch.rand(5, *spectrum.shape).softmax(0)
-    sources = STFTDecoder(64, 16)(masks * spectrum, 300)
-    torch.testing.assert_close(sources.sum(0), sig, atol=1e-5, rtol=0)
-
-
-def test_gradient_of_the_pair_is_that_of_the_identity():
-    sig = torch.randn(2, 150, requires_grad=True)
-    slope = torch.randn(2, 150)
-    decoded = STFTDecoder(64, 16)(STFTEncoder(64, 16)(sig), 150)
-    (decoded * slope).sum().backward()
-    torch.testing.assert_close(sig.grad, slope, atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("n_fft, hop_length", [(8, 2), (6, 3), (4, 1)])
 def test_gradients_of_the_decoder_are_right(n_fft, hop_length):
     decoder = STFTDecoder(n_fft, hop_length).double()
@@ -132,6 +98,7 @@ def test_gradients_of_the_decoder_are_right(n_fft, hop_length):
     spectrum.requires_grad_()
     assert torch.autograd.gradcheck(decoder, (spectrum,))
     assert torch.autograd.gradgradcheck(decoder, (spectrum,))
+    assert not decoder.state_dict()  # the window is no weight
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -142,33 +109,6 @@ def test_the_decoder_has_gradients_item_by_item():
     leaf = spectrum.clone().requires_grad_()
     decoder(leaf).square().sum().backward()
     torch.testing.assert_close(each(spectrum), leaf.grad)
-
-
-def test_gradient_of_the_encoder_equals_a_difference_quotient():
-    encoder = STFTEncoder(16, 4)
-    sig = torch.randn(1, 30, requires_grad=True)
-    encoder(sig).abs().square().sum().backward()
-    direction = torch.randn(1, 30)
-
-    def along(step):
-        return encoder(sig.detach() + step * direction).abs().square().sum()
-
-    quotient = (along(0.5) - along(-0.5)) / 1.0
-    torch.testing.assert_close(
-        (sig.grad * direction).sum(), quotient, rtol=1e-3, atol=0
-    )
-
-
-def test_windows_are_not_saved_and_inputs_are_left_alone():
-    encoder, decoder = STFTEncoder(64, 16), STFTDecoder(64, 16)
-    assert not encoder.state_dict() and not decoder.state_dict()
-    sig = torch.randn(2, 100)
-    sig_before = sig.clone()
-    spectrum = encoder(sig)
-    spectrum_before = spectrum.clone()
-    decoder(spectrum, 100)
-    assert torch.equal(sig, sig_before)
-    assert torch.equal(spectrum, spectrum_before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

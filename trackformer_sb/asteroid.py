@@ -1,19 +1,12 @@
 """The bridge to Asteroid (optional extra).
 
 Asteroid puts the batch first in masks, SpeechBrain the sources.
-
-``SeparatorModel`` is a trained separator as a model of Asteroid. The first use
-of the name imports Asteroid and registers the class there.
 """
 
+from asteroid.models import base_models, register_model
 from torch import nn
 
-
-def __getattr__(name):
-    if name != "SeparatorModel":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = _model_class()
-    return globals()[name]
+from trackformer_sb.inference.separator import Separator
 
 
 class AsteroidMaskNet(nn.Module):
@@ -48,11 +41,6 @@ class AsteroidMaskNet(nn.Module):
 class AsteroidMasker(nn.Module):
     """A SpeechBrain masknet, ours for one, in Asteroid's masker slot.
 
-    Arguments
-    ---------
-    masknet : torch.nn.Module
-        [batch, channels, frames] -> [num_spks, batch, channels, frames].
-
     Example
     -------
     >>> import torch
@@ -71,93 +59,77 @@ class AsteroidMasker(nn.Module):
         return self.masknet(mix_w).transpose(0, 1)
 
 
-def _model_class():
-    """Defines and registers what needs Asteroid to be defined."""
-    from asteroid.models import base_models, register_model
+class SeparatorModel(base_models.BaseModel):
+    """A separator as a model of Asteroid.
 
-    from trackformer_sb.inference.separator import Separator
+    Arguments
+    ---------
+    sample_rate : int
+        Rate of the waveforms in Hz.
+    **config : dict
+        Other arguments of ``Separator``.
+    """
 
-    class SeparatorModel(base_models.BaseModel):
-        """A separator as a model of Asteroid.
+    def __init__(self, sample_rate, **config):
+        super().__init__(sample_rate, in_channels=1)
+        self.separator = Separator(sample_rate=sample_rate, **config)
+
+    @classmethod
+    def from_pretrained(cls, source, **hub):
+        """Loads a model strictly.
 
         Arguments
         ---------
-        sample_rate : int
-            Rate of the waveforms in Hz.
-        **config : dict
-            Other arguments of ``Separator``.
+        source : str, Path or dict
+            Folder of a separator or its id on the hub, of which no code is
+            run; or what ``serialize`` returned.
+        **hub : dict
+            ``revision``, ``token`` and so on, see ``Separator``.
+
+        Returns
+        -------
+        SeparatorModel
+            In evaluation mode.
         """
+        if isinstance(source, dict):
+            return super().from_pretrained(source).eval()
+        separator = Separator.from_pretrained(source, **hub)
+        model = cls(**separator.config)
+        model.separator = separator
+        return model.eval()
 
-        def __init__(self, sample_rate, **config):
-            super().__init__(sample_rate, in_channels=1)
-            self.separator = Separator(sample_rate=sample_rate, **config)
+    def forward(self, wav):
+        """[time], [batch, time] or [batch, 1, time] -> [..., stems, time].
 
-        @classmethod
-        def from_pretrained(cls, source, **hub):
-            """Loads a model strictly.
+        Raises
+        ------
+        ValueError
+            For an input of another shape.
+        """
+        mono = wav.dim() in (1, 2) or (wav.dim() == 3 and wav.shape[1] == 1)
+        if not mono:
+            raise ValueError(
+                "expected wav [time], [batch, time] or [batch, 1, time], "
+                f"got {list(wav.shape)}"
+            )
+        est_source = self.separator(wav.reshape(-1, wav.shape[-1]))
+        return est_source.squeeze(0) if wav.dim() == 1 else est_source
 
-            Arguments
-            ---------
-            source : str, Path or dict
-                Folder of a separator or its id on the hub, of which no code is
-                run; or what ``serialize`` returned.
-            **hub : dict
-                ``revision``, ``token`` and so on, see ``Separator``.
+    def get_model_args(self):
+        """Arguments that make this class again."""
+        return dict(self.separator.config)
 
-            Returns
-            -------
-            SeparatorModel
-                In evaluation mode.
-            """
-            if isinstance(source, dict):
-                return super().from_pretrained(source).eval()
-            separator = Separator.from_pretrained(source, **hub)
-            model = cls(**separator.config)
-            model.separator = separator
-            return model.eval()
+    def serialize(self):
+        """The model in a dict of tensors and plain values.
 
-        def forward(self, wav):
-            """Separates waveforms.
+        Asteroid's own has versions that ``torch.load`` refuses.
+        """
+        conf = super().serialize()
+        versions = conf["infos"]["software_versions"]
+        conf["infos"]["software_versions"] = {
+            name: str(version) for name, version in versions.items()
+        }
+        return conf
 
-            Arguments
-            ---------
-            wav : torch.Tensor
-                [time], [batch, time] or [batch, 1, time].
 
-            Returns
-            -------
-            torch.Tensor
-                [stems, time] or [batch, stems, time].
-
-            Raises
-            ------
-            ValueError
-                For an input of another shape.
-            """
-            mono = wav.dim() in (1, 2) or (wav.dim() == 3 and wav.shape[1] == 1)
-            if not mono:
-                raise ValueError(
-                    "expected wav [time], [batch, time] or [batch, 1, time], "
-                    f"got {list(wav.shape)}"
-                )
-            est_source = self.separator(wav.reshape(-1, wav.shape[-1]))
-            return est_source.squeeze(0) if wav.dim() == 1 else est_source
-
-        def get_model_args(self):
-            """Arguments that make this class again."""
-            return dict(self.separator.config)
-
-        def serialize(self):
-            """The model in a dict of tensors and plain values.
-
-            Asteroid's own has versions that ``torch.load`` refuses.
-            """
-            conf = super().serialize()
-            versions = conf["infos"]["software_versions"]
-            conf["infos"]["software_versions"] = {
-                name: str(version) for name, version in versions.items()
-            }
-            return conf
-
-    register_model(SeparatorModel)
-    return SeparatorModel
+register_model(SeparatorModel)

@@ -1,39 +1,15 @@
-"""The ``trackformer`` commands that look at music and pack it."""
+"""The ``trackformer`` commands that look at music, pack it and make it."""
 
 import argparse
 import os
 import sys
 
 
-def number(text, kind=float):
-    """A number, for argparse, whose own message would name the function."""
-    try:
-        return kind(text)
-    except ValueError as error:
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(
-            f"must be {what}, got {text!r}"
-        ) from error
-
-
 def positive(text):
     """A finite number above 0, for argparse."""
-    value = number(text)
+    value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
-
-
-def _mapping(text):
-    """A mapping in yaml, for argparse."""
-    import yaml
-
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"is no yaml: {text}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a mapping, got {text}")
     return value
 
 
@@ -44,70 +20,15 @@ def complain(args, message):
     print(f"trackformer {args.command}:", *lines, file=sys.stderr)
 
 
-# Arguments of ``data.music.Music`` that can be given.
-MUSIC_OPTIONS = {
-    "dataset": {
-        "default": "mixtures",
-        "help": "mixtures (any music files), stems, moisesdb, musdb18hq or "
-        "slakh2100 (default: %(default)s)",
-    },
-    "split": {
-        "choices": ("auto", "by_song", "from_file"),
-        "default": "auto",
-        "help": "auto: the dataset's own split where it has one",
-    },
-    "split_file": {"metavar": "YAML", "help": "for from_file"},
-    "split_ratio": {
-        "type": float,
-        "nargs": 3,
-        "default": (80, 10, 10),
-        "metavar": "SHARE",
-        "help": "of train, valid and test (default: 80 10 10)",
-    },
-    "seed": {"type": int, "default": 1234, "help": "of the split"},
-    "max_stems": {
-        "type": int,
-        "metavar": "N",
-        "help": "leave out songs with more stems",
-    },
-    "min_active_share": {
-        "type": float,
-        "default": 0.0,
-        "metavar": "SHARE",
-        "help": "leave out segments of which less sounds",
-    },
-    "min_level_db": {
-        "type": float,
-        "metavar": "DB",
-        "help": "leave out segments below this level in dBFS",
-    },
-    "stem_groups": {
-        "type": _mapping,
-        "metavar": "YAML",
-        "help": "stems that are one, as in '{band: [bass, guitar*]}'",
-    },
-    "test_folder": {
-        "metavar": "DIR",
-        "help": "music of another folder to test on",
-    },
-    "test_dataset": {
-        "default": "stems",
-        "help": "what it holds (%(default)s)",
-    },
-    "cache_folder": {
-        "metavar": "DIR",
-        "help": "where what was read of files is kept",
-    },
-    "strict": {
-        "action": "store_true",
-        "help": "stop at the first file that cannot be used",
-    },
-}
-
-
-def _add_music_options(parser, hint=""):
+def _add_music(parser, hint=""):
     """What ``trackformer data`` and ``trackformer shards make`` share."""
     parser.add_argument("folder", metavar="FOLDER", help="folder with music")
+    parser.add_argument(
+        "--dataset",
+        default="mixtures",
+        help="mixtures (any music files), stems, midi, moisesdb, musdb18hq or "
+        "slakh2100 (default: %(default)s)",
+    )
     parser.add_argument(
         "--segment_seconds",
         type=positive,
@@ -115,77 +36,85 @@ def _add_music_options(parser, hint=""):
         metavar="SECONDS",
         help=f"length of a segment (default: %(default)s){hint}",
     )
-    for name, option in MUSIC_OPTIONS.items():
-        parser.add_argument(f"--{name}", **option)
+    parser.add_argument(
+        "--music",
+        default="{}",
+        metavar="YAML",
+        help="arguments of trackformer_sb.data.music.Music, as in a training: "
+        "'{max_stems: 4, audio_check: header}'",
+    )
 
 
 def _music(args, **more):
     """The music that the options describe."""
+    import yaml
+
     from trackformer_sb.data.music import Music
 
-    options = {name: getattr(args, name) for name in MUSIC_OPTIONS}
-    return Music(args.folder, **options, **more)
+    # the seed is that of the yamls
+    options = {"dataset": args.dataset, "seed": 1234, **more}
+    try:
+        return Music(args.folder, **{**options, **yaml.safe_load(args.music)})
+    except (TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"--music: {error}") from error
 
 
 def add_data(commands):
-    """Adds ``trackformer data``.
-
-    Arguments
-    ---------
-    commands : argparse._SubParsersAction
-        What ``add_subparsers`` returned.
-    """
+    """Adds ``trackformer data`` to what ``add_subparsers`` returned."""
     parser = commands.add_parser(
         "data",
         help="what a training would see in a folder of music, with "
         "audio_check: full",
         description=(
-            "Prints songs, hours, rates, stems and what is left out and why, "
-            "and draws lengths, levels and activity."
+            "Prints songs, hours, rates, stems, medians of lengths, levels and "
+            "activity, and what is left out and why."
         ),
     )
-    _add_music_options(parser)
+    _add_music(parser)
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="for the report and the figures (default: results/data/FOLDER)",
-    )
-    parser.add_argument(
-        "--headers_only",
-        action="store_true",
-        help="do not decode the files, as a training with audio_check: header: "
-        "no levels, no activity, and damage stays unseen",
+        help="for the report (default: results/data/FOLDER)",
     )
     parser.set_defaults(run=_data)
 
 
 def _data(args):
-    """Runs ``trackformer data``."""
-    from trackformer_sb.data.report import report_text
-
     name = os.path.basename(os.path.abspath(args.folder))
     out = args.out or os.path.join("results", "data", name)
-    try:
-        check = "header" if args.headers_only else "full"
-        music = _music(args, audio_check=check)
-        report = music.prepare(out, args.segment_seconds)
-        figures = music.figures(f"{out}/figures", args.segment_seconds)
-    except (OSError, ValueError) as error:
-        complain(args, error)
-        return 2
-    print(report_text(report))
-    print(*(f"figure   {path}" for path in figures), sep="\n")
-    return 0
+    music = _music(args, audio_check="full")
+    report = music.prepare(out, args.segment_seconds)
+    print(_report_text(report))
+
+
+def _report_text(report):
+    """The tables of what ``Music.prepare`` returned."""
+    from trackformer_sb.data.songs import skipped_table
+
+    lines = ["split    songs     hours  segments"]
+    for name, part in report["splits"].items():
+        lines.append(
+            f"{name:5s} {part['songs']:8d} {part['hours']:9.2f} "
+            f"{part['segments']:9d}"
+        )
+    rates = ", ".join(
+        f"{n} of {r} Hz" for r, n in report["sample_rates"].items()
+    )
+    kinds = ", ".join(f"{n} of {c}" for c, n in report["channels"].items())
+    lines.append(f"files    {rates}; {kinds} channel(s)")
+    if report["stems"]:
+        stems = ", ".join(f"{name} {n}" for name, n in report["stems"].items())
+        lines.append(f"stems    {stems}")
+    medians = [f"{x:.1f} {what}" for what, x in report["medians"].items()]
+    lines.append(f"median   {', '.join(medians)}")
+    table = skipped_table(report["skipped"])
+    left_out = report["segments_left_out"]
+    lines.append(f"segments left out {left_out}; files and songs: {table}")
+    return "\n".join(lines)
 
 
 def add_shards(commands):
-    """Adds ``trackformer shards make``.
-
-    Arguments
-    ---------
-    commands : argparse._SubParsersAction
-        What ``add_subparsers`` returned.
-    """
+    """Adds ``trackformer shards make`` to what ``add_subparsers`` returned."""
     parser = commands.add_parser(
         "shards", help="pack music for training at scale"
     )
@@ -199,7 +128,7 @@ def add_shards(commands):
             "again, it goes on."
         ),
     )
-    _add_music_options(parser, "; training may use shorter ones")
+    _add_music(parser, "; training may use shorter ones")
     parser.add_argument("out", metavar="OUT", help="folder for the shards")
     parser.add_argument(
         "--sample_rate",
@@ -207,12 +136,6 @@ def add_shards(commands):
         default=44100,
         metavar="HZ",
         help="rate of the shards (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--audio_check",
-        choices=("header", "full"),
-        default="header",
-        help="full: decode all files before, and leave out what is damaged",
     )
     parser.add_argument(
         "--shard_megabytes",
@@ -225,25 +148,104 @@ def add_shards(commands):
 
 
 def _shards(args):
-    """Runs ``trackformer shards make``."""
-    from trackformer_sb.data.packing import pack
+    from trackformer_sb.data.shards import pack
 
-    try:
-        music = _music(
-            args, sample_rate=args.sample_rate, audio_check=args.audio_check
-        )
-        index = pack(
-            music,
-            args.out,
-            args.segment_seconds,
-            shard_megabytes=args.shard_megabytes,
-        )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        complain(args, error)
-        return 2
-    print(
-        f"{index['segments']} segments of {index['songs']} songs in "
-        f"{len(index['shards'])} shards in {args.out}, "
-        f"{len(index['skipped'])} skipped"
+    report = pack(
+        _music(args, sample_rate=args.sample_rate),
+        args.out,
+        args.segment_seconds,
+        shard_megabytes=args.shard_megabytes,
     )
-    return 0
+    segments = sum(shard["segments"] for shard in report["shards"])
+    print(
+        f"{segments} segments of {report['splits']['train']['songs']} songs in "
+        f"{len(report['shards'])} shards in {args.out}, "
+        f"{len(report['skipped'])} files skipped"
+    )
+
+
+def add_make_music(commands):
+    """Adds ``trackformer make-music``."""
+    parser = commands.add_parser(
+        "make-music",
+        help="music with stems from MIDI files, soundfonts, drum kits, speech",
+        description=(
+            "Plays General MIDI files with soundfonts, drum patterns with "
+            "Hydrogen kits, and lets a speech synthesiser sing. Train on the "
+            "result with dataset: stems. Called again, it goes on."
+        ),
+    )
+    parser.add_argument("out", metavar="OUT", help="folder for the music")
+    for name, metavar, what in (
+        ("midi", "FOLDER", "folders with General MIDI files"),
+        ("soundfont", "FILE", "sf2 or sf3 files that play them"),
+        (
+            "drum_soundfont",
+            "FILE",
+            "sf2 or sf3 files that play the drums now and then",
+        ),
+        ("drumkits", "FOLDER", "folders with Hydrogen drum kits"),
+    ):
+        parser.add_argument(
+            f"--{name}", nargs="+", default=(), metavar=metavar, help=what
+        )
+    for name, default, what in (
+        ("drums", 50, "clips of these kits"),
+        ("voices", 0, "clips of singing"),
+        ("electronic", 0, "pieces played by synthesisers"),
+        (
+            "renders",
+            1,
+            "times each MIDI file is played, each time with another soundfont",
+        ),
+        ("seed", 0, "of all draws"),
+        ("jobs", os.cpu_count(), "processes"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=int,
+            default=default,
+            metavar="N",
+            help=f"{what} (default: %(default)s)",
+        )
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        choices=("piano", "guitar", "bass"),
+        default=("bass",),
+        help="instruments with stems of their own beside drums and other "
+        "(default: bass)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        default=75.0,
+        help="length of a piece at most (default: %(default)s)",
+    )
+    parser.set_defaults(run=_make_music)
+
+
+def _make_music(args):
+    """Runs ``trackformer make-music``."""
+    from trackformer_sb.data.make_music import make_music
+
+    result = make_music(
+        args.out,
+        midi=args.midi,
+        soundfonts=args.soundfont,
+        drum_soundfonts=args.drum_soundfont,
+        drumkits=args.drumkits,
+        drums=args.drums,
+        voices=args.voices,
+        electronic=args.electronic,
+        renders=args.renders,
+        seconds=args.seconds,
+        classes=args.classes,
+        seed=args.seed,
+        jobs=args.jobs,
+    )
+    print(
+        f"{len(result['made'])} made, {len(result['kept'])} there before, "
+        f"{len(result['left_out'])} left out in {args.out}"
+    )
+    return 0 if result["made"] or result["kept"] else 1

@@ -1,18 +1,14 @@
-"""The ``trackformer`` commands about trained models: export and info."""
+"""The ``trackformer`` commands about trained models: export, info, demo."""
 
 import json
+import signal
+import threading
 
-from trackformer_sb.cli_data import complain, positive
+from trackformer_sb.cli_data import positive
 
 
 def add_model(parser):
-    """Adds which model: ``MODEL``.
-
-    Arguments
-    ---------
-    parser : argparse.ArgumentParser
-        Of a command.
-    """
+    """Adds which model, ``MODEL``, to the parser of a command."""
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -24,26 +20,14 @@ def add_model(parser):
 
 
 def add_loading(parser):
-    """Adds where a model runs: ``--device``.
-
-    Arguments
-    ---------
-    parser : argparse.ArgumentParser
-        Of a command, or a group of its arguments.
-    """
+    """Adds where a model runs, ``--device``, to a parser or a group of it."""
     parser.add_argument(
         "--device", help="cpu or cuda; by default a GPU if there is one"
     )
 
 
 def add_export(commands):
-    """Adds ``trackformer export``.
-
-    Arguments
-    ---------
-    commands : argparse._SubParsersAction
-        What ``add_subparsers`` returned.
-    """
+    """Adds ``trackformer export``."""
     parser = commands.add_parser(
         "export",
         help="make the separator folder of a training again",
@@ -86,34 +70,20 @@ def _export(args):
     """Runs ``trackformer export``."""
     from trackformer_sb.inference.runs import separator_of_run
 
-    try:
-        separator, metadata = separator_of_run(args.experiment, args.checkpoint)
-        print(separator.export(args.out, metadata))
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        complain(args, error)
-        return 2
+    separator, metadata = separator_of_run(args.experiment, args.checkpoint)
+    print(separator.export(args.out, metadata))
     if args.push:
-        try:
-            commit = separator.push_to_hub(
-                args.push,
-                private=args.private,
-                model_card_kwargs={"metadata": metadata},
-            )
-        except (OSError, ValueError) as error:
-            complain(args, f"{args.push}: not uploaded: {error}")
-            return 1
+        commit = separator.push_to_hub(
+            args.push,
+            private=args.private,
+            model_card_kwargs={"metadata": metadata},
+        )
         print(commit)
     return 0
 
 
 def add_info(commands):
-    """Adds ``trackformer info``.
-
-    Arguments
-    ---------
-    commands : argparse._SubParsersAction
-        What ``add_subparsers`` returned.
-    """
+    """Adds ``trackformer info``."""
     parser = commands.add_parser(
         "info",
         help="sizes, training and speed of a separator",
@@ -144,13 +114,74 @@ def _info(args):
         description_text,
     )
 
-    try:
-        description = describe_model(args.model, args.device, args.seconds)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        complain(args, error)
-        return 2
+    description = describe_model(args.model, args.device, args.seconds)
     if args.json:
         print(json.dumps(description, indent=2))
     else:
         print(description_text(description))
+    return 0
+
+
+def add_demo(commands):
+    """Adds ``trackformer demo``."""
+    parser = commands.add_parser(
+        "demo",
+        help="a page in the browser: drop music in, hear its sources",
+        description=(
+            "Serves a page on which to separate music, to hear its stems with "
+            "mute, solo and volume, and to download them. Ctrl+C ends it and "
+            "removes the files it made."
+        ),
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--port",
+        type=int,
+        help="of the page (default: the first free one from 7860)",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at; the default is reached from this machine "
+        "only, 0.0.0.0 from all over the network (default: %(default)s)",
+    )
+    add_loading(parser)
+    parser.add_argument(
+        "--max_megabytes",
+        type=positive,
+        default=100,
+        metavar="MB",
+        help="largest file that is taken (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_minutes",
+        type=positive,
+        default=15,
+        metavar="MINUTES",
+        help="longest music that is taken (default: %(default)s)",
+    )
+    parser.set_defaults(run=_demo)
+
+
+def _wait():
+    """Returns on Ctrl+C and when the process is asked to end."""
+    end = threading.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: end.set())
+    end.wait()
+
+
+def _demo(args):
+    """Runs ``trackformer demo``."""
+    from trackformer_sb.inference.separator import load_separator
+    from trackformer_sb.web.page import import_gradio, running_page
+
+    import_gradio()  # before the model, which may take long
+    separator = load_separator(args.model, args.device)
+    sources = ", ".join(separator.groups or [f"{separator.num_spks} sources"])
+    title = f"{args.model}: {sources} at {separator.sample_rate} Hz"
+    options = args.host, args.port, args.max_megabytes, args.max_minutes
+    with running_page(separator, title, *options) as url:
+        print(f"Open {url} (Ctrl+C ends it)", flush=True)
+        _wait()
     return 0

@@ -1,4 +1,4 @@
-"""All figures: separations, training curves, and what is in a data set.
+"""All figures: separations, reconstructions and training curves.
 
 Made without pyplot, which keeps every figure and may want a display.
 """
@@ -8,8 +8,7 @@ from itertools import chain, pairwise
 import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 # Of a spectrogram. Windows are averaged in a column, at most so many.
 ROWS = 120
@@ -22,8 +21,6 @@ TICKS_HZ = {100: "100", 1000: "1k", 10000: "10k"}
 # Spectrograms show this range below the loudest point of the mixture.
 RANGE_DB = 70.0
 
-SPLIT_COLORS = {"train": "tab:blue", "valid": "tab:orange", "test": "tab:green"}
-MAX_STEMS = 20
 MAX_NAME = 24
 
 # Panels of the training curves: title, unit, keys of the history.
@@ -46,43 +43,19 @@ PRETRAINING_CURVES = (
 )
 
 
-def save_figure(figure, path, comment=""):
-    """Writes a figure as PNG, making the folder it goes to.
-
-    Arguments
-    ---------
-    figure : matplotlib.figure.Figure
-        The figure.
-    path : pathlib.Path
-        The file.
-    comment : str
-        Text that the file carries.
-    """
+def save_figure(figure, path):
+    """Writes a figure as PNG, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Comment": comment} if comment else None
-    figure.savefig(path, format="png", dpi=110, metadata=metadata)
+    figure.savefig(path, format="png", dpi=110)
 
 
 # --- spectrograms ------------------------------------------------------------
 
 
 def band_edges(sample_rate):
-    """Frequencies between the rows of a spectrogram, logarithmic.
+    """Logarithmic frequencies between the rows of a spectrogram, [121] in Hz.
 
-    Arguments
-    ---------
-    sample_rate : int
-        In Hz.
-
-    Returns
-    -------
-    numpy.ndarray
-        [121] in Hz, from 40 Hz (or less at low rates) to half of the rate.
-
-    Example
-    -------
-    >>> band_edges(44100)[[0, -1]].round().tolist()
-    [40.0, 22050.0]
+    From 40 Hz, or less at low rates, to half of the rate.
     """
     lowest = min(LOWEST_HZ, sample_rate / 200)
     return np.geomspace(lowest, sample_rate / 2, ROWS + 1)
@@ -157,28 +130,16 @@ def _pieces(blocks, edges, n_fft):
 
 
 def decibels(power, loudest):
-    """Power in dB below the loudest, at least -70.
-
-    Example
-    -------
-    >>> decibels(np.array([0.0, 0.01, 1.0]), loudest=1.0).tolist()
-    [-70.0, -20.0, 0.0]
-    """
+    """Power in dB below the loudest, at least -70."""
     relative = power / loudest if loudest > 0 else np.zeros_like(power)
     return 10 * np.log10(np.maximum(relative, 10 ** (-RANGE_DB / 10)))
 
 
 def save_spectrogram(power, loudest, path):
-    """Writes a spectrogram without axes, a pixel a value.
+    """Writes a spectrogram as PNG without axes, a pixel a value.
 
-    Arguments
-    ---------
-    power : numpy.ndarray
-        [bands, columns], low frequencies first; they are drawn at the bottom.
-    loudest : float
-        Power of the brightest colour, the same for all that is compared.
-    path : str or Path
-        The PNG.
+    The brightest colour is the power `loudest`, the same for all that is
+    compared; low frequencies are at the bottom.
     """
     matplotlib.image.imsave(
         path,
@@ -205,10 +166,6 @@ def _show(axis, image, seconds, title, top=None, **style):
         extent=(0, seconds, 0, len(image) if top is None else top),
         **style,
     )
-
-
-def _minutes(seconds, _):
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 def separation_figure(columns, seconds, sample_rate, masks=()):
@@ -261,9 +218,12 @@ def separation_figure(columns, seconds, sample_rate, masks=()):
     style = {"vmin": -RANGE_DB, "vmax": 0, "cmap": "magma"}
     for column, column_axes in zip(columns, axes):
         for axis, (name, (power, level)) in zip(column_axes, column.items()):
-            title = _drawable(name)
-            if power is not mixture:
-                title = f"{title}: {_level(level, total)}"
+            title = _short(name)
+            if power is not mixture and level and total:
+                relative = 10 * np.log10(level / total)
+                title += f": {relative:.1f} dB of the mixture"
+            elif power is not mixture:
+                title += ": silent"
             image = decibels(power, mixture.max())
             shown = _show(axis, image, seconds, title, **style)
             axis.set_yticks(rows, [TICKS_HZ[x] for x in ticks], fontsize=8)
@@ -284,44 +244,17 @@ def separation_figure(columns, seconds, sample_rate, masks=()):
     for count, column_axes in zip(counts, axes):
         for axis in column_axes[count:]:
             axis.set_axis_off()
-        last = column_axes[count - 1]
-        last.tick_params(labelbottom=True)
-        last.set_xlabel("time in seconds")
-        if seconds >= 120:
-            last.set_xlabel("time in minutes")
-            last.xaxis.set_major_formatter(FuncFormatter(_minutes))
+        column_axes[count - 1].tick_params(labelbottom=True)
+        column_axes[count - 1].set_xlabel("time in seconds")
     return figure
-
-
-def _level(power, total):
-    """The level of an output against that of the mixture."""
-    if power <= 0 or total <= 0:
-        return "silent"
-    return f"{10 * np.log10(power / total):.1f} dB of the mixture"
 
 
 def item_figure(mix, est_source, est_mask, stems, names, sample_rate):
     """A mixture, its stems, the outputs of a model and its masks.
 
-    Arguments
-    ---------
-    mix : torch.Tensor
-        [time].
-    est_source : torch.Tensor
-        [sources, time].
-    est_mask : torch.Tensor
-        [sources, channels, frames].
-    stems : torch.Tensor
-        [stems, time], with no rows where stems are not known.
-    names : list of str
-        Names of the stems.
-    sample_rate : int
-        In Hz.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        See ``separation_figure``.
+    Tensors of a training: `mix` [time], `est_source` [sources, time],
+    `est_mask` [sources, channels, frames], and `stems` [stems, time], with no
+    rows where stems are not known. See ``separation_figure``.
     """
 
     def drawn(sig):
@@ -340,21 +273,9 @@ def item_figure(mix, est_source, est_mask, stems, names, sample_rate):
 def reconstruction_figure(target, prediction, hidden, sample_rate, hop_length):
     """What a masked autoencoder saw, rebuilt, and missed.
 
-    Arguments
-    ---------
-    target, prediction : torch.Tensor
-        [frames, channels], normalised.
-    hidden : torch.Tensor
-        Boolean, [frames, channels].
-    sample_rate : int
-        In Hz.
-    hop_length : int
-        Samples between frames.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Target, its visible part, reconstruction and error, one below another.
+    Tensors of a training, all [frames, channels]: `target` and `prediction`,
+    normalised, and `hidden`, boolean. Target, its visible part, reconstruction
+    and error are drawn one below another.
     """
     target, prediction = _array(target).T, _array(prediction).T
     hidden = _array(hidden).T > 0
@@ -390,19 +311,10 @@ def _array(x):
 
 
 def training_curves(history, panels=CURVES):
-    """Losses and measures over the epochs.
+    """Losses and measures of a ``TrainingHistory`` over the epochs.
 
-    Arguments
-    ---------
-    history : TrainingHistory
-        What was measured.
-    panels : tuple
-        Title, unit and keys of the history of each panel.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Two panels a row.
+    Each of the `panels`, two a row, is a title, a unit, and keys of the
+    history.
     """
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(10, 3.25 * rows), layout="constrained")
@@ -422,126 +334,7 @@ def training_curves(history, panels=CURVES):
     return figure
 
 
-# --- data --------------------------------------------------------------------
-
-
-def _one_axis(height=4.0):
-    figure = Figure(figsize=(8, height), layout="constrained")
-    axis = figure.subplots()
-    axis.grid(alpha=0.3)
-    axis.set_axisbelow(True)
-    return figure, axis
-
-
-def songs_figure(values, title, unit, log=False):
-    """A histogram of something of songs, such as their lengths.
-
-    Arguments
-    ---------
-    values : dict
-        Split -> list of a value per song, at least one in all. What is not
-        finite is left out.
-    title, unit : str
-        What it is.
-    log : bool
-        Whether the axis of the values, which are above 0 then, is logarithmic.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Splits are stacked; the legend has their medians.
-
-    Example
-    -------
-    >>> figure = songs_figure({"train": [3.0, 4.0], "test": []}, "", "min")
-    >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    ['train: 2 songs, median 3.5 min', 'test: 0 songs']
-    """
-    figure, axis = _one_axis()
-    values = {name: np.array(part, float) for name, part in values.items()}
-    values = {name: x[np.isfinite(x)] for name, x in values.items()}
-    labels = [
-        f"{name}: {_songs(len(x))}"
-        + (f", median {np.median(x):.1f} {unit}" if len(x) else "")
-        for name, x in values.items()
-    ]
-    everything = np.concatenate(list(values.values()))
-    low, high = everything.min(), everything.max()
-    if log:
-        edges = np.geomspace(low / 1.1, high * 1.1, 41)
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axis.set_xticks([], minor=True)
-    else:
-        edges = np.linspace(low - 1, high + 1, 41)
-    axis.hist(
-        list(values.values()),
-        bins=edges,
-        stacked=True,
-        color=[SPLIT_COLORS.get(name, "tab:gray") for name in values],
-        label=labels,
-    )
-    axis.set(title=title, xlabel=unit, ylabel="songs")
-    axis.margins(y=0.4)  # room for the legend
-    axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axis.legend()
-    return figure
-
-
-def activity_figure(activity):
-    """For how much of their songs stems sound.
-
-    Arguments
-    ---------
-    activity : dict
-        Name of a stem -> list of shares in [0, 1], one a song. The first 20
-        are drawn.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        A box a name from the first to the third quartile with the median,
-        whiskers to the least and the largest share.
-
-    Example
-    -------
-    >>> figure = activity_figure({"drums": [0.5, 1.0], "voice": [0.25]})
-    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    ['drums (2 songs)', 'voice (1 song)']
-    """
-    drawn = dict(list(activity.items())[:MAX_STEMS])
-    figure, axis = _one_axis(height=1.4 + 0.32 * len(drawn))
-    axis.boxplot(
-        [100 * np.array(shares) for shares in drawn.values()],
-        orientation="horizontal",
-        whis=(0, 100),
-        widths=0.6,
-    )
-    labels = [
-        f"{_drawable(name)} ({_songs(len(shares))})"
-        for name, shares in drawn.items()
-    ]
-    # else a name with two dollar signs would be read as a formula
-    axis.set_yticks(range(1, len(drawn) + 1), labels, parse_math=False)
-    axis.invert_yaxis()
-    title = "Activity of the stems"
-    if len(drawn) < len(activity):
-        title += f" (the {len(drawn)} most frequent of {len(activity)})"
-    axis.set(title=title, xlabel="% of the length of the song above -60 dBFS")
-    axis.set_xlim(-2, 102)
-    return figure
-
-
-def _songs(count):
-    return f"{count} song{'s' * (count != 1)}"
-
-
-def _drawable(name):
-    """A short name on one line, in letters that the font has."""
-    known = get_font(findfont(FontProperties())).get_charmap()
-    name = "".join(
-        letter if ord(letter) in known and letter.isprintable() else "▯"
-        for letter in name
-    )
+def _short(name):
+    """A name that fits; what is no letter of any script becomes a mark."""
+    name = name.encode("utf-8", "replace").decode()
     return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"

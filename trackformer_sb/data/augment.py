@@ -15,9 +15,9 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import torch
-from torchaudio.functional import phase_vocoder, resample
+from torchaudio.functional import phase_vocoder
 
-from trackformer_sb.data.audio import FILTER_BETA, FILTER_ROLLOFF, FILTER_WIDTH
+from trackformer_sb.audio import resample
 
 # Resampling is by fractions of at most this denominator: speed goes in steps of
 # half a percent, and pitch is at most 4.3 cents off. Kernels grow with its
@@ -41,20 +41,9 @@ LARGEST = {
 class Change(NamedTuple):
     """What happens to one mixture; the defaults leave it as it is.
 
-    Arguments
-    ---------
-    sign : float
-        1, or -1 for the opposite polarity.
-    shift_seconds : float
-        How much later in the song the segment starts.
-    speed : float
-        Factor of pitch and tempo together.
-    tempo : float
-        Factor of the tempo alone: 1.1 is 10 % faster.
-    semitones : float
-        How much higher the pitch alone is.
-    seed : int
-        Of torch's random numbers in a callable.
+    `speed` is a factor of pitch and tempo together, `tempo` of the tempo alone
+    (1.1 is 10 % faster), `semitones` is how much higher the pitch alone is, and
+    `seed` that of torch's random numbers in a callable.
     """
 
     sign: float = 1.0
@@ -139,18 +128,7 @@ class Augmentation:
         )
 
     def draw(self, rng):
-        """Draws the change of one mixture.
-
-        Arguments
-        ---------
-        rng : numpy.random.Generator
-            Where to draw from; six numbers are taken.
-
-        Returns
-        -------
-        Change
-            Equal to `Change()`, but for the seed, if all is off.
-        """
+        """Draws the change of one mixture: six numbers of the generator."""
         polarity, shift, speed, tempo, pitch, seed = rng.random(6).tolist()
         steps = int(self.speed_percent * LARGEST_DENOMINATOR / 100)
         step = int(speed * (2 * steps + 1)) - steps
@@ -167,27 +145,11 @@ class Augmentation:
 
     @staticmethod
     def source(change, start, duration, song_seconds):
-        """What to read of the song for a changed segment.
+        """What to read of the song for a changed segment, in seconds.
 
-        Arguments
-        ---------
-        change : Change
-            What will be applied.
-        start : float
-            Beginning of the segment without the change, in seconds.
-        duration : float
-            Length of the result, in seconds.
-        song_seconds : float
-            Length of the song, in seconds.
-
-        Returns
-        -------
-        start : float
-            Where to read from, in seconds, from 0.
-        seconds : float
-            How much to read. What would reach past the end of the song is moved
-            back; all of a song is read if even that is too short. Without a
-            change in time, start and duration come back as they are.
+        Start and duration are those of the segment without the change; returns
+        where to read from and how much. What would reach past the end of the
+        song is moved back; all of a song is read if even that is too short.
         """
         if change.shift_seconds == 0 and change.seconds_read == 1:
             return start, duration
@@ -199,25 +161,9 @@ class Augmentation:
         """Changes what was read.
 
         The phase vocoder is not linear: to change a mixture, sum its tracks
-        first.
-
-        Arguments
-        ---------
-        change : Change
-            What to apply.
-        sig : torch.Tensor
-            What `source` told to read, floating point, [time] or
-            [channels, time].
-        num_samples : int
-            Length of the result in samples.
-        sample_rate : int
-            Rate of `sig` and of the result in Hz.
-
-        Returns
-        -------
-        torch.Tensor
-            [num_samples] or [channels, num_samples], with zeros at the end
-            where `sig` is too short.
+        first. `sig` is what `source` told to read, [time] or [channels, time]
+        at `sample_rate`; the result has `num_samples`, with zeros at the end
+        where `sig` is too short.
 
         Example
         -------
@@ -232,15 +178,7 @@ class Augmentation:
         # rounding of the pitch included.
         rate = change.seconds_read / float(pitch)
         if pitch != 1:
-            sig = resample(
-                sig.contiguous(),
-                pitch.numerator,
-                pitch.denominator,
-                lowpass_filter_width=FILTER_WIDTH,
-                rolloff=FILTER_ROLLOFF,
-                resampling_method="sinc_interp_kaiser",
-                beta=FILTER_BETA,
-            )
+            sig = resample(sig, pitch.numerator, pitch.denominator)
         if rate != 1:
             sig = _stretch(sig, rate, sample_rate)
         sig = torch.nn.functional.pad(sig, (0, num_samples - sig.shape[-1]))

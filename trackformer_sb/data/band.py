@@ -18,6 +18,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from trackformer_sb.data.files import write_json
 from trackformer_sb.data.synth import Player, make_kit, pick
 
 VERSION = 1  # one of the settings of a band: raise it when the songs change
@@ -82,25 +83,8 @@ class _Score(NamedTuple):
 def make_song(seed, seconds=24.0, sample_rate=44100):
     """Composes and renders one song of the demo band.
 
-    Arguments
-    ---------
-    seed : int
-        Non-negative; the song is a function of it.
-    seconds : float
-        Length of the song, above 0.
-    sample_rate : int
-        Samples per second, 8000 or more.
-
-    Returns
-    -------
-    stems : dict
-        `drums`, `bass`, `chords` and `lead`, each a float32 array [time]. They
-        share one gain, so that neither their sum nor any of them exceeds 0.9.
-
-    Raises
-    ------
-    ValueError
-        If an argument is outside its range.
+    Arguments as ``make_band``. The stems [time] share one gain, so that neither
+    their sum nor any of them exceeds 0.9.
 
     Example
     -------
@@ -139,9 +123,8 @@ def make_band(
 ):
     """Writes a folder of songs, each a folder of four 16-bit wav stems.
 
-    `band.json` holds the settings and is written last: where it stands, the
-    band is complete. A complete band is kept as it is, an interrupted one is
-    completed.
+    `band.json` holds the settings. A complete band is kept as it is, an
+    interrupted one is completed.
 
     Arguments
     ---------
@@ -182,18 +165,18 @@ def make_band(
     settings |= {"sample_rate": sample_rate, "version": VERSION}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    marker, started = folder / "band.json", folder / "band.partial.json"
-    if marker.exists() or started.exists():
-        _check_same(settings, marker if marker.exists() else started)
+    marker = folder / "band.json"
+    # Hidden files may be the first traces of another process at work.
+    names = sorted(path.name for path in folder.glob("[!.]*"))
+    if marker.exists():
+        check_same(settings, marker)
+    elif names:
+        raise ValueError(
+            f"expected an empty folder or a demo band, got {folder} with "
+            f"{names[0]!r} and no band.json: choose another folder"
+        )
     else:
-        # Hidden files may be the first traces of another process at work.
-        names = sorted(path.name for path in folder.glob("[!.]*"))
-        if names:
-            raise ValueError(
-                f"expected an empty folder or a demo band, got {folder} with "
-                f"{names[0]!r} and no band.json: choose another folder"
-            )
-        write_json(started, settings)
+        write_json(marker, settings)
     for index in tqdm(range(num_songs), "demo band", disable=not progress):
         song = folder / f"song_{index:03d}"
         if all((song / f"{name}.wav").exists() for name in STEMS):
@@ -212,9 +195,6 @@ def make_band(
             song.mkdir(exist_ok=True)
             for name in STEMS:
                 os.replace(os.path.join(new, name), song / f"{name}.wav")
-    if not marker.exists():
-        write_json(marker, settings)
-    started.unlink(missing_ok=True)
     return folder
 
 
@@ -230,22 +210,15 @@ def _check_settings(seed, seconds, sample_rate, num_songs=1):
             )
 
 
-def _check_same(settings, path):
+def check_same(settings, path):
+    """Refuses other settings than those of a file of ``write_json``."""
     found = json.loads(path.read_text())
     for name, value in settings.items():
         if found.get(name) != value:
             raise ValueError(
                 f"expected {name} {value}, got {found.get(name)} in {path}: "
-                "ask for the band that is there, or choose another folder"
+                "ask for what is there, or choose another folder"
             )
-
-
-def write_json(path, settings):
-    """Writes a file of settings whole or not at all."""
-    with tempfile.TemporaryDirectory(prefix=".band_", dir=path.parent) as new:
-        new = Path(new, path.name)
-        new.write_text(json.dumps(settings, indent=2) + "\n")
-        os.replace(new, path)
 
 
 def _compose(rng, seconds):

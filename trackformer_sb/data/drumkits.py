@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import soundfile
-from scipy.signal import resample_poly
+from scipy.signal import oaconvolve, resample_poly
 
-from trackformer_sb.data.effects import SAMPLE_RATE, reverb
-
+SAMPLE_RATE = 44100
 SECONDS = 45.0
 PEAK = 0.8
 KICK, SNARE, CLOSED, OPEN, CRASH = 36, 38, 42, 46, 49
@@ -58,59 +57,27 @@ class Instrument(NamedTuple):
 
 @lru_cache(64)
 def load_kit(folder):
-    """The voices of a Hydrogen kit.
+    """The voices [list of Instrument] of the kit in a folder.
 
-    Arguments
-    ---------
-    folder : str or pathlib.Path
-        A folder with drumkit.xml.
-
-    Returns
-    -------
-    list of Instrument
-        Those with a recording that can be read.
-
-    Raises
-    ------
-    ValueError
-        If there is no kit, or none of its recordings can be read.
+    One without recordings is a ValueError, one that is damaged another error.
     """
     path = Path(folder, "drumkit.xml")
-    try:
-        root = ElementTree.parse(path)
-    except (OSError, ElementTree.ParseError) as error:
-        raise ValueError(
-            f"expected a Hydrogen drum kit, got {path}: {error}"
-        ) from error
     kit = []
-    for instrument in root.iterfind(".//{*}instrument"):
+    for instrument in ElementTree.parse(path).iterfind(".//{*}instrument"):
         name = instrument.findtext("{*}name") or ""
         layers = [one.text for one in instrument.iterfind(".//{*}filename")]
-        for layer in reversed(layers):
-            if layer and _is_readable(path.with_name(layer)):
-                kit.append(Instrument(name.lower(), path.with_name(layer)))
-                break
+        files = [path.with_name(layer) for layer in layers if layer]
+        files = [file for file in files if file.is_file()]
+        files = [file for file in files if soundfile.info(file).frames]
+        if files:
+            kit.append(Instrument(name.lower(), files[-1]))
     if not kit:
-        raise ValueError(
-            f"expected recordings that can be read beside {path}, got none"
-        )
+        raise ValueError("expected recordings beside it, got none")
     return kit
 
 
 def make_pattern(rng, seconds=SECONDS):
     """A groove: kick, snare, hats, fills and a bar of rest now and then.
-
-    Arguments
-    ---------
-    rng : numpy.random.Generator
-        Where to draw from.
-    seconds : float
-        Its length.
-
-    Returns
-    -------
-    list of Hit
-        In the order of time.
 
     Example
     -------
@@ -156,22 +123,7 @@ def make_pattern(rng, seconds=SECONDS):
 
 
 def midi_hits(score, rng, seconds=SECONDS):
-    """The drums of a stretch of a score.
-
-    Arguments
-    ---------
-    score : symusic.Score
-        With times in seconds.
-    rng : numpy.random.Generator
-        Draws the stretch.
-    seconds : float
-        Its length.
-
-    Returns
-    -------
-    list of Hit
-        In the order of time.
-    """
+    """The drums of a stretch of a score [symusic.Score, in seconds]."""
     hits = [
         Hit(note.time, note.pitch, note.velocity / 127)
         for track in score.tracks
@@ -190,29 +142,10 @@ def midi_hits(score, rng, seconds=SECONDS):
 def make_drums(kits, hits, rng, seconds=SECONDS):
     """Plays hits on a kit, with another one's voices among its own.
 
-    Each voice is tuned, placed, weighted and damped in its own way; a hat stops
-    at the next one. Half of the clips stand in a room, many are saturated.
-
-    Arguments
-    ---------
-    kits : list of str or pathlib.Path
-        The kit to play, and one that stands in for voices, which may be it.
-    hits : list of Hit
-        In the order of time.
-    rng : numpy.random.Generator
-        Where to draw from.
-    seconds : float
-        Length of the clip.
-
-    Returns
-    -------
-    numpy.ndarray
-        Float [time, 2] at 44.1 kHz with a peak of 0.8.
-
-    Raises
-    ------
-    ValueError
-        If nothing sounds.
+    Float [time, 2] at 44.1 kHz with a peak of 0.8. The second of `kits`, which
+    may be the first, stands in for some voices. Each is tuned, placed, weighted
+    and damped in its own way; a hat stops at the next one. Half of the clips
+    stand in a room, many are saturated.
     """
     sig = np.zeros((int(seconds * SAMPLE_RATE), 2))
     voices = {}
@@ -240,11 +173,25 @@ def make_drums(kits, hits, rng, seconds=SECONDS):
     return sig * (PEAK / np.abs(sig).max())
 
 
-def _is_readable(path):
-    try:
-        return soundfile.info(path).frames > 0
-    except soundfile.SoundFileError:
-        return False
+def reverb(sig, rng, seconds, predelay=0.0):
+    """A room around a dry sound [time, 2], alone and as loud as the sound.
+
+    Noise that decays by 60 dB in `seconds`, after `predelay` seconds.
+
+    Example
+    -------
+    >>> click = np.zeros((SAMPLE_RATE, 2))
+    >>> click[0] = 1.0
+    >>> wet = reverb(click, np.random.default_rng(0), seconds=0.5)
+    >>> print(abs(wet[1000]).max() > 100 * abs(wet[20000]).max())
+    True
+    """
+    length = int(seconds * SAMPLE_RATE)
+    decay = 10 ** (-3 * np.arange(length) / length)
+    response = rng.standard_normal((length, 2)) * decay[:, None]
+    response[: int(predelay * SAMPLE_RATE)] = 0
+    wet = oaconvolve(sig, response.astype(sig.dtype), axes=0)[: len(sig)]
+    return wet * np.sqrt(np.square(sig).mean() / np.square(wet).mean())
 
 
 def _draw_voice(kit, note, rng):

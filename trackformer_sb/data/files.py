@@ -8,6 +8,7 @@ a run that was stopped goes on, and only new or changed files are read again.
 import base64
 import hashlib
 import json
+import math
 import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -18,78 +19,57 @@ import numpy as np
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
-from trackformer_sb.data.audio import (
+from trackformer_sb.audio import (
     AUDIO_EXTENSIONS,
     AudioInfo,
     UnreadableAudio,
     audio_info,
+    decode,
     open_audio,
+    read_on,
 )
-from trackformer_sb.data.levels import measure_levels
 
 logger = get_logger(__name__)
 
-# libsndfile does not hold Python's lock
-THREADS = min(32, 4 * (os.cpu_count() or 1))
+THREADS = os.cpu_count() or 1  # more would wait for Python's lock
 
-# Audio that libsndfile does not read, worth a word.
-OTHER_EXTENSIONS = frozenset(
-    ".m4a .aac .mp4 .wma .ape .wv .mpc .alac .ac3 .dsf .dff .tta".split()
-)
+# Levels: a byte for each 0.1 s, the RMS of the mean of the channels in half
+# decibels above -100 dBFS; 0 is that or less. 255 is +27.5 dBFS, which only
+# files of floating-point samples can reach.
+WINDOWS_PER_SECOND = 10
+FLOOR_DB = -100.0
+CODES_PER_DB = 2
+SOUND_DB = -60.0
+POWERS = 10 ** ((FLOOR_DB + np.arange(256) / CODES_PER_DB) / 10)
+POWERS[0] = 0.0
 
 # A progress bar for less than this is over before it is read.
 MANY_FILES = 500
 
-# What the fingerprint of a silent file begins with.
-SILENT = "silent "
 
+def list_audio(folder, findings):
+    """Lists the audio files below a folder: absolute path -> ``file_stat``.
 
-def list_audio(folder, findings, key="folder"):
-    """Lists the audio files below a folder, links followed, hidden ones not.
-
-    Arguments
-    ---------
-    folder : str or Path
-        The folder.
-    findings : Findings
-        Takes folders that cannot be read, and files of other formats.
-    key : str
-        Which folder it is, for messages.
-
-    Returns
-    -------
-    dict
-        Absolute path -> [size, time of change, mode], sorted by path.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder is not there.
-    ValueError
-        If it holds no audio file.
+    Links are followed, hidden files are not listed. `findings` takes folders
+    that cannot be read, and files of other formats. No folder is a
+    FileNotFoundError, one without audio a ValueError.
     """
     if not folder or not os.path.isdir(folder):
         raise FileNotFoundError(
-            f"{key}={folder} is not a folder, expected one with music (or "
-            "dataset=demo, which needs none)"
+            f"folder={folder} is not a folder, expected one with music (or "
+            "dataset: demo, which needs none)"
         )
-    listing, others = {}, defaultdict(list)
-    visited = {}
-    top = os.path.realpath(folder)
+    listing, visited = {}, {}
     for parent, folders, files in os.walk(
         os.path.abspath(folder),
         followlinks=True,
         onerror=lambda error: findings.skip([error.filename], error.strerror),
     ):
-        # A link to a folder above would bring in what is beside the music.
-        real = os.path.realpath(parent)
-        above = real != top and os.path.commonpath([real, top]) == real
-        if real in visited or above:
-            reason = f"a link to {visited.get(real, 'a folder above')}"
-            findings.skip([parent], reason, unwanted=True)
+        first = visited.setdefault(os.path.realpath(parent), parent)
+        if first != parent:
+            findings.skip([parent], f"a link to {first}")
             folders.clear()
             continue
-        visited[real] = parent
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for file in files:
             # macOS leaves "._song.wav", which is no audio, beside song.wav.
@@ -99,56 +79,30 @@ def list_audio(folder, findings, key="folder"):
             path = os.path.join(parent, file)
             if extension in AUDIO_EXTENSIONS:
                 listing[path] = file_stat(path)
-            elif extension in OTHER_EXTENSIONS:
-                others[extension].append(path)
-    readable = " ".join(AUDIO_EXTENSIONS)
-    for extension, paths in sorted(others.items()):
-        reason = f"{extension} is not read, convert to one of {readable}"
-        findings.skip(sorted(paths), reason)
     if not listing:
         raise ValueError(
-            f"no audio files under {key}={folder}, expected {readable}"
+            f"no audio files under {folder}, expected "
+            + " ".join(AUDIO_EXTENSIONS)
         )
     return dict(sorted(listing.items()))
 
 
 def file_stat(path):
-    """What tells whether a file has changed.
-
-    Arguments
-    ---------
-    path : str or Path
-        The file.
-
-    Returns
-    -------
-    list of int or None
-        Size, time of change and mode; None if there is no such file, which is
-        said when it is read.
-    """
-    try:
-        stat = os.stat(path)
-    except OSError:
+    """Size, time of change and mode of a file; None where there is none."""
+    if not os.path.exists(path):
         return None
+    stat = os.stat(path)
     return [stat.st_size, stat.st_mtime_ns, stat.st_mode]
 
 
 class FileCache:
     """What was read of the files of a folder, kept from run to run.
 
-    Each method takes paths of the listing and returns a dict: path -> what was
-    read, or the UnreadableAudio that it raised. Errors are not kept: what could
-    not be read is tried again.
-
-    Arguments
-    ---------
-    folder : str or Path
-        The folder with the music; each has a cache of its own.
-    listing : dict
-        Path -> [size, time of change, mode], as ``list_audio`` returns.
-    cache_folder : str or Path, optional
-        Where the cache is; default ``$XDG_CACHE_HOME/trackformer_sb``, where
-        the variable is not set below ``~/.cache``.
+    Each method takes paths of the listing of ``list_audio`` and returns a dict:
+    path -> what was read, or the UnreadableAudio that it raised. Errors are not
+    kept: what could not be read is tried again. Each folder with music has a
+    cache of its own, in `cache_folder`, by default
+    ``$XDG_CACHE_HOME/trackformer_sb`` or ``~/.cache/trackformer_sb``.
 
     Example
     -------
@@ -169,7 +123,7 @@ class FileCache:
         name = hashlib.sha256(os.fsencode(os.path.abspath(folder))).hexdigest()
         self.path = Path(cache_folder) / f"audio-{name[:16]}.jsonl"
         # what was read -> path -> what the file was, and the value as of JSON
-        self._kept = {"headers": {}, "levels": {}, "fingerprints": {}}
+        self._kept = defaultdict(dict)
         if self.path.is_file():
             with open(self.path, "rb") as file:
                 for line in file:
@@ -181,7 +135,7 @@ class FileCache:
     def headers(self, paths):
         """Headers of files: AudioInfo."""
         return self._read(
-            "headers", paths, audio_info, list, lambda kept: AudioInfo(*kept)
+            "facts", paths, audio_info, lambda kept: AudioInfo(*kept)
         )
 
     def levels(self, paths):
@@ -190,30 +144,26 @@ class FileCache:
             "levels",
             paths,
             measure_levels,
-            lambda codes: base64.b64encode(codes.tobytes()).decode(),
             lambda kept: np.frombuffer(base64.b64decode(kept), np.uint8),
         )
 
     def fingerprints(self, paths):
         """What files sound like: ``audio_fingerprint``."""
-        return self._read("fingerprints", paths, audio_fingerprint, str, str)
+        return self._read("prints", paths, audio_fingerprint, str)
 
-    def _read(self, kind, paths, read, to_json, from_json):
+    def _read(self, kind, paths, read, from_json):
         def read_or_error(path):
             try:
                 return read(path)
             except UnreadableAudio as error:
                 return error
 
-        kept, found = self._kept[kind], dict.fromkeys(paths)
-        known = [
-            path
-            for path in found
-            if path in kept and kept[path][0] == self.listing[path]
-        ]
-        for path in known:
-            found[path] = from_json(kept[path][1])
-        unknown = [path for path in found if found[path] is None]
+        kept, found, unknown = self._kept[kind], {}, []
+        for path in dict.fromkeys(paths):
+            if path in kept and kept[path][0] == self.listing[path]:
+                found[path] = from_json(kept[path][1])
+            else:
+                unknown.append(path)
         if not unknown:
             return found
         with self._opened() as file, ThreadPoolExecutor(THREADS) as pool:
@@ -227,8 +177,8 @@ class FileCache:
             for path, value in zip(unknown, values):
                 found[path] = value
                 if not isinstance(value, UnreadableAudio):
-                    kept[path] = self.listing[path], to_json(value)
-                    file.write(json.dumps([kind, path, *kept[path]]) + "\n")
+                    line = [kind, path, self.listing[path], value]
+                    file.write(json.dumps(line, default=_as_text) + "\n")
         return found
 
     def _opened(self):
@@ -239,46 +189,119 @@ class FileCache:
             return open(self.path, "a", encoding="ascii")
         except OSError as error:
             logger.warning(
-                f"cache_folder: {self.path} cannot be written ("
-                f"{error.strerror}), so what is read now is read again next "
-                "time"
+                f"cache_folder: what is read is read again next time: {error}"
             )
             return open(os.devnull, "w", encoding="ascii")
+
+
+def _as_text(codes):
+    return base64.b64encode(codes.tobytes()).decode()
 
 
 def audio_fingerprint(path):
     """What a file sounds like at three places, whatever its name and tags.
 
-    Arguments
-    ---------
-    path : str or Path
-        The audio file.
-
-    Returns
-    -------
-    str
-        Hash of half a second of samples each at a fifth, a half and four
-        fifths of the file, in 16 bits; ``SILENT`` and a hash of the bytes of a
-        file silent there.
-
-    Raises
-    ------
-    UnreadableAudio
-        If they cannot be decoded.
+    A hash of half a second of samples each at a fifth, a half and four fifths
+    of the file, in 16 bits; "" for a file that is silent there.
     """
     digest, sounds = hashlib.sha256(), False
     with open_audio(path) as audio:
         for share in (0.2, 0.5, 0.8):
-            audio.seek(int(share * audio.frames))
-            block = audio.read(audio.samplerate // 2 + 1, dtype="float32")
+            count = audio.samplerate // 2 + 1
+            block = decode(audio, int(share * audio.frames), count)
             # libsndfile would make integers of float files without scaling
-            block = np.rint(np.nan_to_num(block).clip(-1, 1) * 32767)
-            block = block.astype(np.int16)
+            block *= 32767
+            with np.errstate(invalid="ignore"):  # NaN, and beyond full scale
+                block = block.astype(np.int16)
             sounds = sounds or bool(block.any())
             digest.update(block.tobytes())
-    if not sounds:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-        return SILENT + digest.hexdigest()
-    return digest.hexdigest()
+    return digest.hexdigest() if sounds else ""
+
+
+def measure_levels(path):
+    """Decodes a file from beginning to end, a second at a time.
+
+    Returns codes of levels, uint8 [windows]; what the last window lacks counts
+    as silence. Raises UnreadableAudio for a file that is damaged, cut, or holds
+    NaN or infinite samples.
+
+    Example
+    -------
+    >>> import tempfile, soundfile
+    >>> sine = np.sin(2 * np.pi * 440 * np.arange(4410) / 44100)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = f"{folder}/sine.wav"
+    ...     soundfile.write(path, np.append(0.5 * sine, 0 * sine), 44100)
+    ...     decibels(measure_levels(path))
+    array([  -9., -100.])
+    """
+    with open_audio(path) as audio:
+        edges = np.arange(WINDOWS_PER_SECOND + 1) * audio.samplerate
+        edges //= WINDOWS_PER_SECOND
+        # below 10 Hz some windows have no sample, and take the one before
+        sizes = np.maximum(1, np.diff(edges))
+        mean_squares = []
+        while len(block := read_on(audio, audio.samplerate)):
+            squares = np.square(block.mean(axis=1, dtype=np.float64))
+            starts = edges[:-1][edges[:-1] < len(block)]
+            sum_squares = np.add.reduceat(squares, starts)
+            mean_squares.append(sum_squares / sizes[: len(starts)])
+    return _codes(np.concatenate(mean_squares))
+
+
+def decibels(codes):
+    """Codes as levels in dBFS RMS."""
+    return FLOOR_DB + codes / CODES_PER_DB
+
+
+def sum_levels(several):
+    """Codes of the sum of files, as far as they are not correlated.
+
+    Powers are added; shorter files are silent at their end.
+
+    Example
+    -------
+    >>> drums, voice = np.array([160, 160], "uint8"), np.array([160], "uint8")
+    >>> decibels(sum_levels([drums, voice]))
+    array([-17., -20.])
+    """
+    power = np.zeros(max(map(len, several)))
+    for codes in several:
+        power[: len(codes)] += POWERS[codes]
+    return _codes(power)
+
+
+def segment_loudness(codes, start, duration):
+    """RMS level of a segment in dBFS, and for which share of it it sounds.
+
+    The level is right within 0.25 dB, -inf for silence; what counts as sound
+    is above -60 dBFS. Start and duration are in seconds. A window of which the
+    segment holds a part counts as one; past the end of the file all are silent.
+
+    Example
+    -------
+    >>> codes = np.array([160, 0, 0], "uint8")
+    >>> segment_loudness(codes, 0, 0.1), segment_loudness(codes, 0.1, 0.2)
+    ((-20.0, 1.0), (-inf, 0.0))
+    """
+    # 0.3 s is 2.9999999999999996 windows of 0.1 s
+    first = math.floor(start * WINDOWS_PER_SECOND + 1e-6)
+    end = math.ceil((start + duration) * WINDOWS_PER_SECOND - 1e-6)
+    num_windows = max(end - first, 1)
+    part = codes[first : first + num_windows]
+    power = float(POWERS[part].sum()) / num_windows
+    level = 10 * math.log10(power) if power else -math.inf
+    return level, int((decibels(part) > SOUND_DB).sum()) / num_windows
+
+
+def _codes(power):
+    """Mean squares as codes."""
+    codes = 10 * np.log10(np.maximum(power, 1e-15)) - FLOOR_DB
+    return np.rint(codes * CODES_PER_DB).clip(0, 255).astype(np.uint8)
+
+
+def write_json(path, content):
+    """Writes a file of JSON, whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    os.replace(unfinished, path)

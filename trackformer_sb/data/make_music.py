@@ -1,13 +1,13 @@
 """A folder of music with stems, made from MIDI, soundfonts, kits and speech.
 
 Each song is a folder of 16-bit stereo wav files at 44.1 kHz, as `dataset:
-stems` reads them: pieces with drums, bass and other, clips of drums alone, and
-clips of vocals alone. What a song is depends on the seed and its name alone.
+stems` reads them: pieces with drums, bass and other, played by soundfonts or by
+synthesisers, clips of drums alone, and clips of vocals alone. What a song is
+depends on the seed and its name alone.
 """
 
 import faulthandler
 import hashlib
-import json
 import shutil
 import tempfile
 import zlib
@@ -20,20 +20,28 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from trackformer_sb.data.band import write_json
+from trackformer_sb.data.band import check_same, make_song
 from trackformer_sb.data.drumkits import (
+    SAMPLE_RATE,
     load_kit,
     make_drums,
     make_pattern,
     midi_hits,
+    reverb,
 )
-from trackformer_sb.data.effects import SAMPLE_RATE
-from trackformer_sb.data.midi import load_midi, load_soundfont, make_piece
+from trackformer_sb.data.files import write_json
+from trackformer_sb.data.midi import (
+    PEAK,
+    load_midi,
+    load_soundfont,
+    make_piece,
+)
 from trackformer_sb.data.voices import make_voice
 
 PACKAGES = ("symusic", "espeakng-loader", "pyworld-prebuilt")
 VERSION = 2  # raise it when the songs change
 DRUM_SOUNDFONT_SHARE = 0.3
+DRIVEN_SHARE = 0.6  # of the synthesisers' basses
 TRACE = "trace"
 LIMIT = 600  # seconds that a song may take: some soundfonts never fall silent
 
@@ -46,6 +54,7 @@ def make_music(
     drumkits=(),
     drums=0,
     voices=0,
+    electronic=0,
     renders=1,
     seconds=75.0,
     classes=("bass",),
@@ -67,6 +76,8 @@ def make_music(
         Folders with Hydrogen drum kits.
     drums, voices : int
         Number of clips of each.
+    electronic : int
+        Number of pieces that synthesisers play, see ``band.make_song``.
     renders : int
         How often each MIDI file is played, by one soundfont after the other.
     seconds : float
@@ -94,9 +105,14 @@ def make_music(
     """
     settings = {"seed": seed, "seconds": seconds, "classes": list(classes)}
     settings["version"] = VERSION
-    packages = {name: version(name) for name in PACKAGES}
+    try:
+        packages = {name: version(name) for name in PACKAGES}
+    except ImportError as error:
+        hint = "pip install 'trackformer_sb[music]'"
+        raise ImportError(f"{error}: {hint}") from error
     out = Path(out)
-    _check_same(settings, out / "music.json")
+    if (out / "music.json").exists():
+        check_same(settings, out / "music.json")
     made, left_out = [], []
 
     def leave_out(reason):
@@ -110,8 +126,9 @@ def make_music(
             try:
                 load(path, *args)
                 yield path
-            except ValueError as error:
-                leave_out(str(error))
+            # of symusic, soundfile and ElementTree (a SyntaxError) as well
+            except (OSError, RuntimeError, SyntaxError, ValueError) as error:
+                leave_out(f"{path}: {error}")
 
     def find(folders, expected, *endings):
         for folder in folders:
@@ -142,10 +159,11 @@ def make_music(
             f"drums_{i:03d}": (_drums, i, kits, files) for i in range(drums)
         }
     tasks |= {f"voices_{i:03d}": (_voice,) for i in range(voices)}
+    tasks |= {f"electronic_{i:03d}": (_electronic,) for i in range(electronic)}
     if not tasks:
         raise ValueError(
             "nothing to make: expected MIDI files and a soundfont, drum kits, "
-            "or a number of voices"
+            "or a number of voices or electronic pieces"
         )
     out.mkdir(parents=True, exist_ok=True)
     sources = [*files, *fonts, *drum_fonts]
@@ -192,6 +210,26 @@ def _voice(rng, settings):
     return {"vocals": make_voice(rng)}
 
 
+def _electronic(rng, settings):
+    parts = make_song(int(rng.integers(2**31)), settings["seconds"])
+    parts = {
+        name: sig[:, None].repeat(2, axis=1) for name, sig in parts.items()
+    }
+    if rng.random() < DRIVEN_SHARE:
+        peak = np.abs(parts["bass"]).max()
+        drive = rng.uniform(1, 6)
+        parts["bass"] = np.tanh(drive / peak * parts["bass"]) * peak
+    for name in ("drums", "chords", "lead"):
+        pan = 0.0 if name == "drums" else rng.uniform(-0.5, 0.5)
+        sig = parts[name] * np.float32([1 - pan, 1 + pan])
+        level = 10 ** (rng.uniform(-24, -6) / 20)
+        parts[name] = sig + level * reverb(sig, rng, rng.uniform(0.2, 1.5))
+    other = parts.pop("chords") + parts.pop("lead")
+    stems = parts | {"other": other}
+    loudest = np.abs([sum(stems.values()), *stems.values()]).max()
+    return {name: PEAK / loudest * sig for name, sig in stems.items()}
+
+
 def _make(out, name, task, settings, limit):
     """Makes one song; returns its name and why it could not be made."""
     make, *args = task
@@ -219,21 +257,20 @@ def _run_all(out, tasks, settings, jobs, limit=LIMIT):
     """Yields what ``_make`` returns, in the order in which songs are ready."""
     left = dict(tasks)
     while left:
-        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-            futures = [
-                pool.submit(_make, out, name, task, settings, limit)
-                for name, task in left.items()
-            ]
-            try:
-                for future in as_completed(futures):
-                    name, reason = future.result()
-                    del left[name]
-                    yield name, reason
-            except BrokenProcessPool:
-                pass  # a process ended; the others' songs are made again
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        pool = ProcessPoolExecutor(jobs, get_context("spawn"))
+        futures = [
+            pool.submit(_make, out, name, task, settings, limit)
+            for name, task in left.items()
+        ]
+        try:
+            for future in as_completed(futures):
+                name, reason = future.result()
+                del left[name]
+                yield name, reason
+        except BrokenProcessPool:
+            pass  # a process ended; the others' songs are made again
+        finally:
+            pool.shutdown(cancel_futures=True)
         traces = [*out.glob(f".making_*/{TRACE}")]
         stuck = [path for path in traces if path.stat().st_size]
         if left and not stuck:
@@ -262,15 +299,3 @@ def _named(paths):
 
 def _sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _check_same(settings, path):
-    if not path.exists():
-        return
-    found = json.loads(path.read_text())
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"expected {name} {found.get(name)} as in {path}, "
-                f"got {value}: choose another folder"
-            )

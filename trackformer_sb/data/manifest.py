@@ -61,13 +61,7 @@ class Manifest(Mapping):
         return int(self._songs[-1]) + 1 if len(self._songs) else 0
 
     def index(self, segment_id):
-        """Place of a segment in the order of songs and ids.
-
-        Raises
-        ------
-        KeyError
-            If there is no such segment.
-        """
+        """Place of a segment in the order of songs and ids, or a KeyError."""
         return self._index[segment_id]
 
     def row(self, index):
@@ -119,9 +113,6 @@ class MappedManifest(Manifest):
     def __init__(self, folder, split, longest=math.inf):
         self.folder, self.split = os.path.abspath(folder), split
         self.longest = longest
-        self._open()
-
-    def _open(self):
         base = Path(self.folder) / self.split
         columns = np.load(f"{base}.npy", mmap_mode="r")
         self._songs, self._numbers, self._offsets = columns
@@ -129,12 +120,9 @@ class MappedManifest(Manifest):
             self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.ids = _Ids(self)
 
-    def __getstate__(self):
-        return self.folder, self.split, self.longest
-
-    def __setstate__(self, state):
-        self.folder, self.split, self.longest = state
-        self._open()
+    # a map is not pickled, but opened again
+    def __reduce__(self):
+        return MappedManifest, (self.folder, self.split, self.longest)
 
     def _line(self, index):
         begin = int(self._offsets[index])
@@ -172,11 +160,10 @@ class MappedManifest(Manifest):
         line["duration"] = min(line["duration"], self.longest)
         tracks = line["tracks"]
         for name, files in tracks.items():
-            whole = [
-                os.path.join(self.folder, file)
-                for file in ([files] if isinstance(files, str) else files)
-            ]
-            tracks[name] = whole[0] if isinstance(files, str) else whole
+            if isinstance(files, str):
+                tracks[name] = os.path.join(self.folder, files)
+            else:
+                tracks[name] = [os.path.join(self.folder, x) for x in files]
         return line
 
 
@@ -190,69 +177,35 @@ class _Ids(Sequence):
         return len(self.manifest)
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if index < 0:
-            index += len(self)
         return self.manifest.segment_id(index)
 
 
 def write_manifest(folder, split, songs):
     """Writes the songs of a split and which of their segments count.
 
-    Arguments
-    ---------
-    folder : str or Path
-        Where to write; there already.
-    split : str
-        Name of the files without ending.
-    songs : iterable of (dict, sequence of int)
-        The line of a song with "song", "tracks", "duration" and "hop" (of its
-        segments, in seconds), "song_seconds" and "has_stems", and the numbers
-        of its segments; sorted by "song". Songs without segments are left out.
+    `songs` yields the line of a song, a dict with "song", "tracks", "duration"
+    and "hop" (of its segments, in seconds), "song_seconds" and "has_stems", and
+    the numbers of its segments, sorted by "song". Songs without segments are
+    left out. `folder` is there already, `split` the name of the files.
     """
     base = Path(folder) / split
-    columns, offset, song = [], 0, 0
+    columns, offset = [np.empty((3, 0), np.int64)], 0
     unfinished = Path(folder) / f".{split}.{os.getpid()}"
-    try:
-        with open(unfinished, "wb") as file:
-            for line, numbers in songs:
-                if not len(numbers):
-                    continue
+    with open(unfinished, "wb") as file:
+        for line, numbers in songs:
+            if len(numbers):
                 part = np.empty((3, len(numbers)), np.int64)
-                part[0], part[1], part[2] = song, numbers, offset
+                part[0], part[1], part[2] = len(columns) - 1, numbers, offset
                 columns.append(part)
                 text = json.dumps(line).encode() + b"\n"
-                file.write(text)
-                offset, song = offset + len(text), song + 1
-        os.replace(unfinished, f"{base}.jsonl")
-        with open(unfinished, "wb") as file:
-            empty = [np.empty((3, 0), np.int64)]
-            np.save(file, np.concatenate(columns or empty, axis=1))
-        os.replace(unfinished, f"{base}.npy")
-    finally:
-        unfinished.unlink(missing_ok=True)
+                offset += file.write(text)
+    os.replace(unfinished, f"{base}.jsonl")
+    with open(unfinished, "wb") as file:
+        np.save(file, np.concatenate(columns, axis=1))
+    os.replace(unfinished, f"{base}.npy")
 
 
 def read_songs(folder, split):
-    """The songs of a split, as ``write_manifest`` left them.
-
-    Arguments
-    ---------
-    folder : str or Path
-        Where the manifest is.
-    split : str
-        Its name.
-
-    Returns
-    -------
-    list of dict
-        A line each, see ``write_manifest``.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
-    """
+    """The songs of a split, a dict each, as ``write_manifest`` left them."""
     with open(Path(folder) / f"{split}.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in file]

@@ -8,7 +8,7 @@ rank alone: not on the order of items, the worker, or an interrupted run.
 import numpy as np
 import torch
 
-from trackformer_sb.data.audio import UnreadableAudio, read_segment
+from trackformer_sb.audio import UnreadableAudio, read_segment
 from trackformer_sb.data.augment import Augmentation
 from trackformer_sb.data.manifest import Manifest
 

@@ -6,16 +6,16 @@ the items are two songs without stems, for MixIT.
 """
 
 import functools
-import logging
 from fnmatch import fnmatchcase
 
 import numpy as np
 import scipy.fft
 import torch
+from speechbrain.utils.logger import get_logger
 
-from trackformer_sb.data.audio import UnreadableAudio, read_segment
+from trackformer_sb.audio import UnreadableAudio, read_segment
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Class -> patterns of names of stems; a stem joins the first that fits.
 STEM_CLASSES = {
@@ -47,74 +47,6 @@ MIXTURE_RMS, MIXTURE_DB = 0.07, 3.0  # of each song of an item without stems
 TRIES = 20
 
 
-def stem_class(name, stem_classes=STEM_CLASSES):
-    """The class of a stem by its name, the first that fits; None if none does.
-
-    Example
-    -------
-    >>> [stem_class(name) for name in ("perc_bonk.ogg", "Bass", "clav")]
-    ['drums', 'bass', 'other']
-    """
-    for one, patterns in stem_classes.items():
-        if any(fnmatchcase(name.lower(), pattern) for pattern in patterns):
-            return one
-    return None
-
-
-def mark_absent(songs, absent, classes):
-    """Notes which classes songs without stems are known to lack.
-
-    Arguments
-    ---------
-    songs : list of Song
-        See ``Music.songs``.
-    absent : dict
-        Pattern of paths below the folder (* any text, ? any letter, case
-        ignored) -> list of classes.
-    classes : list of str
-        All classes.
-
-    Returns
-    -------
-    list of Song
-        With the classes of all patterns that fit as `absent`.
-
-    Raises
-    ------
-    ValueError
-        If `absent` is anything else.
-
-    Example
-    -------
-    >>> from trackformer_sb.data.songs import Song
-    >>> songs = [Song(x, {}, False) for x in ("Karaoke/one.ogg", "two.ogg")]
-    >>> songs = mark_absent(songs, {"karaoke/*": ["vocals"]}, ["vocals"])
-    >>> [song.absent for song in songs]
-    [('vocals',), ()]
-    """
-    if not isinstance(absent, dict) or not all(
-        isinstance(pattern, str)
-        and isinstance(names, list)
-        and all(name in classes for name in names)
-        for pattern, names in absent.items()
-    ):
-        raise ValueError(
-            "absent: expected {pattern: [class, ...]} with classes of "
-            f"{', '.join(classes)}, got {absent}"
-        )
-    return [
-        song._replace(
-            absent=tuple(
-                name
-                for pattern, names in absent.items()
-                if fnmatchcase(song.name.lower(), pattern.lower())
-                for name in names
-            )
-        )
-        for song in songs
-    ]
-
-
 @functools.lru_cache
 def _octaves(num_samples, sample_rate):
     """Place of each bin of a real FFT on the logarithmic axis of points."""
@@ -125,22 +57,7 @@ def _octaves(num_samples, sample_rate):
 
 
 def equalise(sig, rng, sample_rate):
-    """A smooth random change of colour, within 6 dB.
-
-    Arguments
-    ---------
-    sig : numpy.ndarray
-        [channels, time].
-    rng : numpy.random.Generator
-        Draws the gains at 6 frequencies.
-    sample_rate : int
-        In Hz.
-
-    Returns
-    -------
-    numpy.ndarray
-        [channels, time].
-    """
+    """A smooth random change of colour [channels, time], within 6 dB."""
     spectrum = scipy.fft.rfft(sig, axis=-1)
     gains = rng.uniform(-EQUALISER_DB, EQUALISER_DB, EQUALISER_POINTS)
     gains = np.interp(
@@ -151,20 +68,7 @@ def equalise(sig, rng, sample_rate):
 
 
 def place(sig, rng):
-    """Another width, between mono and 1.6 times as wide, and balance.
-
-    Arguments
-    ---------
-    sig : numpy.ndarray
-        [2, time].
-    rng : numpy.random.Generator
-        Draws both.
-
-    Returns
-    -------
-    numpy.ndarray
-        [2, time].
-    """
+    """Another width [2, time], from mono to 1.6 times as wide, and balance."""
     width = rng.uniform(0, MAX_WIDTH)
     balance = db(rng.uniform(-BALANCE_DB, BALANCE_DB) / 2)
     near, far = np.float32(0.5 + width / 2), np.float32(0.5 - width / 2)
@@ -175,19 +79,7 @@ def place(sig, rng):
 def play_at(sig, ratio, num_samples):
     """Plays a signal faster or slower, by linear interpolation.
 
-    Arguments
-    ---------
-    sig : numpy.ndarray
-        [channels, time] of at least ``num_samples * ratio + 2`` samples.
-    ratio : float
-        Of speed and pitch.
-    num_samples : int
-        Length of the result.
-
-    Returns
-    -------
-    numpy.ndarray
-        [channels, num_samples].
+    From [channels, time] of at least ``num_samples * ratio + 2`` samples.
 
     Example
     -------
@@ -221,16 +113,18 @@ class RemixedItems(torch.utils.data.Dataset):
     Arguments
     ---------
     songs : list of Song
-        Songs whose tracks are classes, see ``Music.songs`` with `stem_groups`.
-        Those of one class alone take the place of that class in items of other
-        songs.
-    mixtures : list of Song
-        Songs of which the sum of all tracks is used, see ``mark_absent``.
+        Those with stems, whose tracks are classes (see ``Music.songs`` with
+        `stem_groups`), make named items; of one class alone they take the place
+        of that class in items of others. Those without make items of two.
     classes : sequence of str
         Names of the classes; tracks of other names are left out.
     mixture_share : float
-        Share of items that are two of `mixtures`, in [0, 1]; all or none where
-        there are no songs of the other kind.
+        Share of items that are two songs without stems, in [0, 1]; all or none
+        where there are no songs of the other kind.
+    absent : dict, optional
+        What songs without stems lack: pattern of their names, which are paths
+        below the folder (* any text, ? any letter, case ignored) -> list of
+        classes.
     num_items : int
         Length of an epoch.
     sample_rate : int
@@ -243,36 +137,40 @@ class RemixedItems(torch.utils.data.Dataset):
     Raises
     ------
     ValueError
-        If there are too few songs for an item, or a share is out of range.
+        If there are too few songs for an item, a share is out of range, or
+        `absent` has other classes.
     """
 
     def __init__(
         self,
         songs,
-        mixtures=(),
         classes=tuple(STEM_CLASSES),
         mixture_share=0.25,
+        absent=None,
         num_items=8000,
         sample_rate=44100,
         segment_seconds=3.0,
         seed=0,
     ):
+        self.classes, self.absent = list(classes), absent or {}
+        self.num_items, self.sample_rate = num_items, sample_rate
+        self.num_samples, self.seed = round(segment_seconds * sample_rate), seed
         if not 0 <= mixture_share <= 1:
             raise ValueError(
                 f"mixture_share: expected 0 to 1, got {mixture_share}"
             )
-        if not songs or not mixtures:
-            mixture_share = float(not songs)
-        self.classes, self.mixture_share = list(classes), mixture_share
-        self.num_items, self.sample_rate, self.seed = (
-            num_items,
-            sample_rate,
-            seed,
-        )
-        self.num_samples = round(segment_seconds * sample_rate)
-        self.mixtures = list(mixtures)
+        if not {x for each in self.absent.values() for x in each} <= {*classes}:
+            raise ValueError(
+                "absent: expected {pattern: [class, ...]} with classes of "
+                f"{', '.join(classes)}, got {absent}"
+            )
+        self.mixtures = [song for song in songs if not song.has_stems]
+        named = [song for song in songs if song.has_stems]
+        if not named or not self.mixtures:
+            mixture_share = float(not named)
+        self.mixture_share = mixture_share
         self.pieces, self.solos = [], {name: [] for name in classes}
-        for song in songs:
+        for song in named:
             known = [name for name in classes if name in song.tracks]
             if len(known) > 1:
                 self.pieces.append(song)
@@ -296,6 +194,15 @@ class RemixedItems(torch.utils.data.Dataset):
         self.skipped = {}
         self.epoch = 0
 
+    def lacking(self, song):
+        """The classes that a song without stems is known to lack."""
+        return {
+            name
+            for pattern, names in self.absent.items()
+            if fnmatchcase(song.name.lower(), pattern.lower())
+            for name in names
+        }
+
     def set_epoch(self, epoch):
         """Other items from here on; call it before the workers start."""
         self.epoch = epoch
@@ -304,17 +211,9 @@ class RemixedItems(torch.utils.data.Dataset):
         return self.num_items
 
     def __getitem__(self, number):
-        """Makes an item.
+        """Stems [classes, 2, time], whether they are named, and absent classes.
 
-        Returns
-        -------
-        stems : torch.Tensor
-            float32, [classes, 2, time]; without names, the two songs and
-            silence.
-        named : bool
-            Whether stems are named.
-        absent : torch.Tensor
-            bool, [classes]: what both of two songs without stems lack.
+        Without names, stems are two songs and silence, absent what both lack.
         """
         rng = np.random.default_rng((self.seed, self.epoch, number))
         named = rng.random() >= self.mixture_share
@@ -340,10 +239,10 @@ class RemixedItems(torch.utils.data.Dataset):
         last = max(0.0, song.seconds - count / self.sample_rate)
         start = rng.uniform(0, last)
         tracks = {}
+        what = start, count / self.sample_rate, self.sample_rate, count
         for name, paths in song.tracks.items():
             if names is not None and name not in names:
                 continue
-            what = start, count / self.sample_rate, self.sample_rate, count
             if self.skipped.keys() & set(paths):
                 return None
             for path in paths:
@@ -351,7 +250,8 @@ class RemixedItems(torch.utils.data.Dataset):
                     sig = read_segment(path, *what, channel="both").numpy()
                 except UnreadableAudio as error:
                     self.skipped[path] = str(error)
-                    logger.warning("left out from now on: %s", error)
+                    message = f"left out from now on: {error}"
+                    logger.warning(message, main_process_only=False)
                     return None
                 sig = play_at(sig, ratio, self.num_samples)
                 tracks[name] = tracks[name] + sig if name in tracks else sig
@@ -436,7 +336,7 @@ class RemixedItems(torch.utils.data.Dataset):
             stems[len(used)] = sig * np.float32(level / rms)
             used.add(index)
             if len(used) == 2:
-                lacking = [set(self.mixtures[k].absent) for k in used]
+                lacking = [self.lacking(self.mixtures[k]) for k in used]
                 return stems, set.intersection(*lacking)
         raise UnreadableAudio(
             "no two songs with sound found, " + "; ".join(self.skipped.values())
@@ -446,18 +346,8 @@ class RemixedItems(torch.utils.data.Dataset):
 class NamedWindows(torch.utils.data.Dataset):
     """Windows of songs with stems, to measure named stems on.
 
-    Arguments
-    ---------
-    songs : dict
-        Group, which a window says of its song -> list of Song.
-    sample_rate : int
-        In Hz.
-    seconds : float
-        Length of a window.
-    per_song : int, optional
-        Windows of a song at most, evenly spread.
-    rank, world_size : int
-        Which part of the windows.
+    `songs` is group -> list of Song. Windows of `seconds` are evenly spread, at
+    most `per_song` in a song; of all, every `world_size`-th is read here.
     """
 
     def __init__(
@@ -485,16 +375,7 @@ class NamedWindows(torch.utils.data.Dataset):
         return len(self.windows)
 
     def __getitem__(self, number):
-        """Reads a window.
-
-        Returns
-        -------
-        stems : dict
-            Class -> float32 [2, time], of the classes that the song has, at the
-            level of ITEM_RMS in sum.
-        group : str
-            That of its song.
-        """
+        """Class -> [2, time], at an RMS of 0.1 in sum; and the group."""
         song, group, start = self.windows[number]
         what = start, self.seconds, self.sample_rate
         stems = {

@@ -1,400 +1,466 @@
-"""Shards: the segments of a manifest packed into tar files.
+"""Music packed for training at scale: shards, and songs to evaluate on.
 
 Training on millions of small files waits for the disk or the network. A shard
-is read from its start to its end instead, which is fast everywhere. Shards are
-in the format of the WebDataset library (https://github.com/webdataset): the
-files of a segment lie side by side and are alike up to the first dot,
+is read from its start to its end instead, which is fast everywhere. What is
+evaluated is read in the same order every time, so it stays a manifest with
+files, at the rate of the shards. All of it is mono.
 
-    <key>.flac, <key>.more01.flac ...   the audio, eight tracks a file
-    <key>.json                          id, song, start, duration, names of the
-                                        tracks, has_stems and gain
+Shards are in the format of the WebDataset library
+(https://github.com/webdataset): the files of a segment lie side by side,
 
-The key is the segment id, percent-encoded with the dots. A mixture is one
-track, a song with stems keeps all of them. 16-bit audio of the same rate comes
-back bit for bit.
+    <key>.00.flac, <key>.01.flac ...   the tracks
+    <key>.json                         id, song, start, duration, has_stems,
+                                       names of the tracks, and gain
+
+A mixture is one track, a song with stems keeps all of them. 16-bit audio of the
+same rate comes back bit for bit.
+
+An epoch is all segments in a row: the shards in an order of its own, in each
+the segments as they lie. The ranks, and in a rank its loader workers, each take
+a stretch of the row, block by block; order and partners are drawn within a
+block. A place in the row and the seed tell all draws.
 """
 
-import hashlib
 import io
+import itertools
 import json
 import math
 import os
-import re
-from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import soundfile
+import torch
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
-from trackformer_sb.data.audio import UnreadableAudio
-from trackformer_sb.data.manifest import Manifest
-from trackformer_sb.data.mixtures import read_tracks
+from trackformer_sb.audio import UnreadableAudio
+from trackformer_sb.data.files import write_json
+from trackformer_sb.data.manifest import (
+    MappedManifest,
+    read_songs,
+    write_manifest,
+)
+from trackformer_sb.data.mixtures import (
+    SILENCE_RMS,
+    MixtureOfMixtures,
+    read_tracks,
+)
+from trackformer_sb.data.music import REPORT
 
 logger = get_logger(__name__)
 
-SUBTYPES = {"PCM_16": 16, "PCM_24": 24}  # bits of a sample
-MAX_CHANNELS = 8  # of a FLAC file
+MANIFESTS = "manifests"
+INDEX = "train.json"
 
 
-def import_webdataset():
-    """The webdataset library, or an ImportError that says how to get it."""
-    try:
-        import webdataset
-    except ImportError as error:
-        raise ImportError(
-            "reading and writing shards needs the extra [shards]: "
-            "pip install trackformer_sb[shards]"
-        ) from error
-    return webdataset
+def pack(music, out_folder, segment_seconds=3.0, shard_megabytes=256):
+    """Packs a dataset: OUT/train-000000.tar ..., and songs to evaluate on.
 
-
-def make_shards(
-    rows,
-    out_folder,
-    prefix,
-    sample_rate,
-    shard_megabytes=256,
-    subtype="PCM_16",
-    seed=0,
-    num_workers=None,
-    progress=False,
-):
-    """Packs segments into OUT_FOLDER/PREFIX-000000.tar and so on.
-
-    The segments are shuffled over all songs before, because a partner of
-    another song is drawn among the segments that lie side by side. All shards
-    get the same number of segments, to within one, before unreadable ones are
-    left out.
-
-    A run that was stopped goes on where it was when called again: a shard gets
-    its name when it is whole, and the index, OUT_FOLDER/PREFIX.json, lists it.
-    Changed audio under the same paths is not noticed.
+    Segments are shuffled over all songs, because a partner of another song is
+    drawn among those that lie side by side. Called again it goes on where it
+    was stopped. The folder is what the keys ``dataset: shards`` and
+    ``data_folder`` of a training take.
 
     Arguments
     ---------
-    rows : Mapping
-        A manifest: segment id -> row, see ``mixtures.read_tracks``.
+    music : Music
+        What to pack; its `sample_rate` is that of everything.
     out_folder : str or Path
-        Where the shards go.
-    prefix : str
-        Start of their names, of A-Z a-z 0-9 _ . -
-    sample_rate : int
-        Rate of the shards in Hz; other audio is resampled.
+        Where everything goes.
+    segment_seconds : float
+        Length of a segment.
     shard_megabytes : float
         Largest size of a shard in 10**6 bytes, counted before compression:
         FLAC leaves about two thirds of it.
-    subtype : str
-        PCM_16 or PCM_24. A segment beyond full scale, as a sum of stems may
-        be, is halved until it fits, and reading undoes that.
-    seed : int
-        Seed of the shuffle.
-    num_workers : int, optional
-        Threads that read and encode; default one a processor.
-    progress : bool
-        Shows a progress bar.
 
     Returns
     -------
     dict
-        The index: "settings", "segments" and "songs" packed, "shards", a list
-        of {"file", "segments", "bytes"}, "skipped", a list of {"id", "file",
-        "reason"} of segments that cannot be read, and "complete".
+        The report of ``Music.prepare``; files that turned out to be damaged
+        are added to its "skipped", and "shards" is a list of {"file",
+        "segments"}.
 
     Raises
     ------
-    ImportError
-        If webdataset is not installed.
-    ValueError
-        If there are no rows, an argument is out of range, or the folder has
-        shards of the same prefix made with other settings.
-    UnreadableAudio
-        If no segment can be read.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     soundfile.write(f"{folder}/song.wav", np.zeros(6 * 100), 100)
-    ...     row = {"song": "song", "tracks": {"mixture": f"{folder}/song.wav"}}
-    ...     row.update(duration=1.0, has_stems=False)
-    ...     rows = {f"song_{i}": {**row, "start": float(i)} for i in range(6)}
-    ...     index = make_shards(rows, folder, "train", 100, 0.0005)
-    >>> [(shard["file"], shard["segments"]) for shard in index["shards"]]
-    [('train-000000.tar', 2), ('train-000001.tar', 2), ('train-000002.tar', 2)]
+    FileNotFoundError, ValueError
+        As ``Music.prepare``, or if the folder is one of the music's or was
+        packed from other music or settings.
     """
-    import_webdataset()
-    # The prefix becomes part of brace patterns and URLs.
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", prefix):
-        raise ValueError(f"expected prefix of A-Za-z0-9_.-, got {prefix!r}")
-    if subtype not in SUBTYPES:
-        raise ValueError(f"expected subtype in {[*SUBTYPES]}, got {subtype!r}")
-    if not (len(rows) and sample_rate > 0 and shard_megabytes > 0):
-        raise ValueError(
-            "expected rows, sample_rate > 0 and shard_megabytes > 0, got "
-            f"{len(rows)} rows, {sample_rate} and {shard_megabytes}"
-        )
-    rows = rows if isinstance(rows, Manifest) else Manifest(rows)
-    songs, audio_bytes, digest = Counter(), 0, hashlib.sha256()
-    for place, segment_id in enumerate(rows.ids):
-        row = rows.row(place)
-        songs[row["song"]] += 1
-        tracks = len(row["tracks"]) if row["has_stems"] else 1
-        samples = tracks * round(row["duration"] * sample_rate)
-        audio_bytes += samples * SUBTYPES[subtype] // 8
-        digest.update(json.dumps([segment_id, row], sort_keys=True).encode())
-    settings = {
-        "sample_rate": sample_rate,
-        "shard_megabytes": shard_megabytes,
-        "subtype": subtype,
-        "seed": seed,
-        "segments": len(rows),
-        "rows_sha256": digest.hexdigest(),
-    }
-    out_folder = Path(out_folder)
-    out_folder.mkdir(parents=True, exist_ok=True)
-    index = _last_index(out_folder, prefix, settings)
-    _write_index(out_folder, prefix, index)
-    parts = np.array_split(
-        np.random.default_rng(seed).permutation(len(rows)),
-        min(math.ceil(audio_bytes / (shard_megabytes * 1e6)), len(rows)),
-    )
-    done = {shard["file"]: shard for shard in index["shards"]}
-    num_workers = num_workers or os.cpu_count()
-    named = set()
-    with (
-        ThreadPoolExecutor(num_workers) as pool,
-        tqdm(total=len(rows), unit="segments", disable=not progress) as bar,
-    ):
-        for i, part in enumerate(parts):
-            path = out_folder / f"{prefix}-{i:06d}.tar"
-            known = done.get(path.name)
-            if known and path.is_file():
-                if path.stat().st_size == known["bytes"]:
-                    bar.update(len(part))
-                    continue
-            part_ids = [rows.ids[j] for j in part]
-            # The row is looked up here: a mapping need not be safe in threads.
-            calls = (
-                (x, rows.row(j), sample_rate, subtype)
-                for x, j in zip(part_ids, part)
-            )
-            encoded = _in_order(pool, _encode, calls, 4 * num_workers)
-            count, skipped = _write_shard(path, encoded, bar)
-            for entry in skipped:
-                file, reason = entry["file"], entry["reason"]
-                if file not in named:
-                    logger.warning(f"segments are skipped: {file}: {reason}")
-                named.add(file)
-            again = set(part_ids)
-            kept = [x for x in index["skipped"] if x["id"] not in again]
-            index["skipped"] = kept + skipped
-            shard = {"file": path.name, "segments": count}
-            done[path.name] = {**shard, "bytes": path.stat().st_size}
-            index["shards"] = [done[name] for name in sorted(done)]
-            _write_index(out_folder, prefix, index)
-    songs.subtract(rows[x["id"]]["song"] for x in index["skipped"])
-    index["segments"], index["songs"] = songs.total(), len(+songs)
-    if not index["segments"]:
-        first = index["skipped"][0]
-        raise UnreadableAudio(
-            f"none of {len(rows)} segments can be read, first {first['file']}: "
-            f"{first['reason']}"
-        )
-    index["complete"] = True
-    _write_index(out_folder, prefix, index)
-    return index
-
-
-def _last_index(out_folder, prefix, settings):
-    """The index that an earlier run of the same settings left, or a new one."""
-    path = out_folder / f"{prefix}.json"
-    change = "choose another out_folder or prefix, or remove the shards"
-    if not path.exists():
-        for name in sorted(os.listdir(out_folder)):
-            if re.fullmatch(rf"{re.escape(prefix)}-\d+\.tar", name):
-                raise ValueError(
-                    f"{out_folder / name} has no index {path}: {change}"
-                )
-        index = {"settings": settings, "complete": False}
-        return {**index, "segments": 0, "shards": [], "skipped": []}
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        known = index["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no index of shards: {change}") from error
-    for key, value in settings.items():
-        if known.get(key) != value:
+    out_folder = Path(out_folder).resolve()
+    for folder in filter(None, (music.folder, music.test_folder)):
+        if Path(folder).resolve() in (out_folder, *out_folder.parents):
             raise ValueError(
-                f"{path} lists shards of other settings, {key} was "
-                f"{known.get(key)!r}, now {value!r}: {change}"
+                f"{out_folder}: expected a folder outside of {folder}, or what "
+                "is packed would be songs of it"
             )
-    return index
+    report = music.prepare(out_folder / MANIFESTS, segment_seconds)
+    made_of = [report["fingerprint"], shard_megabytes]
+    index = {"made_of": made_of, "shards": [], "skipped": []}
+    if (out_folder / INDEX).exists():
+        index = json.loads((out_folder / INDEX).read_text("utf-8"))
+    if index["made_of"] != made_of:
+        raise ValueError(
+            f"{out_folder} was packed from other music or settings: choose "
+            "another folder, or remove this one"
+        )
+    _write_shards(out_folder, index, music)
+    for split in ("valid", "test"):
+        _copy_songs(out_folder, split, index, music)
+    report["skipped"] = report["skipped"] + index["skipped"]
+    report["shards"] = index["shards"]
+    write_json(out_folder / REPORT, report)
+    return report
 
 
-def _in_order(pool, function, calls, ahead):
-    """The results of the calls, at most `ahead` of them under way."""
-    waiting = deque()
-    for arguments in calls:
-        waiting.append(pool.submit(function, *arguments))
-        if len(waiting) == ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _encode(segment_id, row, sample_rate, subtype):
-    """The members of a segment, or {"id", "file", "reason"} if unreadable."""
+@contextmanager
+def _skipping(index):
+    """Leaves out what is damaged, and names each file in the index once."""
     try:
-        tracks = read_tracks(row, sample_rate).numpy()
+        yield
     except UnreadableAudio as error:
-        reason = str(error).removeprefix(f"{error.path}: ")
-        return {"id": segment_id, "file": error.path, "reason": reason}
+        if error.path not in {entry["file"] for entry in index["skipped"]}:
+            logger.warning(f"left out: {error}")
+            reason = str(error).removeprefix(f"{error.path}: ")
+            index["skipped"].append({"file": error.path, "reason": reason})
+
+
+def _write_shards(out_folder, index, music):
+    """Writes the shards that are not in the index yet.
+
+    A shard gets its name, and its place in the index, when it is whole.
+    """
+    # Imported here: an optional extra.
+    from webdataset import TarWriter
+
+    rows = MappedManifest(out_folder / MANIFESTS, "train")
+    rate = music.sample_rate
+    samples = sum(
+        row["duration"] * rate * (len(row["tracks"]) if row["has_stems"] else 1)
+        for row in rows.values()
+    )
+    num_shards = math.ceil(samples * 2 / 1e6 / index["made_of"][1])
+    shuffled = np.random.default_rng(music.seed).permutation(len(rows))
+    parts = np.array_split(shuffled, min(num_shards, len(rows)))
+    with ThreadPoolExecutor() as pool:
+        done = len(index["shards"])
+        for part in tqdm(parts[done:], "shards", len(parts), initial=done):
+            segments = [pool.submit(_encode, rows, i, rate) for i in part]
+            written, unfinished = 0, out_folder / ".shard.part"
+            with (
+                open(unfinished, "wb") as file,
+                # without times and users equal segments make equal files
+                TarWriter(
+                    file, user="", group="", encoder=False, mtime=0
+                ) as tar,
+            ):
+                for segment in segments:
+                    with _skipping(index):
+                        tar.write(segment.result())
+                        written += 1
+            name = f"train-{len(index['shards']):06d}.tar"
+            os.replace(unfinished, out_folder / name)
+            index["shards"].append({"file": name, "segments": written})
+            write_json(out_folder / INDEX, index)
+
+
+def _encode(rows, place, sample_rate):
+    """The files of a segment, as a sample of WebDataset."""
+    segment_id, row = rows.ids[place], rows.row(place)
+    tracks, names = read_tracks(row, sample_rate).numpy(), list(row["tracks"])
     if not row["has_stems"]:
-        tracks = tracks.sum(axis=0, keepdims=True)
-    samples, gain = _quantize(tracks.T, SUBTYPES[subtype])
-    names = list(row["tracks"]) if row["has_stems"] else ["mixture"]
-    meta = {"id": segment_id, "names": names, "gain": gain}
-    meta.update({x: row[x] for x in ("song", "start", "duration", "has_stems")})
-    # WebDataset splits a name at its first dot.
-    key = quote(segment_id, safe="", errors="surrogateescape")
-    members = {
-        "__key__": key.replace(".", "%2E"),
+        tracks, names = tracks.sum(axis=0, keepdims=True), ["mixture"]
+    # beyond full scale it is halved until it fits, which rounds nothing
+    peak = max(1.0, float(np.abs(tracks).max()))
+    gain = 0.5 ** math.ceil(math.log2(peak))
+    samples = np.rint(tracks * np.float32(gain * 2**15))
+    samples = samples.clip(-(2**15), 2**15 - 1).astype(np.int16)
+    meta = {x: row[x] for x in ("song", "start", "duration", "has_stems")}
+    meta.update(id=segment_id, names=names, gain=gain)
+    # WebDataset splits a name at its first dot
+    sample = {
+        "__key__": segment_id.replace(".", "%2E"),
         "json": json.dumps(meta).encode(),
     }
-    for first in range(0, samples.shape[1], MAX_CHANNELS):
-        file, part = io.BytesIO(), samples[:, first : first + MAX_CHANNELS]
-        soundfile.write(file, part, sample_rate, subtype, format="FLAC")
-        # In the order of their names, which is how they are written.
-        name = f"more{first // MAX_CHANNELS:02d}.flac" if first else "flac"
-        members[name] = file.getvalue()
-    return members
+    for number, track in enumerate(samples):
+        file = io.BytesIO()
+        soundfile.write(file, track, sample_rate, "PCM_16", format="FLAC")
+        sample[f"{number:02d}.flac"] = file.getvalue()
+    return sample
 
 
-def _quantize(sig, bits):
-    """Integers as soundfile takes them, and the gain that made them fit.
-
-    libsndfile would scale floats by 2**15 - 1 when writing and by 2**-15 when
-    reading. Halving is the one gain that itself rounds nothing.
-    """
-    full_scale, gain = 2 ** (bits - 1), 1.0
-    while True:
-        samples = np.rint(sig * np.float32(full_scale * gain))
-        if samples.max() < full_scale and samples.min() >= -full_scale:
-            break
-        gain /= 2
-    if bits == 16:
-        return samples.astype(np.int16), gain
-    # soundfile takes 24 bits as the upper ones of 32.
-    return samples.astype(np.int32) << 8, gain
-
-
-def _write_shard(path, encoded, bar):
-    """Writes a shard; returns the number of its segments and those skipped."""
-    count, skipped = 0, []
-    unfinished = path.with_name(f".{path.name}.part")
-    try:
-        with (
-            open(unfinished, "wb") as file,
-            # Without times and users equal segments make equal files.
-            import_webdataset().TarWriter(
-                file, user="", group="", encoder=False, mtime=0
-            ) as tar,
-        ):
-            for segment in encoded:
-                bar.update()
-                if "__key__" in segment:
-                    tar.write(segment)
-                    count += 1
-                else:
-                    skipped.append(segment)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return count, skipped
+def _copy_songs(out_folder, split, index, music):
+    """Writes the songs of a split as mono float wav, and their manifest."""
+    rate, numbers, lines = music.sample_rate, {}, []
+    for segment_id in MappedManifest(out_folder / MANIFESTS, split):
+        song, _, number = segment_id.rpartition("_")
+        numbers.setdefault(song, []).append(int(number))
+    songs = read_songs(out_folder / MANIFESTS, split)
+    for line in tqdm(songs, split):
+        folder = out_folder / split / line["song"]
+        folder.mkdir(parents=True, exist_ok=True)
+        row, tracks = {"start": 0.0, "duration": line["song_seconds"]}, {}
+        with _skipping(index):
+            for i, (name, files) in enumerate(line["tracks"].items()):
+                path = folder / f"{i}.wav"
+                if not path.exists():
+                    sig = read_tracks({**row, "tracks": {name: files}}, rate)
+                    part = path.with_suffix(".part")
+                    soundfile.write(part, sig[0], rate, "FLOAT", format="WAV")
+                    os.replace(part, path)
+                tracks[name] = str(path.relative_to(out_folder))
+            lines.append(({**line, "tracks": tracks}, numbers[line["song"]]))
+    write_manifest(out_folder, split, lines)
 
 
-def _write_index(out_folder, prefix, index):
-    path = out_folder / f"{prefix}.json"
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(json.dumps(index, indent=2), encoding="utf-8")
-    os.replace(unfinished, path)
+class ShardedMixtures(torch.utils.data.IterableDataset):
+    """Mixtures of mixtures from shards, as `MixtureOfMixtures` makes them.
 
+    An item is {"id", "song", "mixtures", "skipped"}: a segment and its song,
+    [2, time] of it and a partner of another song, and (file, message) of what
+    could not be read on the way to it. A damaged segment is replaced by a drawn
+    one; of a missing or damaged shard the rest is left out, and the next one
+    read in its place.
 
-def list_shards(urls):
-    """The shards that a pattern stands for.
+    All ranks give as many items; each segment comes once an epoch, whatever the
+    number of shards, ranks and workers. The loader needs the `batch_size` given
+    here and the same num_workers on every rank. A worker holds a block of
+    encoded segments.
 
     Arguments
     ---------
-    urls : str, Path or list of them
-        A brace pattern ("OUT/train-{000000..000099}.tar"), also of http, https
-        or another URL that webdataset opens, or a folder with shards of one
-        prefix.
-
-    Returns
-    -------
-    list of str
-        Paths and URLs of plain tar files.
+    folder : str or Path
+        What ``pack`` made.
+    duration : float
+        Length of the mixtures in seconds; of longer segments a drawn part.
+    batch_size : int
+        Items of a batch. Workers are asked for batches in turn.
+    urls : str, optional
+        Where the shards are if not in the folder, whatever WebDataset opens,
+        with {} for their names: "https://host/{}".
+    rank, world_size : int
+        Number of this process, from 0, and how many train together.
+    epoch_segments : int, optional
+        Items of an epoch, of all ranks together; default all segments.
+    block_segments : int
+        Segments among which order and partners are drawn.
+    **options
+        As `MixtureOfMixtures` takes them, but `channel`: shards are the mean.
+        What an augmentation can read of a song is the packed segment, so pack
+        longer ones for changes in time.
 
     Raises
     ------
     FileNotFoundError
-        If none is there, as far as files are concerned.
+        If the folder was not packed.
     ValueError
-        If a folder has shards of several prefixes.
+        If the options have a `channel`, as what was packed is the mean.
+    UnreadableAudio
+        While iterating, if no shard can be read.
 
     Example
     -------
-    >>> list_shards("http://host/music-{08..10}.tar")[1:]
-    ['http://host/music-09.tar', 'http://host/music-10.tar']
+    >>> import tempfile
+    >>> from trackformer_sb.data.music import Music
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> music = Path(folder.name, "music")
+    >>> music.mkdir()
+    >>> for i in range(8):
+    ...     soundfile.write(music / f"{i}.wav", np.full(600, i / 8), 100)
+    >>> music = Music(music, cache_folder=folder.name, sample_rate=100)
+    >>> report = pack(music, f"{folder.name}/out")
+    >>> options = {"duration": 1.0, "batch_size": 2, "sample_rate": 100}
+    >>> dataset = ShardedMixtures(f"{folder.name}/out", seed=0, **options)
+    >>> len(dataset), next(iter(dataset))["mixtures"].shape
+    (8, torch.Size([2, 100]))
+    >>> folder.cleanup()
     """
-    shards = []
-    single = isinstance(urls, (str, os.PathLike))
-    for pattern in map(os.fspath, [urls] if single else urls):
-        if not os.path.isdir(pattern):
-            shards += import_webdataset().shardlists.expand_urls(pattern)
-            continue
-        names = [x for x in sorted(os.listdir(pattern)) if x.endswith(".tar")]
-        prefixes = sorted({re.sub(r"-\d+\.tar$", "", x) for x in names})
-        if len(prefixes) > 1:
+
+    def __init__(
+        self,
+        folder,
+        duration,
+        batch_size,
+        urls=None,
+        rank=0,
+        world_size=1,
+        epoch_segments=None,
+        block_segments=256,
+        **options,
+    ):
+        if options.get("channel", "mean") != "mean":
             raise ValueError(
-                f"expected shards of one prefix in {pattern}, got "
-                f"{', '.join(prefixes)}: name one, as in {prefixes[0]}-"
-                "{000000..000099}.tar"
+                "channel: expected mean, all that shards hold, got "
+                f"{options['channel']!r}"
             )
-        shards += [os.path.join(pattern, name) for name in names]
-    if not any(os.path.isfile(x) or re.match(r"\w\w+:", x) for x in shards):
-        raise FileNotFoundError(
-            f"no shards at {urls}, expected a folder with PREFIX-000000.tar "
-            "and so on, a pattern such as PREFIX-{000000..000099}.tar, or URLs"
+        folder = Path(folder).absolute()
+        index = json.loads((folder / INDEX).read_text("utf-8"))
+        urls = urls or f"{folder}/{{}}"
+        self.urls = [urls.replace("{}", x["file"]) for x in index["shards"]]
+        self.counts = np.array([x["segments"] for x in index["shards"]])
+        self.duration, self.batch_size = duration, batch_size
+        self.rank, self.world_size = rank, world_size
+        self.epoch_segments = epoch_segments or int(self.counts.sum())
+        self.block_segments = block_segments
+        self.options = options
+        self.silent_share = options.get("silent_share", 0.0)
+        self.set_epoch(0)
+
+    def __len__(self):
+        """Items of this rank in an epoch."""
+        return self.epoch_segments // self.world_size
+
+    def set_epoch(self, epoch, skip_batches=0):
+        """What the next iterations give; to be called before each epoch.
+
+        Batches of it that the loader gave before an interruption are read, not
+        decoded, and what follows equals the uninterrupted epoch.
+        """
+        self.epoch, self.skip_batches = epoch, skip_batches
+
+    def __iter__(self):
+        # not a generator: the epoch is that of the call
+        info = torch.utils.data.get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        # a resumed loader asks its worker 0 first, whosever turn it was
+        worker = (worker + self.skip_batches) % num_workers
+        batches, rest = divmod(len(self), self.batch_size)
+        sizes = [
+            self.batch_size * len(range(i, batches, num_workers))
+            for i in range(num_workers)
+        ]
+        sizes[batches % num_workers] += rest
+        done = len(range(worker, self.skip_batches, num_workers))
+        first = self.rank * len(self) + sum(sizes[:worker])
+        return self._items(first, sizes[worker], done * self.batch_size)
+
+    def _items(self, first, size, done):
+        """`size` items from place `first` of the epoch on, less `done`."""
+        if not size:
+            return
+        seed, epoch = self.options["seed"], self.epoch
+        rng = np.random.default_rng((1, seed, epoch, first))
+        problems = []
+        stream = self._segments(first, rng, problems)
+        # in a block each comes once, and again with other draws in the next
+        largest = min(self.block_segments, self.counts.sum())
+        num_blocks = math.ceil(size / largest)
+        for part in np.array_split(np.arange(size), num_blocks):
+            block = list(itertools.islice(stream, len(part)))
+            rows, ahead = dict(block), []
+            # without another song, partners come from further on
+            while len({row["song"] for row in rows.values()}) < 2:
+                if len(ahead) == self.counts.sum():
+                    break
+                ahead.append(next(stream))
+                rows.update(ahead[-1:])
+            stream = itertools.chain(ahead, stream)
+            # draws of its own, as if it were a rank
+            pairs = _PackedPairs(rows, rank=first + part[0], **self.options)
+            pairs.set_epoch(epoch)
+            for number, i in zip(part, rng.permutation(len(block))):
+                if number >= done:
+                    segment_id, row = block[i]
+                    mixtures, _, skipped = pairs(segment_id)
+                    yield {
+                        "id": segment_id,
+                        "song": row["song"],
+                        "mixtures": mixtures,
+                        "skipped": problems + skipped,
+                    }
+                    problems.clear()
+
+    def _segments(self, place, rng, problems):
+        """(id, row) of the segments from a place on, round and round."""
+        seed = 2, self.options["seed"], self.epoch
+        order = np.random.default_rng(seed).permutation(len(self.urls))
+        ends = self.counts[order].cumsum()
+        place %= ends[-1]
+        turn = np.searchsorted(ends, place, side="right")
+        skip = place - ends[turn] + self.counts[order[turn]]
+        empty, rate = 0, self.options["sample_rate"]
+        for shard in itertools.cycle(np.roll(order, -turn)):
+            url, count = self.urls[shard], self.counts[shard]
+            samples = _read_shard(url, count, problems)
+            for meta, flacs in itertools.islice(samples, skip, None):
+                spare = round((meta["duration"] - self.duration) * rate)
+                yield (
+                    meta["id"],
+                    {
+                        **{x: meta[x] for x in ("song", "has_stems", "gain")},
+                        "start": int(rng.integers(spare + 1)) / rate,
+                        "duration": self.duration,
+                        "song_seconds": meta["duration"],
+                        "path": f"{url}/{meta['id']}",
+                        "flacs": flacs,
+                    },
+                )
+                empty = 0
+            skip, empty = 0, empty + 1
+            strict = self.options.get("max_failures") == 1
+            if empty > len(order) or (problems and strict):
+                raise UnreadableAudio(problems[-1][1])
+
+
+def _read_shard(url, count, problems):
+    """(json, list of FLAC files) of each segment; adds what is wrong."""
+    from webdataset import gopen
+    from webdataset.handlers import ignore_and_stop
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    found, reason = 0, "the rest is unreadable"
+    try:
+        with gopen(url) as stream:
+            source = [{"url": url, "stream": stream}]
+            files = tar_file_expander(source, handler=ignore_and_stop)
+            for sample in group_by_keys(files):
+                flacs = [sample[x] for x in sample if x.endswith("flac")]
+                yield json.loads(sample["json"]), flacs
+                found += 1
+    except (OSError, KeyError, ValueError) as error:
+        reason = str(error)
+    if found < count:
+        words = f"damaged after {found} of {count} segments, {reason}"
+        problems.append((url, f"{url}: {words}"))
+
+
+class _PackedPairs(MixtureOfMixtures):
+    """Pairs of segments whose rows hold their encoded audio."""
+
+    def _read_mixture(self, row, channel, change):
+        sig = self._decode(row, change).sum(0)
+        return self._changed(sig, row, change), sig.new_zeros(0, len(sig))
+
+    def _read_partner(self, row, single, rng, channel, change):
+        tracks = self._decode(row, change)
+        if single and row["has_stems"]:
+            tracks = tracks[rng.permutation(len(tracks))]
+            sounds = tracks.square().mean(1).sqrt() > SILENCE_RMS
+            tracks = tracks[sounds.int().argmax()].unsqueeze(0)
+        return self._changed(tracks.sum(0), row, change)
+
+    def _decode(self, row, change):
+        """[tracks, time] of what a change needs of a segment."""
+        source = self._source(row, change)
+        first, count = (
+            round(source[x] * self.sample_rate) for x in ("start", "duration")
         )
-    return shards
-
-
-def open_shard(url):
-    """A shard, or its index, as a stream of bytes."""
-    # webdataset would take the path "a:b" for a URL.
-    exists = os.path.exists(url)
-    return open(url, "rb") if exists else import_webdataset().gopen(url)
-
-
-def count_segments(urls):
-    """The number of segments of every shard, None if no index has it."""
-    indices, counts = {url: {} for url in urls}, []  # no shard is an index
-    for url in urls:
-        where = re.sub(r"-\d+\.tar(\?.*)?$", ".json", url)
-        if where not in indices:
-            indices[where] = {}
-            with suppress(OSError, LookupError, TypeError, ValueError):
-                with closing(open_shard(where)) as file:
-                    index = json.loads(file.read())
-                shards = index["shards"]
-                indices[where] = {x["file"]: x["segments"] for x in shards}
-                if not index["complete"]:
-                    logger.warning(f"{where}: packing is not finished")
-        counts.append(indices[where].get(os.path.basename(url)))
-    return counts
+        try:
+            tracks = [
+                soundfile.read(
+                    io.BytesIO(flac),
+                    count,
+                    first,
+                    dtype="float32",
+                    always_2d=True,
+                    fill_value=0.0,
+                )[0].T
+                for flac in row["flacs"]
+            ]
+        except soundfile.SoundFileError as error:
+            damaged = UnreadableAudio(f"{row['path']}: damaged")
+            damaged.path = row["path"]
+            raise damaged from error
+        return torch.from_numpy(np.concatenate(tracks) / row["gain"])

@@ -1,23 +1,24 @@
-"""A song on disk, songs of any folder, and what was left out of one."""
+"""A song on disk, songs of any folder, and what was left out."""
 
 import os
 import re
+import statistics
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
 from speechbrain.utils.logger import get_logger
 
-from trackformer_sb.data.audio import AUDIO_EXTENSIONS
+from trackformer_sb.audio import AUDIO_EXTENSIONS, FILM_EXTENSIONS
+from trackformer_sb.data.files import FLOOR_DB, segment_loudness, sum_levels
 
 logger = get_logger(__name__)
 
 MIXTURE_NAMES = {"mix", "mixture"}
 STEM_NAMES = {"bass", "drums", "other", "vocals"}
-STEMS_EXPECTED = "one folder a song with one audio file an instrument"
 
 
 class Song(NamedTuple):
-    """A song on disk.
+    """A song on disk, and what is known of it.
 
     Arguments
     ---------
@@ -27,23 +28,27 @@ class Song(NamedTuple):
         Track name -> tuple of absolute paths, whose sum is the track.
     has_stems : bool
         Whether the tracks are stems, or the one track is the whole mixture.
-    seconds : float
-        Length of the longest track; 0 until its files are read.
     split : str
         train, valid or test where the dataset itself says so, otherwise "".
     mixture : str
         Path of a finished mixture beside the stems, or "".
-    absent : tuple of str
-        Classes of stems that the song is known to lack.
+    seconds : float
+        Length of the longest track; 0 until its files are read.
+    headers : dict, optional
+        Path of each file -> AudioInfo, once they are read.
+    levels : dict, optional
+        Path of each file of a track -> codes of ``files.measure_levels``, once
+        they are decoded.
     """
 
     name: str
     tracks: dict
     has_stems: bool
-    seconds: float = 0.0
     split: str = ""
     mixture: str = ""
-    absent: tuple = ()
+    seconds: float = 0.0
+    headers: dict | None = None
+    levels: dict | None = None
 
     @property
     def files(self):
@@ -62,17 +67,22 @@ class Song(NamedTuple):
             return self.files[0]
         return os.path.commonpath(map(os.path.dirname, self.files))
 
+    @property
+    def title(self):
+        """The name without the ending of a file."""
+        return self.name if self.has_stems else os.path.splitext(self.name)[0]
+
+    def loudness(self, paths):
+        """RMS level of decoded files in dBFS, and the share they sound."""
+        codes = sum_levels([self.levels[path] for path in paths])
+        return segment_loudness(codes, 0, self.seconds)
+
 
 class Findings:
     """What was left out or looked odd; every entry is logged once.
 
     Attributes `skipped`, a list of {"file", "reason"}, and `warnings`, a list
     of messages, go into the data report.
-
-    Arguments
-    ---------
-    strict : bool
-        Whether the first thing that cannot be used is an error.
 
     Example
     -------
@@ -84,8 +94,7 @@ class Findings:
         2  truncated after ... s, first /music/a.wav
     """
 
-    def __init__(self, strict=False):
-        self.strict = strict
+    def __init__(self):
         self.skipped = []
         self.warnings = []
 
@@ -94,47 +103,31 @@ class Findings:
         logger.warning(message)
         self.warnings.append(message)
 
-    def skip(self, files, reason, unwanted=False):
-        """Keeps what is left out, with one warning.
-
-        Arguments
-        ---------
-        files : list of str
-            Files, or folders of songs; of none nothing is said.
-        reason : str
-            Why.
-        unwanted : bool
-            Whether nothing is wrong with them, but the settings or the layout
-            of the dataset do not want them.
-
-        Raises
-        ------
-        ValueError
-            If `strict`, and they are wanted.
-        """
+    def skip(self, files, reason):
+        """Keeps what is left out, with one warning."""
         if not files:
             return
-        if self.strict and not unwanted:
-            raise ValueError(f"strict: {files[0]}: {reason}")
         self.skipped += [{"file": file, "reason": reason} for file in files]
         what = (
             f"{len(files)} files, {files[0]} first" if files[1:] else files[0]
         )
         self.warn(f"skipped {what}: {reason}")
 
+    def keep(self, songs, rule):
+        """The songs that a rule, Song -> reason or None, does not leave out."""
+        kept, left_out = [], defaultdict(list)
+        for song in songs:
+            if reason := rule(song):
+                left_out[reason].append(song.path)
+            else:
+                kept.append(song)
+        for reason, paths in left_out.items():
+            self.skip(paths, reason)
+        return kept
+
 
 def skipped_table(skipped):
-    """What was left out, a line a kind of reason.
-
-    Arguments
-    ---------
-    skipped : list of dict
-        {"file", "reason"} each, as in data_report.json.
-
-    Returns
-    -------
-    str
-    """
+    """What was left out, a line a kind of reason."""
     kinds, first = Counter(), {}
     for entry in skipped:
         # reasons differ by the files and numbers in them
@@ -150,41 +143,15 @@ def skipped_table(skipped):
 
 
 def mixture_songs(folder, listing, findings):
-    """Every file is a song; of one in two formats the first format counts.
-
-    Arguments
-    ---------
-    folder : str or Path
-        The folder.
-    listing : dict
-        What `list_audio` returned for the folder.
-    findings : Findings
-        Takes the files left out.
-
-    Returns
-    -------
-    list of Song
-        Sorted by path.
-    """
-    _warn_of_stems(folder, listing, findings)
-    best = {}
+    """Every file is a song; of one in two formats the first format counts."""
+    names, best = defaultdict(set), {}
     for path in sorted(listing, key=_format_rank):
-        first = best.setdefault(os.path.splitext(path)[0], path)
+        title = os.path.splitext(path)[0]
+        parent, name = os.path.split(title)
+        names[parent].add(name.lower())
+        first = best.setdefault(title, path)
         if first != path:
-            findings.skip([path], f"the same song as {first}", unwanted=True)
-    top = os.path.abspath(folder)
-    return [
-        Song(_below(top, path), {"mixture": (path,)}, False)
-        for path in sorted(best.values())
-    ]
-
-
-def _warn_of_stems(folder, listing, findings):
-    """Warns of folders of stems, each of which would be a song."""
-    names = defaultdict(set)
-    for path in listing:
-        parent, name = os.path.split(path)
-        names[parent].add(os.path.splitext(name)[0].lower())
+            findings.skip([path], f"the same song as {first}")
     like_stems = sorted(
         parent
         for parent, found in names.items()
@@ -197,6 +164,11 @@ def _warn_of_stems(folder, listing, findings):
             "is a song, so that a song may be trained on and tested on; "
             "expected dataset: stems"
         )
+    top = os.path.abspath(folder)
+    return [
+        Song(_below(top, path), {"mixture": (path,)}, False)
+        for path in sorted(best.values())
+    ]
 
 
 def stem_songs(folder, listing, findings):
@@ -204,42 +176,24 @@ def stem_songs(folder, listing, findings):
 
     The sum of the stems is the song, so a file named mix or mixture beside
     them is no stem.
-
-    Arguments
-    ---------
-    folder : str or Path
-        The folder.
-    listing : dict
-        What `list_audio` returned for the folder.
-    findings : Findings
-        Takes the files left out.
-
-    Returns
-    -------
-    list of Song
-        Sorted by path.
-
-    Raises
-    ------
-    ValueError
-        If no folder below the top holds stems.
     """
     by_folder = defaultdict(list)
-    for path in listing:
-        by_folder[os.path.dirname(path)].append(path)
+    for path in sorted(listing, key=_format_rank):
+        if not path.lower().endswith(FILM_EXTENSIONS):  # a clip is no stem
+            by_folder[os.path.dirname(path)].append(path)
     top = os.path.abspath(folder)
     loose = by_folder.pop(top, [])
-    findings.skip(loose, "not in the folder of a song", unwanted=True)
+    findings.skip(loose, "not in the folder of a song")
     songs = []
     for parent, paths in sorted(by_folder.items()):
         tracks, mixture = {}, ""
-        for path in sorted(paths, key=_format_rank):
+        for path in paths:
             track = os.path.splitext(os.path.basename(path))[0]
             if track.lower() in MIXTURE_NAMES:
                 mixture = mixture or path
             elif track in tracks:
                 reason = f"the same track as {tracks[track][0]}"
-                findings.skip([path], reason, unwanted=True)
+                findings.skip([path], reason)
             else:
                 tracks[track] = (path,)
         if tracks:
@@ -250,9 +204,10 @@ def stem_songs(folder, listing, findings):
             findings.skip([parent], "no stems beside the mixture")
     if not songs:
         raise ValueError(
-            f"no songs under {folder}, expected {STEMS_EXPECTED}; {len(loose)} "
-            f"of {len(listing)} audio files lie directly in the folder "
-            "(finished songs are `dataset: mixtures`)"
+            f"no songs under {folder}, expected one folder a song with one "
+            f"audio file an instrument; {len(loose)} of {len(listing)} audio "
+            "files lie directly in the folder (finished songs are `dataset: "
+            "mixtures`)"
         )
     return songs
 
@@ -264,3 +219,17 @@ def _below(top, path):
 
 def _format_rank(path):
     return AUDIO_EXTENSIONS.index(os.path.splitext(path)[1].lower()), path
+
+
+def medians(songs):
+    """Medians of the songs' lengths, and of decoded ones of how they sound."""
+    values = defaultdict(list)
+    for song in songs:
+        values["minutes"].append(song.seconds / 60)
+        if song.levels:
+            level = max(song.loudness(song.files)[0], FLOOR_DB)
+            values["dBFS RMS"].append(level)
+            for name, paths in song.tracks.items() if song.has_stems else ():
+                share = song.loudness(paths)[1]
+                values[f"% with {name}"].append(100 * share)
+    return {what: statistics.median(found) for what, found in values.items()}

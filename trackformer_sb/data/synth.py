@@ -17,19 +17,7 @@ TABLE_ROWS = 8
 
 
 def pick(rng, options):
-    """Draws one of several options, all equally likely.
-
-    Arguments
-    ---------
-    rng : numpy.random.Generator
-        Where to draw from; one number is taken.
-    options : sequence or str
-        What to choose from; the words of a string.
-
-    Returns
-    -------
-    object
-        One of the options.
+    """Draws one of several options, or of the words of a string.
 
     Example
     -------
@@ -46,18 +34,7 @@ def pick(rng, options):
 class Player:
     """One stem and the notes of one timbre that are mixed into it.
 
-    Arguments
-    ---------
-    name : str
-        The stem: drums, bass, chords or lead.
-    score : object
-        Whose ``time(step)`` tells the second at which a sixteenth sounds.
-    rng : numpy.random.Generator
-        Draws the timbre and the small deviations of each note.
-    samples : int
-        Length of the stem.
-    sample_rate : int
-        In Hz.
+    The ``time(step)`` of the score is the second at which a sixteenth sounds.
 
     Example
     -------
@@ -86,18 +63,9 @@ class Player:
         self.stem[begin:end] += np.float32(gain) * sig[: max(0, end - begin)]
 
     def play(self, step, length, midi, bend=0):
-        """Adds a note.
+        """Adds a note at a sixteenth, of a length in sixteenths.
 
-        Arguments
-        ---------
-        step : float
-            Where it begins, in sixteenths from the start of the song.
-        length : float
-            In sixteenths.
-        midi : int
-            Pitch, 69 is 440 Hz.
-        bend : int
-            It slides in from this many semitones above its pitch, 3 at most.
+        It slides in from `bend` semitones above its pitch, 3 at most.
         """
         rng, begin = self.rng, self.score.time(step)
         seconds = self.score.time(step + length) - begin + self.timbre.release
@@ -196,20 +164,9 @@ def _render(timbre, tables, freq, samples, bend, sample_rate, rng):
 def make_tables(timbre, freq, sample_rate):
     """One cycle of a tone at each stage of a note, without aliases.
 
-    Arguments
-    ---------
-    timbre : Timbre
-        The instrument.
-    freq : float
-        Fundamental in Hz.
-    sample_rate : int
-        In Hz; no partial lies above 0.42 of it.
-
-    Returns
-    -------
-    numpy.ndarray
-        Float32, [rows, size + 1]; the last column repeats the first. The
-        first row, the start of a note, has an RMS of 1.
+    Float32 [rows, size + 1] without partials above 0.42 of the sample rate; the
+    last column repeats the first. The first row, the start of a note, has an
+    RMS of 1.
 
     Example
     -------
@@ -252,21 +209,9 @@ def make_tables(timbre, freq, sample_rate):
 
 
 def read_tables(tables, cycles, row):
-    """The tables at a phase and a row, both interpolated linearly.
+    """The tables at a phase and a row [time], both interpolated linearly.
 
-    Arguments
-    ---------
-    tables : numpy.ndarray
-        [rows, size + 1], as ``make_tables`` returns them.
-    cycles : numpy.ndarray
-        Phase in cycles, [time]; whole cycles do not count.
-    row : numpy.ndarray
-        From 0, the start of a note, to rows - 1, [time].
-
-    Returns
-    -------
-    numpy.ndarray
-        [time].
+    The phase is in cycles, the row from 0, the start of a note, to rows - 1.
 
     Example
     -------
@@ -288,20 +233,7 @@ def read_tables(tables, cycles, row):
 
 
 def make_kit(rng, sample_rate):
-    """Each drum in several takes, for no two hits are alike.
-
-    Arguments
-    ---------
-    rng : numpy.random.Generator
-        Draws the sizes of the drums and their noise.
-    sample_rate : int
-        In Hz.
-
-    Returns
-    -------
-    dict
-        Takes of kick, snare, hat, open (hat), crash, tom0, tom1 and tom2,
-        lists of float32 arrays [time] without a constant part.
+    """Each drum in several takes [time], for no two hits are alike.
 
     Example
     -------

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.signal import butter, medfilt, resample_poly, sosfilt
 
-from trackformer_sb.data.effects import SAMPLE_RATE, reverb
+from trackformer_sb.data.drumkits import SAMPLE_RATE, reverb
 
 SECONDS = 45.0
 PEAK = 0.8
@@ -75,10 +75,7 @@ class Singer(NamedTuple):
 def speech_synthesizer():
     """Loads espeak-ng, for as long as the context lasts.
 
-    Returns
-    -------
-    callable
-        Takes a text and a `Singer` and returns speech [time] at 22.05 kHz.
+    What it gives takes a text and a `Singer`: speech [time] at 22.05 kHz.
     """
     import espeakng_loader
 
@@ -124,19 +121,7 @@ def speech_synthesizer():
 def make_melody(singer, rng, num_frames):
     """Pitch that walks on a scale, with glides, vibrato and drift.
 
-    Arguments
-    ---------
-    singer : Singer
-        Whose tonic, scale and beat count.
-    rng : numpy.random.Generator
-        Where to draw from.
-    num_frames : int
-        Its length in frames of 5 ms.
-
-    Returns
-    -------
-    numpy.ndarray
-        Fundamental frequency in Hz [frames].
+    In Hz [frames], a frame each 5 ms.
 
     Example
     -------
@@ -166,26 +151,11 @@ def make_melody(singer, rng, num_frames):
     return 440 * 2 ** ((notes - 69) / 12)
 
 
-def sing(speech, singer, rng, intervals=(), held=(1.8, 3.5)):
-    """Sings a phrase.
+def sing(speech, singer, rng, intervals, held):
+    """Sings a phrase of speech [time] at 22.05 kHz, vowels `held` longer.
 
-    Arguments
-    ---------
-    speech : numpy.ndarray
-        The phrase, spoken [time], at 22.05 kHz.
-    singer : Singer
-        Who sings it.
-    rng : numpy.random.Generator
-        Draws melody and timing.
-    intervals : sequence of int
-        Semitones from the first take to others.
-    held : (float, float)
-        Range of how much longer than speech vowels are.
-
-    Returns
-    -------
-    numpy.ndarray
-        Takes [takes, time] at 44.1 kHz, of equal level.
+    Takes [takes, time] at 44.1 kHz, of equal level: one, and one more for each
+    of the intervals, in semitones.
     """
     import pyworld
 
@@ -207,8 +177,7 @@ def sing(speech, singer, rng, intervals=(), held=(1.8, 3.5)):
     for interval in intervals:
         semitones = interval + rng.normal(0, 0.12)
         takes.append(melody * 2 ** (semitones / 12))
-    timbre = map(np.ascontiguousarray, (envelope, breath))
-    timbre = tuple(timbre)
+    timbre = [np.ascontiguousarray(part) for part in (envelope, breath)]
     takes = [
         pyworld.synthesize(take, *timbre, SPEECH_RATE, period) for take in takes
     ]
@@ -219,17 +188,7 @@ def sing(speech, singer, rng, intervals=(), held=(1.8, 3.5)):
 def make_voice(rng, seconds=SECONDS):
     """A clip of one singer, or of a choir, with rests between the phrases.
 
-    Arguments
-    ---------
-    rng : numpy.random.Generator
-        Where to draw from.
-    seconds : float
-        Length of the clip.
-
-    Returns
-    -------
-    numpy.ndarray
-        Float [time, 2] at 44.1 kHz with a peak of 0.8.
+    Float [time, 2] at 44.1 kHz with a peak of 0.8.
     """
     sig = np.zeros((int(seconds * SAMPLE_RATE), 2))
     singer = Singer.draw(rng)

@@ -1,8 +1,11 @@
 """Pre-trained encoders as feature extractors for other recipes."""
 
-import torch
+from pathlib import Path
 
-from trackformer_sb.inference.hub import HubModel, read_recipe
+import torch
+from torch import nn
+
+from trackformer_sb.inference.hub import HubModel, plain_values
 from trackformer_sb.nnet.features import SpectrogramEncoder
 from trackformer_sb.nnet.stft import STFTEncoder
 
@@ -31,8 +34,6 @@ python recipes/train.py hparams/performer_mixit_mae.yaml \\
 
 class PerformerFeatures(
     HubModel,
-    library_name="trackformer_sb",
-    license="apache-2.0",
     pipeline_tag="feature-extraction",
     tags=["speechbrain", "music", "masked-autoencoder", "self-supervised"],
 ):
@@ -97,19 +98,12 @@ class PerformerFeatures(
         freeze_params : bool
             Whether its weights stay as they are in the training of a recipe.
         **hub : dict
-            ``revision``, ``token`` and so on, see ``HubModel``.
+            As of ``Separator.from_pretrained``, as are the errors.
 
         Returns
         -------
         PerformerFeatures
             On the CPU, in evaluation mode.
-
-        Raises
-        ------
-        FileNotFoundError
-            If it cannot be had.
-        ValueError
-            If config or weights are damaged or do not fit.
         """
         features = super().from_pretrained(source, **hub)
         features.frozen = freeze_params
@@ -117,25 +111,8 @@ class PerformerFeatures(
 
     @classmethod
     def of_recipe(cls, hparams_file, encoder, songs=()):
-        """What a pre-training trained.
-
-        Arguments
-        ---------
-        hparams_file : str or Path
-            The yaml with its references resolved, as
-            ``create_experiment_directory`` leaves it, with ``Features`` as a
-            ``!new:`` node.
-        encoder : SpectrogramEncoder
-            Its weights are copied.
-        songs : sequence of str
-            Names of what it was trained on.
-
-        Returns
-        -------
-        PerformerFeatures
-            On the CPU, in evaluation mode.
-        """
-        hparams = read_recipe(hparams_file)
+        """A copy of the encoder that a pre-training has as ``Features``."""
+        hparams = plain_values(Path(hparams_file).read_text("utf-8"))
         sizes = {
             name: value
             for name, value in hparams["Features"].items()
@@ -162,31 +139,17 @@ class PerformerFeatures(
         wavs : torch.Tensor
             [batch, time].
         wav_lens : torch.Tensor, optional
-            [batch], lengths relative to the longest; what is beyond does not
-            influence the features.
+            [batch], lengths relative to the longest, in (0, 1]; what is beyond
+            does not influence the features.
 
         Returns
         -------
         torch.Tensor
             [batch, frames, d_model], a frame every ``hop_length`` samples.
-
-        Raises
-        ------
-        ValueError
-            For an input of another shape, or lengths out of range.
         """
-        if wavs.dim() != 2:
-            raise ValueError(
-                f"expected waveforms [batch, time], got {list(wavs.shape)}"
-            )
         device = next(self.parameters()).device
         wavs, padding = wavs.to(device), None
         if wav_lens is not None:
-            if not ((wav_lens > 0) & (wav_lens <= 1)).all():
-                raise ValueError(
-                    "expected wav_lens as shares in (0, 1], got "
-                    f"{wav_lens.tolist()}"
-                )
             samples = (wav_lens.to(device) * wavs.shape[1]).round().clamp(1)
             place = torch.arange(wavs.shape[1], device=device)
             # windows of the last frames reach beyond the end
@@ -199,3 +162,63 @@ class PerformerFeatures(
     def forward(self, wavs, wav_lens=None):
         """Features of a batch, see ``encode_batch``."""
         return self.encode_batch(wavs, wav_lens)
+
+
+def encoder_of(masknet):
+    """The part of a masknet that pre-training provides, by its own names."""
+    return nn.ModuleDict(
+        {"embedding": masknet.embedding, "encoder": masknet.encoder}
+    )
+
+
+def load_pretrained_encoder(masknet, source, settings=None):
+    """Initialises a masknet's embedding and encoder, strictly.
+
+    Arguments
+    ---------
+    masknet : PerformerMaskNet
+        The masknet to initialise in place.
+    source : str or Path
+        Folder of a pre-trained encoder, or its id on the hub.
+    settings : dict, optional
+        Of the separator. Those that the encoder has as well, such as
+        ``sample_rate`` and ``nhead``, must be equal; ``dropout`` may differ.
+
+    Returns
+    -------
+    PerformerFeatures
+        What was loaded.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As of ``Separator.from_pretrained``; naming all settings that differ.
+    RuntimeError
+        Naming all missing, extra and misshapen weights.
+    """
+    # without touching the random state of a training
+    with torch.random.fork_rng(devices=[]):
+        features = PerformerFeatures.from_pretrained(source)
+    settings = {**(settings or {}), "spec_norm": masknet.spec_norm}
+    settings["dropout"] = None
+    different = [
+        f"{key} is {value}, the separator has {settings[key]}"
+        for key, value in features.config.items()
+        if settings.get(key) not in (None, value)
+    ]
+    if different:
+        raise ValueError(
+            f"pretrained_encoder: the encoder in {source} does not fit: "
+            + "; ".join(different)
+        )
+    encoder_of(masknet).load_state_dict(features.encoder.state_dict())
+    return features
+
+
+def encoder_layers(masknet):
+    """Lists of the parameters that an encoder initialises, layer by layer."""
+    encoder = masknet.encoder
+    layers = [masknet.embedding, *encoder.layers]
+    parameters = [list(layer.parameters()) for layer in layers]
+    parameters[-1] += encoder.norm.parameters()
+    return parameters

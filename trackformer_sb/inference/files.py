@@ -1,192 +1,94 @@
-"""Which files a separation reads, and where its results go."""
+"""Which files a separation reads, where its results go, and how they came."""
 
 import glob
+import json
 import os
 from collections import Counter
+from pathlib import Path
 
-# What the name of a folder with unfinished results ends in.
-PARTIAL = ".partial"
+# In the folder of the results: what each of them was made of, and how.
+RECORD = "trackformer.json"
 
 
 def find_files(arguments, out, endings):
-    """The audio files that arguments mean.
+    """Each audio file once that files, folders and patterns stand for.
 
-    Arguments
-    ---------
-    arguments : list of str
-        Files, folders, and globs that the shell has not expanded. What does
-        not exist is returned as it is.
-    out : str
-        Folder of the results, left out below the folders, and of what globs
-        stand for.
-    endings : tuple of str
-        Of audio files, in lower case; files named one by one may have others.
-
-    Returns
-    -------
-    list of str
-        Each file once, those of a folder in the order of their names. A folder
-        without audio is returned itself.
-
-    Raises
-    ------
-    ValueError
-        If a glob stands for nothing but what is in the folder of the results.
+    Patterns are expanded, as the shells of Windows do not; what does not exist
+    stays as it is. Below folders only files of some endings (a tuple, in lower
+    case) are music, and nothing in the folder of the results, ``out``, is. A
+    folder without audio is returned itself.
 
     Example
     -------
     >>> find_files(["song.wav", "./song.wav"], "sources", (".wav",))
     ['song.wav']
     """
-    out = os.path.realpath(out)
     found = {}
     for argument in arguments:
-        for path in _without_results(argument, _expand(argument, endings), out):
-            below = [path]
-            if os.path.isdir(path):
-                below = _below(path, out, endings)
-                # with "**", folders come one by one and inside of each other
-                below = below or ([path] if path == argument else [])
-            for one in below:
+        paths = [argument]
+        if not os.path.exists(argument):
+            paths = sorted(glob.glob(argument, recursive=True)) or paths
+        for path in paths:
+            below = _below(path, out, endings) if os.path.isdir(path) else []
+            for one in below or [path]:
                 found.setdefault(os.path.realpath(one), one)
     return list(found.values())
 
 
-def _is_below(path, folder):
-    """Whether a path is inside of a folder that has no links in its name."""
-    parent = os.path.dirname(os.path.realpath(path))
-    return os.path.commonpath([parent, folder]) == folder
-
-
-def _without_results(argument, paths, out):
-    """What a glob stands for, less results of an earlier separation."""
-    begin = argument
-    while glob.has_magic(begin):
-        begin = os.path.dirname(begin)
-    # a pattern that begins in a folder beside the results asks for none
-    if paths == [argument] or _is_below(begin or os.curdir, out):
-        return paths
-    others = [path for path in paths if not _is_below(path, out)]
-    if not others:
-        raise ValueError(
-            f"{argument}: expected another folder than that of the results, "
-            f"{out}, which has all that it stands for"
-        )
-    return others
-
-
-def _expand(argument, endings):
-    """What a glob stands for: all, or the audio if there is some."""
-    if os.path.exists(argument):
-        return [argument]
-    paths = sorted(glob.glob(argument, recursive=True))
-    audio = [
-        path
-        for path in paths
-        if path.lower().endswith(endings) or os.path.isdir(path)
-    ]
-    return audio or paths or [argument]
-
-
 def _below(folder, out, endings):
-    """Audio files in a folder and its folders, less hidden ones.
-
-    Links are followed, but not to a folder that is there already, or above.
-    """
-    found, visited = [], {out}
-    top = os.path.realpath(folder)
+    """Audio files in a folder and its folders, links followed, hidden not."""
+    found, visited = [], {os.path.realpath(out)}
+    if os.path.realpath(folder) in visited:
+        raise ValueError(
+            f"--out {out}: expected another folder than that of the music, "
+            "whose results would be separated next time"
+        )
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        above = real != top and os.path.commonpath([real, top]) == real
-        if real in visited or above:
+        if real in visited:
             folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(x for x in folders if not x.startswith("."))
-        found += [
-            os.path.join(parent, name)
-            for name in sorted(names)
-            if name.lower().endswith(endings) and not name.startswith(".")
-        ]
+        else:
+            visited.add(real)
+            folders[:] = sorted(x for x in folders if not x.startswith("."))
+            found += [
+                os.path.join(parent, name)
+                for name in sorted(names)
+                if name.lower().endswith(endings) and not name.startswith(".")
+            ]
     return found
 
 
-def name_of(reader):
-    """The name of an open file, for messages.
-
-    Arguments
-    ---------
-    reader : soundfile.SoundFile
-        The file.
-
-    Returns
-    -------
-    str
-    """
-    name = reader.name
-    return os.fsdecode(name) if isinstance(name, bytes) else str(name)
-
-
 def place_files(files):
-    """Where the results of each file go, so that none overwrites another's.
+    """Folders below --out, so that no results overwrite those of another file.
 
-    Arguments
-    ---------
-    files : list of str
-        Different files.
-
-    Returns
-    -------
-    list of tuple
-        (folder below --out, beginning of the names) of each file: no folder
-        where the name is unique, else the one it comes from, below what all
-        files have in common. Files that differ only in their endings keep
-        them.
+    None where the name of a file is unique, else the one it comes from, below
+    what all files have in common, and its ending where only that differs.
 
     Example
     -------
-    >>> place_files(["a/x.wav", "a/y.wav", "b/x.wav", "b/x.mp3"])
-    [('a', 'x'), ('', 'y'), ('b', 'x.wav'), ('b', 'x.mp3')]
+    >>> place_files(["a/x.wav", "a/y.wav", "b/x.wav", "b/x.mp3", "b/z.wav"])
+    ['a', '', 'b/wav', 'b/mp3', '']
     """
     parents = [os.path.dirname(os.path.abspath(path)) for path in files]
-    common = os.path.commonpath(parents) if parents else ""
-    names = [os.path.basename(path) for path in files]
-    stems = [os.path.splitext(name)[0] for name in names]
+    common = os.path.commonpath(parents)
+    stems = [Path(path).stem for path in files]
     below = [os.path.relpath(parent, common) for parent in parents]
-    below = ["" if folder == os.curdir else folder for folder in below]
-    places = [
-        (("", stem), (folder, stem), (folder, name))
-        for folder, stem, name in zip(below, stems, names)
-    ]
-    chosen = [0] * len(files)
-    while True:
-        placed = [place[i] for place, i in zip(places, chosen)]
-        # some disks do not tell upper case from lower case
-        keys = [os.path.join(*place).lower() for place in placed]
-        count = Counter(keys)
-        moving = [
-            i
-            for i, key in enumerate(keys)
-            if count[key] > 1 and chosen[i] + 1 < len(places[i])
-        ]
-        if not moving:
-            return placed
-        for i in moving:
-            chosen[i] += 1
+    # some disks do not tell upper case from lower case
+    names = Counter(stem.lower() for stem in stems)
+    beside = Counter(os.path.join(*x).lower() for x in zip(below, stems))
+    places = []
+    for path, folder, stem in zip(files, below, stems):
+        place = ""
+        if names[stem.lower()] > 1:
+            if beside[os.path.join(folder, stem).lower()] > 1:
+                folder = os.path.join(folder, Path(path).suffix.lstrip("."))
+            place = os.path.normpath(folder)
+        places.append("" if place == os.curdir else place)
+    return places
 
 
 def check_overwriting(planned):
-    """Refuses results in the place of an input or of other results.
-
-    Arguments
-    ---------
-    planned : dict
-        File -> paths of its results.
-
-    Raises
-    ------
-    ValueError
-        Naming the file, the result and the file that is in its way.
+    """Refuses file -> results in the place of an input or of other results.
 
     Example
     -------
@@ -200,9 +102,55 @@ of it; expected another --out
     for path, results in planned.items():
         for result in results:
             place = os.path.realpath(result)
+            if os.path.isdir(place):
+                raise ValueError(f"{result}: expected no folder there")
             if place in taken:
                 raise ValueError(
                     f"{path}: its result {result} would overwrite "
                     f"{taken[place]} or a result of it; expected another --out"
                 )
             taken[place] = path
+
+
+def describe(path, results, settings):
+    """What results were made of, and how, and whether they are whole.
+
+    Name, size and time of change of the file, the settings, which are plain
+    values, and the sizes of the results, None for those that are not there.
+    """
+    stat = os.stat(path)
+    sizes = {
+        one.name: one.stat().st_size if one.is_file() else None
+        for one in results
+    }
+    description = {
+        "file": os.path.basename(path),
+        "bytes": stat.st_size,
+        "modified": stat.st_mtime,
+        **settings,
+        "results": sizes,
+    }
+    return json.loads(json.dumps(description))  # as it is read again
+
+
+def read_record(out):
+    """What is recorded in a folder: place of results -> their description."""
+    path = Path(out, RECORD)
+    return json.loads(path.read_text("ascii")) if path.is_file() else {}
+
+
+def add_record(out, place, description):
+    """Records the results at a place, whatever else was recorded meanwhile.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...     add_record(out, "a/song", {"file": "song.mp3"})
+    ...     read_record(out)
+    {'a/song': {'file': 'song.mp3'}}
+    """
+    record = {**read_record(out), place: description}
+    growing = Path(out, f".{RECORD}.partial")
+    growing.write_text(json.dumps(record, indent=1), "ascii")
+    os.replace(growing, Path(out, RECORD))

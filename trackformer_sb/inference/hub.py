@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import yaml
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
@@ -45,35 +45,13 @@ CARD = """\
 
 
 def model_folder(source, **hub):
-    """The local folder of a model.
+    """The local folder of a model; that of one on the hub is in the cache.
 
-    Arguments
-    ---------
-    source : str or Path
-        Folder, or id on the hub.
-    **hub : dict
-        Of ``huggingface_hub.hf_hub_download``: ``revision``, ``token``,
-        ``cache_dir``, ``local_files_only``, ``force_download``.
-
-    Returns
-    -------
-    Path
-        Folder with config and weights; that of a model on the hub is in the
-        cache.
-
-    Raises
-    ------
-    FileNotFoundError
-        If it cannot be had: there is no such folder, model or file, or the hub
-        refuses or cannot be reached.
+    ``hub`` goes to ``huggingface_hub.hf_hub_download``. A FileNotFoundError
+    says why it cannot be had.
     """
     folder = Path(source)
     if folder.is_dir():
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / name).is_file():
-                inner = next(folder.glob(f"*/{name}"), None)
-                hint = f"; did you mean {inner.parent}?" if inner else ""
-                raise FileNotFoundError(f"{folder / name} not found{hint}")
         return folder
     source = os.fspath(source)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
@@ -94,8 +72,8 @@ def model_folder(source, **hub):
     return Path(path).parent
 
 
-class _RecipeLoader(yaml.SafeLoader):
-    """Reads a HyperPyYAML file without building anything."""
+class _PlainLoader(yaml.SafeLoader):
+    """Reads HyperPyYAML without building anything."""
 
 
 def _described(loader, name, node):
@@ -106,51 +84,45 @@ def _described(loader, name, node):
     return {"class": name, **loader.construct_mapping(node, deep=True)}
 
 
-_RecipeLoader.add_multi_constructor("!new:", _described)
-_RecipeLoader.add_multi_constructor("!", lambda loader, name, node: None)
+def _untagged(loader, name, node):
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    return name
 
 
-def read_recipe(path):
-    """The yaml of a training in plain values; nothing in it is executed.
+_PlainLoader.add_multi_constructor("!new:", _described)
+_PlainLoader.add_multi_constructor("!", _untagged)
+# a number in HyperPyYAML, as 1e-4 is, and not in PyYAML
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
 
-    Arguments
-    ---------
-    path : str or Path
-        The yaml with its references resolved, as
-        ``create_experiment_directory`` leaves it.
 
-    Returns
-    -------
-    dict
-        The keys; of a ``!new:`` node its arguments, given by name, and its
-        "class".
+def plain_values(text):
+    """What a HyperPyYAML text says in plain values; nothing is executed.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
-    ValueError
-        If it is none.
+    Of a ``!new:`` node its arguments, given by name, and its "class"; of other
+    tags what is below them.
 
     Example
     -------
-    >>> path = getfixture("tmpdir") / "hyperparams.yaml"
-    >>> path.write_text(
-    ...     "lr: 0.1\\nnet: !new:torch.nn.PReLU\\n  init: 0", "utf-8"
-    ... )
-    >>> read_recipe(path)
-    {'lr': 0.1, 'net': {'class': 'torch.nn.PReLU', 'init': 0}}
+    >>> plain_values("lr: 1e-4\\nnet: !new:torch.nn.PReLU\\n  init: 0")
+    {'lr': 0.0001, 'net': {'class': 'torch.nn.PReLU', 'init': 0}}
     """
-    try:
-        hparams = yaml.load(Path(path).read_text("utf-8"), _RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no readable yaml ({error})") from error
-    if not isinstance(hparams, dict):
-        raise ValueError(f"{path}: no keys in it")
-    return hparams
+    return yaml.load(text, _PlainLoader)
 
 
-class HubModel(nn.Module, PyTorchModelHubMixin):
+class HubModel(
+    nn.Module,
+    PyTorchModelHubMixin,
+    model_card_template=CARD,
+    library_name="trackformer_sb",
+    license="apache-2.0",
+):
     """A model that is made of plain values.
 
     Classes of it take nothing but plain values, which they keep as ``config``,
@@ -163,42 +135,25 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def from_pretrained(cls, source, **hub):
-        """Loads a model strictly; no code is run and no pickle is read.
+        """Loads a model strictly, in evaluation mode.
 
-        Arguments
-        ---------
-        source : str or Path
-            Folder as training leaves it, or id on the hub.
-        **hub : dict
-            ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
-            ``force_download``.
-
-        Returns
-        -------
-        HubModel
-            On the CPU, in evaluation mode.
-
-        Raises
-        ------
-        FileNotFoundError
-            If it cannot be had, see ``model_folder``.
-        ValueError
-            If config or weights are damaged or do not fit.
+        No code is run and no pickle is read. A FileNotFoundError says why the
+        model cannot be had, a ValueError what does not fit or is damaged.
         """
         folder = model_folder(source, **hub)
-        path = folder / CONFIG_FILE
         try:
-            config = json.loads(path.read_text("utf-8"))
+            config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
             cls.check_config(config)
             model = cls(**config)
+            load_weights(model, folder / WEIGHTS_FILE)
         except (
-            *(ValueError, TypeError, RuntimeError),
-            *(KeyError, AttributeError),
+            *(ValueError, TypeError, LookupError, AttributeError),
+            *(RuntimeError, SafetensorError),
         ) as error:
             raise ValueError(
-                f"{path}: no usable config of a {cls.__name__} ({error})"
+                f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} make no "
+                f"{cls.__name__} ({error})"
             ) from error
-        load_weights(model, folder / WEIGHTS_FILE)
         return model.eval()
 
     def _save_pretrained(self, save_directory):
@@ -236,57 +191,17 @@ class HubModel(nn.Module, PyTorchModelHubMixin):
         return folder
 
     def generate_model_card(self, metadata=None):
-        """The card that ``save_pretrained`` and ``push_to_hub`` write.
-
-        Arguments
-        ---------
-        metadata : dict, optional
-            Sections: title -> text, or a dict as a table.
-
-        Returns
-        -------
-        huggingface_hub.ModelCard
-            It is written where there is no card yet.
-        """
-        return ModelCard.from_template(
-            self._hub_mixin_info.model_card_data,
-            template_str=CARD,
-            title=self.title,
-            text=self.text,
-            metadata=metadata or {},
+        """The card that is written where there is none, see ``export``."""
+        return super().generate_model_card(
+            title=self.title, text=self.text, metadata=metadata or {}
         )
 
 
 def load_weights(module, path, prefix=""):
-    """Loads weights that fit a module exactly.
-
-    Arguments
-    ---------
-    module : torch.nn.Module
-        Where the weights belong.
-    path : str or Path
-        A .safetensors file.
-    prefix : str
-        What the keys begin with; others are left out.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged, or naming all missing, unexpected and misshapen
-        keys.
-    """
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: no readable file of weights ({error})"
-        ) from error
+    """Loads the weights of a file whose keys begin with a prefix, strictly."""
     state = {
         key.removeprefix(prefix): value
-        for key, value in state.items()
+        for key, value in load_file(path).items()
         if key.startswith(prefix)
     }
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: {error}") from error
+    module.load_state_dict(state)

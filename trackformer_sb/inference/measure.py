@@ -1,5 +1,7 @@
 """What a separator is, what it can, and what it costs on this machine."""
 
+import resource
+import sys
 import time
 from pathlib import Path
 
@@ -11,25 +13,23 @@ from trackformer_sb.inference.separator import (
     default_folder,
     load_separator,
 )
-from trackformer_sb.memory import peak_memory_mb
+
+
+def peak_memory_mb(device):
+    """The most that a GPU's tensors, else the process, took so far, in MB."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def measure_speed(separator, seconds=10.0):
-    """Separates noise, once to warm up and once to measure.
+    """Separates noise of one channel, once to warm up and once to measure.
 
-    Arguments
-    ---------
-    separator : Separator
-        The separator.
-    seconds : float
-        Length of the noise, one channel at the rate of the model.
-
-    Returns
-    -------
-    dict
-        ``seconds`` of noise, ``real_time_factor`` (time taken per length,
-        below 1 is faster than it plays) and ``peak_memory_mb`` (of the GPU,
-        or of the whole process).
+    Returns a dict: ``seconds`` of noise, ``real_time_factor`` (time taken per
+    length, below 1 is faster than it plays) and ``peak_memory_mb`` (of the
+    GPU, or of the whole process).
     """
     rate = separator.sample_rate
     noise = torch.randn(1, max(1, round(seconds * rate))).to(separator.device)
@@ -51,17 +51,7 @@ def measure_speed(separator, seconds=10.0):
 
 
 def card_tables(card):
-    """The tables of a model card.
-
-    Arguments
-    ---------
-    card : str
-        Markdown, as ``HubModel`` writes it.
-
-    Returns
-    -------
-    dict
-        Title of the section -> dict of name -> text.
+    """The tables of a model card by the titles of their sections.
 
     Example
     -------
@@ -79,102 +69,45 @@ def card_tables(card):
 
 
 def describe_model(source, device=None, seconds=10.0):
-    """What a separator is, from its files and by running it.
+    """What a separator is, from its files, and what it costs, by running it.
 
-    Arguments
-    ---------
-    source : str or Path
-        Folder, or id on the hub.
-    device : str, optional
-        Where to run it; by default a GPU if there is one.
-    seconds : float
-        Length of the noise that it separates.
-
-    Returns
-    -------
-    dict
-        Plain values: sizes, rate, outputs, classes, names of the stems or
-        None, what the card says of the training, and the costs.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such folder, model or file.
-    ValueError
-        If it does not load.
+    A dict of plain values. ``source`` and ``device`` are as of
+    ``load_separator``, ``seconds`` is the length of noise that it separates.
     """
-    if source == DEFAULT:
-        source = default_folder()
     separator = load_separator(source, device)
-    modules = dict(separator.named_children())
     state = separator.state_dict().values()
-    path = Path(source, "README.md")
-    if path.is_file():
-        card = path.read_text("utf-8", errors="replace")
-    elif Path(source).is_dir():
-        card = ""
-    else:
-        card = ModelCard.load(source).text
+    folder = default_folder() if source == DEFAULT else Path(source)
+    card, text = folder / "README.md", ""
+    if card.is_file():
+        text = card.read_text("utf-8")
+    elif not folder.is_dir():
+        text = ModelCard.load(str(source)).text
     return {
         "model": str(source),
-        "classes": {
-            name: type(module).__name__ for name, module in modules.items()
-        },
+        "classes": [type(x).__name__ for x in separator.children()],
         "num_spks": separator.num_spks,
         "stems": separator.groups and list(separator.groups),
         "sample_rate": separator.sample_rate,
         "mixture_consistency": separator.mixture_consistency,
         "parameters": sum(p.numel() for p in separator.parameters()),
         "weights_mb": sum(v.numel() * v.element_size() for v in state) / 1e6,
-        "card": card_tables(card),
         "device": str(separator.device),
         "threads": torch.get_num_threads(),
         **measure_speed(separator, seconds),
+        "card": card_tables(text),
     }
 
 
 def description_text(description):
-    """A description for people.
-
-    Arguments
-    ---------
-    description : dict
-        Of ``describe_model``.
-
-    Returns
-    -------
-    str
-        A line per value.
-    """
-    about = description
-    classes = ", ".join(about["classes"].values())
-    where = about["device"]
-    if where == "cpu":
-        where += f", {about['threads']} threads"
-    lines = [
-        ("model", about["model"]),
-        ("classes", classes),
-        ("outputs", about["num_spks"]),
-        *([("stems", ", ".join(about["stems"]))] if about["stems"] else []),
-        ("rate", f"{about['sample_rate']} Hz"),
-        (
-            "parameters",
-            f"{about['parameters']:,} ({about['weights_mb']:.1f} MB)",
-        ),
-        (
-            "speed",
-            f"{about['seconds']:g} s in "
-            f"{about['real_time_factor'] * about['seconds']:.2f} s, "
-            f"real-time factor {about['real_time_factor']:.3f} ({where})",
-        ),
-        (
-            "memory",
-            f"{about['peak_memory_mb']:.0f} MB at most"
-            + (", the whole process" if about["device"] == "cpu" else ""),
-        ),
-    ]
-    text = [f"{name:<12}{value}" for name, value in lines]
-    for title, table in about["card"].items():
-        text += ["", title]
-        text += [f"  {name:<24}{value}" for name, value in table.items()]
-    return "\n".join(text)
+    """A description of ``describe_model`` for people, a line per value."""
+    lines = []
+    for name, value in description.items():
+        if isinstance(value, dict):
+            lines += ["", name, *description_text(value).splitlines()]
+        elif value is not None:
+            if isinstance(value, list):
+                value = ", ".join(value)
+            elif isinstance(value, float):
+                value = f"{value:.3g}"
+            lines.append(f"{name:<24}{value}")
+    return "\n".join(lines)

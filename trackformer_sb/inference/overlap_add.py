@@ -8,29 +8,13 @@ the order of the earlier one, as nothing ties a model trained without labels to
 one order.
 """
 
-from fractions import Fraction
 from itertools import islice
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F
-from torchaudio.functional import resample
 
-from trackformer_sb.inference.files import name_of
-
-# The equivalent of resampy's "kaiser_best": pass band up to 0.948 of the lower
-# Nyquist frequency. torchaudio's default (6 zero crossings) is audibly dull.
-FILTER = {
-    "lowpass_filter_width": 64,
-    "rolloff": 0.9475937167399596,
-    "resampling_method": "sinc_interp_kaiser",
-    "beta": 14.769656459379492,
-}
-
-# The resampling filter grows with the terms of the ratio of the rates: 44100
-# to 44101 Hz would take 16 GB. Such a ratio is rounded, which costs nothing,
-# as the outputs go back by the same ratio.
-MAX_RATIO_TERM = 1000
+from trackformer_sb.audio import name_of, read_on, resample
 
 # A learned encoder needs at least its kernel of samples.
 MIN_CHUNK_SECONDS = 0.1
@@ -44,12 +28,6 @@ FLOOR = 1e-3
 
 # The part of the shared samples that is crossfaded; the rest is context.
 FADE_SHARE = 0.2
-
-# The length libsndfile gives to a stream whose header has none.
-UNKNOWN_FRAMES = 2**63 - 1
-
-# Of an mp3 file without a header the length is estimated, up to this too long.
-MP3_SLACK = 2 * 1152
 
 
 def crossfade_weights(length):
@@ -177,41 +155,10 @@ def distribute_residual(mix, est_source):
     return est_source + missing / len(est_source)
 
 
-def _read(reader, frames):
-    """Up to ``frames`` samples as [channels, time]."""
-    start = reader.tell()
-    frames = min(frames, reader.frames - start)
-    block = torch.from_numpy(
-        reader.read(frames, dtype="float32", always_2d=True)
-    )
-    bad = ~block.isfinite().all(1)
-    if bad.any():
-        first = start + int(bad.nonzero()[0])
-        raise ValueError(
-            f"{name_of(reader)}: NaN or infinite samples after "
-            f"{first / reader.samplerate:.3f} s"
-        )
-    return block.T
-
-
-def _check_whole(reader, frames):
-    """Refuses a file that gave fewer samples than libsndfile said it has."""
-    if reader.frames == UNKNOWN_FRAMES:
-        return
-    slack = MP3_SLACK if reader.format == "MP3" else 0
-    if frames < reader.frames - slack:
-        raise ValueError(
-            f"{name_of(reader)}: truncated, {frames} of {reader.frames} samples"
-        )
-
-
 def _separate_resampled(mixes, file_rate, sample_rate, separate_chunks):
     """[batch, channels, time] -> [batch, sources, channels, time]."""
     length = mixes.shape[-1]
-    ratio = Fraction(sample_rate, file_rate).limit_denominator(MAX_RATIO_TERM)
-    sig = mixes
-    if ratio != 1:
-        sig = resample(sig, ratio.denominator, ratio.numerator, **FILTER)
+    sig = resample(mixes, file_rate, sample_rate)
     shortest = round(MIN_CHUNK_SECONDS * sample_rate)
     sig = F.pad(sig, (0, max(0, shortest - sig.shape[-1])))
     est_source = separate_chunks(sig).detach().cpu().float().contiguous()
@@ -222,11 +169,7 @@ def _separate_resampled(mixes, file_rate, sample_rate, separate_chunks):
             f"expected separate_chunks to return [{batch}, sources, "
             f"{channels}, {time}], got {shape}"
         )
-    if ratio != 1:
-        est_source = resample(
-            est_source, ratio.numerator, ratio.denominator, **FILTER
-        )
-    return est_source[..., :length]
+    return resample(est_source, sample_rate, file_rate)[..., :length]
 
 
 def _read_chunks(reader, chunk, hop):
@@ -235,17 +178,11 @@ def _read_chunks(reader, chunk, hop):
     Yields each with the number of its samples that are there only to make the
     last one as long as the others, and whether it is the last.
     """
-    sig = _read(reader, chunk)
-    position = sig.shape[-1]
-    if position == 0:
-        raise ValueError(f"{name_of(reader)}: the file holds no samples")
-    repeated, ahead = 0, sig
-    while ahead.shape[-1]:
-        ahead = _read(reader, hop)
+    sig = torch.from_numpy(read_on(reader, chunk).T)
+    repeated, new = 0, sig.shape[-1]
+    while new:
+        ahead = torch.from_numpy(read_on(reader, hop).T)
         new = ahead.shape[-1]
-        position += new
-        if new == 0:
-            _check_whole(reader, position)
         yield sig, repeated, new == 0
         # a file shorter than a chunk never comes here with new samples
         sig = torch.cat([sig[:, new:], ahead], dim=-1)
@@ -287,8 +224,8 @@ def separate_stream(
 
     Arguments
     ---------
-    reader : soundfile.SoundFile
-        The file, open for reading, of any rate and number of channels.
+    reader : soundfile.SoundFile or FFmpegFile
+        What ``open_audio`` gave, of any rate and number of channels.
     separate_chunks : callable
         [batch, channels, time] at ``sample_rate`` ->
         [batch, sources, channels, time].
@@ -318,8 +255,10 @@ def separate_stream(
     Raises
     ------
     ValueError
-        If an argument is out of its range, or the file is empty, truncated or
-        holds NaN or infinite samples; the message names it.
+        If an argument is out of its range.
+    UnreadableAudio
+        If the file is truncated or holds NaN or infinite samples; the message
+        names it.
 
     Example
     -------
@@ -341,11 +280,7 @@ def separate_stream(
         )
     if batch_size < 1:
         raise ValueError(f"expected batch_size from 1 up, got {batch_size}")
-    # a second more, for the length of an mp3 file is an estimate
-    chunk = min(chunk, reader.frames + reader.samplerate)
-    # soundfile seeks to where it is after every read, and the first frames of
-    # an mp3 file after a seek are wrong: they need bits of the frames before
-    reader.seekable = lambda: False
+    chunk = min(chunk, reader.frames)
     shared = int(overlap * chunk)
     weights = joining_weights(shared)
     chunks = _separate_batches(

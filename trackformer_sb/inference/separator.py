@@ -1,32 +1,23 @@
 """The separator: its parts in plain values, and its weights, in a folder."""
 
+import importlib
 import inspect
 import json
 import os
-import pydoc
-from itertools import chain
 from pathlib import Path
 
-import soundfile
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 import trackformer_sb
-from trackformer_sb.inference.hub import HubModel, read_recipe
-from trackformer_sb.inference.overlap_add import UNKNOWN_FRAMES, separate_stream
-from trackformer_sb.inference.provenance import provenance, up_to_date
-from trackformer_sb.inference.remix import (
-    check_outputs,
-    loudest_first,
-    remix_gains,
-)
+from trackformer_sb.audio import name_of, open_audio
+from trackformer_sb.inference.hub import HubModel, plain_values
+from trackformer_sb.inference.overlap_add import separate_stream
+from trackformer_sb.inference.remix import check_outputs, mix_gains
 from trackformer_sb.inference.separation import separate
-from trackformer_sb.inference.writing import (
-    check_paths,
-    output_paths,
-    write_sources,
-)
+from trackformer_sb.inference.writing import write_sources
 from trackformer_sb.nnet.stft import STFTEncoder
 
 ALL = "all"
@@ -131,65 +122,54 @@ def _is_part(value):
 
 
 def _class_of(part):
-    cls = pydoc.locate(part["class"])
-    if cls is None:
-        extra = ", with the extra [asteroid]" * ("asteroid" in part["class"])
-        raise ImportError(
-            f"{part['class']} not found: install the package that it is "
-            f"from{extra}"
-        )
-    return cls
+    module, _, name = part["class"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
-def _complete(part):
-    """A part with the defaults of its class."""
-    given = {
-        name: _complete(value) if _is_part(value) else value
-        for name, value in part.items()
-        if name != "class"
-    }
+def _complete(value):
+    """A part with the defaults of its class; plain values as they are."""
+    if not _is_part(value):
+        return value
+    parameters = inspect.signature(_class_of(value)).parameters.values()
     defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(
-            _class_of(part)
-        ).parameters.items()
-        if parameter.default is not parameter.empty
+        p.name: p.default for p in parameters if p.default is not p.empty
     }
-    return {"class": part["class"], **defaults, **given}
+    given = {name: _complete(inner) for name, inner in value.items()}
+    return {"class": value["class"], **defaults, **given}
 
 
-def _built(part):
-    """The module that a part describes."""
-    given = {
-        name: _built(value) if _is_part(value) else value
-        for name, value in part.items()
-        if name != "class"
-    }
-    return _class_of(part)(**given)
+def _built(value):
+    """The module that a part describes; plain values as they are."""
+    if not _is_part(value):
+        return value
+    cls = _class_of(value)
+    return cls(**{k: _built(v) for k, v in value.items() if k != "class"})
 
 
-def _check_known(part):
+def _check_known(value):
     """Refuses what might run code; that of a recipe is the user's own."""
-    if part["class"] not in KNOWN_CLASSES:
+    if not _is_part(value):
+        return
+    if value["class"] not in KNOWN_CLASSES:
         raise ValueError(
-            f"{part['class']} is not among the classes that are known to run "
+            f"{value['class']} is not among the classes that are known to run "
             "no code; PerformerSeparation.from_hparams loads the yaml of a "
             "folder that you trust"
         )
-    for value in part.values():
-        if _is_part(value):
-            _check_known(value)
+    for inner in value.values():
+        _check_known(inner)
 
 
-def _yaml_node(part):
+def _yaml_node(value):
     """A part as yaml, of which JSON is a kind."""
-    arguments = ", ".join(
-        f'"{name}": '
-        + (_yaml_node(value) if _is_part(value) else json.dumps(value))
-        for name, value in part.items()
+    if not _is_part(value):
+        return json.dumps(value)
+    arguments = [
+        f'"{name}": {_yaml_node(inner)}'
+        for name, inner in value.items()
         if name != "class"
-    )
-    return f"!new:{part['class']} {{{arguments}}}"
+    ]
+    return f"!new:{value['class']} {{{', '.join(arguments)}}}"
 
 
 def unwrapped(module):
@@ -236,8 +216,6 @@ class StemMaskNet(nn.Module):
 
 class Separator(
     HubModel,
-    library_name="trackformer_sb",
-    license="apache-2.0",
     pipeline_tag="audio-to-audio",
     tags=[
         "speechbrain",
@@ -313,15 +291,8 @@ class Separator(
         super().__init__()
         parts = {"encoder": encoder, "masknet": masknet, "decoder": decoder}
         for name, part in parts.items():
-            if _is_part(part):
-                parts[name] = _complete(part)
-                part = _built(part)
-            self.add_module(name, part)
-        if getattr(self.masknet, "num_spks", num_spks) != num_spks:
-            raise ValueError(
-                f"num_spks: expected {self.masknet.num_spks}, as the masknet "
-                f"has, got {num_spks}"
-            )
+            parts[name] = _complete(part)
+            self.add_module(name, _built(parts[name]))
         if classes is not None and num_spks % len(classes):
             raise ValueError(
                 f"num_spks: expected a multiple of {len(classes)}, the number "
@@ -394,11 +365,6 @@ class Separator(
         -------
         torch.Tensor
             [batch, stems, time] or [batch, stems, channels, time].
-
-        Raises
-        ------
-        ValueError
-            For an input of another shape.
         """
         return self._separated(mix, self.groups and self.groups.values())
 
@@ -417,25 +383,18 @@ class Separator(
         dict
             Name -> [channels, time]; the stems sum to the waveform. Without
             classes, names are source0, source1 and so on.
-
-        Raises
-        ------
-        ValueError
-            For an input of another shape.
         """
-        if waveform.dim() != 2:
-            raise ValueError(
-                "expected a waveform [channels, time], got "
-                f"{list(waveform.shape)}"
-            )
         names = check_outputs(self.groups, self.num_spks)
         return dict(zip(names, self(waveform.unsqueeze(0))[0]))
 
-    def named_outputs(self, outputs=None):
-        """Which outputs ``separate_file`` writes, see there."""
+    def mixes(self, outputs=None, remix=None):
+        """What ``separate_file`` writes: names and gains, see ``mix_gains``."""
         if outputs is None:
-            return self.groups
-        return None if outputs == ALL else outputs
+            outputs = self.groups
+        elif outputs == ALL:
+            outputs = None
+        outputs = check_outputs(outputs, self.num_spks)
+        return mix_gains(outputs, remix, self.num_spks)
 
     @torch.no_grad()
     def separate_file(
@@ -451,28 +410,27 @@ class Separator(
         ranked=False,
         remix=None,
         figure=False,
-        skip_existing=False,
-        stem=None,
-        progress=None,
     ):
         """Separates a file of any length at its own rate and channels.
 
         Arguments
         ---------
         path : str or Path
-            Audio file that libsndfile reads.
+            Audio file, or film, that libsndfile or FFmpeg reads.
         out_folder : str or Path, optional
-            Where to write one file per output: ``<stem>_drums.wav`` and so
-            on, or ``<stem>_source0.wav`` where the model has no names. They
-            appear when all of them are whole. Memory then does not depend on
-            the length.
+            Where to write one file per output: ``song_drums.wav`` and so on,
+            or ``song_source0.wav`` where the model has no names. They appear
+            when all of them are whole. Memory then does not depend on the
+            length.
         chunk_seconds : float
             Length of what the model sees at once, in seconds.
         overlap : float
             Share of a chunk that overlaps with the next, in [0, 0.5]: a fifth
             of it is crossfaded, the rest is context.
-        progressbar : bool
-            Whether to show one.
+        progressbar : bool or callable
+            Whether to show one; or what is called instead, as
+            ``progressbar(seconds_done, seconds_total)``, at the start and
+            after each part of the file. What it raises ends the separation.
         batch_size : int
             How many chunks go through the model at once.
         file_format : str
@@ -488,105 +446,42 @@ class Separator(
             the loudest; otherwise as the model numbers them.
         remix : str or dict, optional
             Gains in dB of outputs or groups, ``"0:-inf,3:+3"``: writes their
-            sum to ``<stem>_remix.wav``. Outputs not named stay as they are.
+            sum to ``song_remix.wav``. Outputs not named stay as they are.
         figure : bool
-            Whether to write ``<stem>_figure.png``: spectrograms of the mixture
-            and of the outputs, and their levels over time.
-        skip_existing : bool
-            Whether to do nothing if all that would be written is there, not
-            older than the file, and made of it by this model and these
-            options.
-        stem : str, optional
-            What the names of the files begin with; that of ``path`` without
-            its ending if not given.
-        progress : callable, optional
-            Called as ``progress(seconds_done, seconds_total)`` at the start
-            and after each part of the file, and never if ``skip_existing``
-            leaves nothing to do. The total is None for a stream of unknown
-            length. What it raises ends the separation.
+            Whether to write ``song_figure.png``: spectrograms of the mixture
+            and of the outputs.
 
         Returns
         -------
         torch.Tensor or list of Path
-            [sources, channels, time] at the rate of the file; with
-            ``out_folder``, the written files: outputs, remix, figure. The sum
-            of all outputs is the file.
+            [sources, channels, time] at the rate of the file, the remix last;
+            with ``out_folder``, the written files: outputs, remix, figure. The
+            sum of all outputs is the file.
 
         Raises
         ------
         FileNotFoundError
             If there is no such file.
         ValueError
-            If the file is empty, truncated or holds NaN or infinite samples,
-            or an argument is out of its range.
-        soundfile.LibsndfileError
-            If the file is no audio.
+            If an argument is out of its range.
+        UnreadableAudio
+            If the file is no audio, empty, truncated or holds NaN or infinite
+            samples.
         """
-        outputs = check_outputs(self.named_outputs(outputs), self.num_spks)
+        names, gains = self.mixes(outputs, remix)
         path = Path(path)
         if not path.is_file():
             what = "no such audio file"
             if path.is_dir():
                 what = "a folder without audio files"
             raise FileNotFoundError(f"{path}: {what}")
-        if out_folder is None:
-            written = remix is not None or figure or skip_existing
-            if written or file_format != "wav":
-                raise ValueError(
-                    "expected out_folder with file_format, remix, figure or "
-                    "skip_existing"
-                )
-            if not outputs:
-                raise ValueError("expected an output to return")
-        else:
-            out_folder = Path(out_folder)
-            stem = path.stem if stem is None else stem
-            paths = output_paths(
-                out_folder,
-                stem,
-                self.num_spks,
-                file_format,
-                outputs,
-                remix,
-                figure,
-            )
-            gains = None
-            if remix is not None:
-                gains = remix_gains(remix, outputs, self.num_spks)
-            comment = provenance(
-                path,
-                dict(self.named_children()),
-                sample_rate=self.sample_rate,
-                mixture_consistency=self.mixture_consistency,
-                chunk_seconds=float(chunk_seconds),
-                overlap=float(overlap),
-                outputs=outputs,
-                ranked=ranked,
-                gains=gains,
-            )
-            if skip_existing and up_to_date(path, paths, comment):
-                return paths
-            check_paths(paths)
-        groups, all_outputs = None, list(range(self.num_spks))
-        each_once = sorted(chain(*outputs.values())) == all_outputs
-        if self.groups is not None and each_once and not (ranked or remix):
+        groups = None
+        each_once = remix is None and (gains.sum(0) == 1).all()
+        if self.groups is not None and each_once and not ranked:
             # masks are added up, so that fewer have to be decoded
-            groups = list(outputs.values())
-            outputs = {name: (k,) for k, name in enumerate(outputs)}
-        try:
-            # names need not be valid UTF-8
-            reader = soundfile.SoundFile(os.fsencode(path))
-        except TypeError as error:  # soundfile's own, of a .raw file
-            raise ValueError(f"{path}: no audio file ({error})") from error
-        known = reader.frames != UNKNOWN_FRAMES
-        seconds = reader.frames / reader.samplerate if known else None
-        bar = tqdm(
-            total=seconds,
-            desc=path.name,
-            disable=not progressbar,
-            bar_format=PROGRESS if known else None,
-        )
-        with reader, bar:
+            groups = [gain.nonzero()[0].tolist() for gain in gains]
+            gains = np.eye(len(gains), dtype="float32")
+        with open_audio(path) as reader:
             blocks = separate_stream(
                 reader,
                 lambda mix: self._separated(mix, groups),
@@ -596,27 +491,24 @@ class Separator(
                 batch_size,
                 keep_order=self.groups is not None,
             )
-            blocks = _counted(blocks, bar, reader.samplerate, progress, seconds)
+            blocks = _counted(blocks, reader, progressbar)
             if out_folder is not None:
                 return write_sources(
                     blocks,
                     reader,
-                    out_folder,
-                    stem,
+                    Path(out_folder),
+                    path.stem,
+                    names,
+                    gains,
                     file_format,
-                    outputs,
                     ranked,
-                    remix,
                     figure,
-                    comment,
                 )
             est_source = torch.cat(list(blocks), dim=-1)
-            if ranked:
-                energies = est_source.double().square().sum((1, 2)).tolist()
-                est_source = est_source[loudest_first(energies)]
-            return torch.stack(
-                [est_source[list(x)].sum(0) for x in outputs.values()]
-            )
+        if ranked:
+            energies = est_source.double().square().sum((1, 2))
+            est_source = est_source[energies.argsort(descending=True)]
+        return torch.tensordot(torch.from_numpy(gains), est_source, 1)
 
     @classmethod
     def check_config(cls, config):
@@ -661,16 +553,13 @@ class Separator(
         Arguments
         ---------
         hparams_file : str or Path
-            The yaml with its references resolved, as
-            ``create_experiment_directory`` leaves it: with ``Encoder``,
-            ``MaskNet`` and ``Decoder`` as ``!new:`` nodes, their arguments by
-            name, ``sample_rate``, ``num_spks``, and ``classes`` and
-            ``mixture_consistency`` where it has them.
+            The yaml as ``create_experiment_directory`` leaves it: with
+            ``Encoder``, ``MaskNet`` and ``Decoder`` as ``!new:`` nodes, their
+            arguments by name, and other arguments of this class.
         modules : dict, optional
-            The trained ``encoder``, ``masknet`` and ``decoder``, of which the
-            weights are copied; they may be wrapped by DDP or torch.compile,
-            and those without weights may be missing. Without, the weights are
-            randomly initialised.
+            The trained ``encoder``, ``masknet`` and ``decoder``, also wrapped
+            by DDP or torch.compile, of which the weights are copied. Those
+            without weights may be missing.
 
         Returns
         -------
@@ -680,34 +569,24 @@ class Separator(
         Raises
         ------
         ValueError
-            If a key is missing, or the yaml does not build modules that fit
-            the trained ones.
+            If the yaml does not say how the modules are made.
         """
-        hparams = read_recipe(hparams_file)
-        needed = [*PARTS.values(), "sample_rate", "num_spks"]
-        wrong = [key for key in needed if hparams.get(key) is None]
-        wrong += [x for x in PARTS.values() if not _is_part(hparams.get(x, {}))]
-        if wrong:
+        hparams = plain_values(Path(hparams_file).read_text("utf-8"))
+        parts = {name: hparams.get(key) for name, key in PARTS.items()}
+        if not all(map(_is_part, parts.values())):
             raise ValueError(
-                f"{hparams_file}: expected the keys {', '.join(needed)}, the "
-                "first three as !new: with arguments by name, got none of "
-                f"{', '.join(dict.fromkeys(wrong))}"
+                f"{hparams_file}: expected {', '.join(PARTS.values())} as "
+                "!new: with arguments by name"
             )
-        more = ("classes", "mixture_consistency")
-        try:
-            # without touching the random state of a training
-            with torch.random.fork_rng(devices=[]):
-                separator = cls(
-                    **{name: hparams[key] for name, key in PARTS.items()},
-                    sample_rate=hparams["sample_rate"],
-                    num_spks=hparams["num_spks"],
-                    **{key: hparams[key] for key in more if key in hparams},
-                )
-            for name, part in separator.named_children():
-                if modules is not None and part.state_dict():
-                    part.load_state_dict(unwrapped(modules[name]).state_dict())
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{hparams_file}: {error}") from error
+        keys = ("sample_rate", "num_spks", "classes", "mixture_consistency")
+        # without touching the random state of a training
+        with torch.random.fork_rng(devices=[]):
+            separator = cls(
+                **parts, **{key: hparams[key] for key in keys if key in hparams}
+            )
+        for name, part in separator.named_children():
+            if modules is not None and part.state_dict():
+                part.load_state_dict(unwrapped(modules[name]).state_dict())
         return separator.eval()
 
     def _save_pretrained(self, save_directory):
@@ -727,41 +606,35 @@ class Separator(
         (Path(save_directory) / YAML_FILE).write_text(text, "utf-8")
 
 
-def _counted(blocks, bar, sample_rate, progress, seconds):
-    """Moves the progress as blocks pass by."""
+def _counted(blocks, reader, progressbar):
+    """The blocks, while a bar or a callable is told how far they are."""
+    rate = reader.samplerate
+    seconds = reader.frames / rate
+    bar = tqdm(
+        total=seconds,
+        desc=os.path.basename(name_of(reader)),
+        disable=callable(progressbar) or not progressbar,
+        bar_format=PROGRESS,
+        leave=None,
+    )
+    tell = progressbar if callable(progressbar) else lambda done, total: None
     frames = 0
-    progress = progress or (lambda done, total: None)
-    progress(0.0, seconds)
-    for block in blocks:
-        yield block
-        frames += block.shape[-1]
-        bar.update(block.shape[-1] / sample_rate)
-        progress(frames / sample_rate, seconds)
+    with bar:
+        tell(0.0, seconds)
+        for block in blocks:
+            yield block
+            frames += block.shape[-1]
+            bar.update(block.shape[-1] / rate)
+            tell(frames / rate, seconds)
 
 
 def load_separator(source=DEFAULT, device=None):
-    """Loads a separator onto a device.
+    """A separator on a device, by default a GPU if there is one.
 
-    Arguments
-    ---------
-    source : str or Path
-        As of ``Separator.from_pretrained``.
-    device : str, optional
-        Where to put it; by default a GPU if there is one.
-
-    Returns
-    -------
-    Separator
-        In evaluation mode.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As of ``Separator.from_pretrained``, or if there is no CUDA device.
+    See ``Separator.from_pretrained``; a ValueError for a GPU that is not there.
     """
     cuda = torch.cuda.is_available()
-    if device is None:
-        device = "cuda" if cuda else "cpu"
+    device = device or ("cuda" if cuda else "cpu")
     if str(device).startswith("cuda") and not cuda:
         raise ValueError(f"device {device}: torch finds no CUDA device")
     return Separator.from_pretrained(source).to(device)

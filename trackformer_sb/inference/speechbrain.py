@@ -33,13 +33,7 @@ class SafetensorsPretrainer(Pretrainer):
         local_strategy=LocalStrategy.SYMLINK,
         fetch_config=None,
     ):
-        """Fetches the file, see ``Pretrainer``.
-
-        Returns
-        -------
-        dict
-            Name of each loadable -> the file.
-        """
+        """Fetches the file, see ``Pretrainer``."""
         path = fetch(
             WEIGHTS_FILE,
             default_source or self.source,
@@ -124,25 +118,10 @@ class PerformerSeparation(Pretrained):
             [batch, time, sources], as of ``SepformerSeparation``; nothing is
             scaled.
         """
-        if mix.dim() != 2:
-            raise ValueError(
-                f"expected mix [batch, time], got {list(mix.shape)}"
-            )
         return self.separator(mix).transpose(1, 2)
 
     def separate_file(self, path, out_folder=None, **options):
-        """Separates a file of any length at its own rate and channels.
-
-        Arguments
-        ---------
-        path, out_folder, **options
-            As of ``Separator.separate_file``.
-
-        Returns
-        -------
-        torch.Tensor or list of Path
-            [sources, channels, time], or the written files.
-        """
+        """Separates a file of any length, see ``Separator.separate_file``."""
         return self.separator.separate_file(path, out_folder, **options)
 
     def forward(self, mix):

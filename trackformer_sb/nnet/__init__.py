@@ -1,1 +1,1 @@
-"""The networks: STFT, FAVOR+ attention, Performer, masknet, transfer."""
+"""The networks: STFT, FAVOR+ attention, Performer, masknet."""

@@ -81,23 +81,11 @@ def positive_features(x, projection, stabiliser=None):
     """Positive random features, lemma 1 of arXiv 2009.14794.
 
     ``phi(x) = exp(W x - |x|^2 / 2 - c) / sqrt(n_features)``; the expectation
-    of ``phi(q) . phi(k)`` is ``exp(q . k)`` up to the stabilisers ``c``.
-
-    Arguments
-    ---------
-    x : torch.Tensor
-        Queries or keys, [batch, heads, frames, head_dim].
-    projection : torch.Tensor
-        Directions, [n_features, head_dim].
-    stabiliser : str, optional
-        "frame" subtracts the largest exponent of each frame, "sequence" that
-        of each sequence and head. Both cancel in normalised attention, the
-        first for queries only, the second for keys too.
-
-    Returns
-    -------
-    torch.Tensor
-        Features, [batch, heads, frames, n_features], positive.
+    of ``phi(q) . phi(k)`` is ``exp(q . k)`` up to the stabilisers ``c``: with
+    "frame" the largest exponent of each frame, with "sequence" that of each
+    sequence and head. Both cancel in normalised attention, the first for
+    queries only, the second for keys too. Gives [batch, heads, frames,
+    n_features].
     """
     exponent = x @ projection.T
     if stabiliser == "frame":
@@ -124,17 +112,7 @@ def plain_favor_attention(query, key, value, projection, key_padding_mask=None):
 
     Keeps features of all frames. ``favor_attention`` takes it where the blocked
     form cannot be: for a gradient of the directions, and while compiling or
-    tracing.
-
-    Arguments
-    ---------
-    query, key, value, projection, key_padding_mask
-        As for ``favor_attention``, of one type.
-
-    Returns
-    -------
-    torch.Tensor
-        [batch, heads, frames, value_dim].
+    tracing. Inputs are of one type.
     """
     phi_q = positive_features(query, projection, "frame")
     phi_k = positive_features(key, projection, "sequence")
@@ -297,20 +275,7 @@ def _causal_chunk(query, key, value, hidden, projection, context, weight):
 
 
 def softmax_attention(query, key, value, key_padding_mask=None, causal=False):
-    """Exact attention with the same temperature convention as FAVOR+.
-
-    Arguments
-    ---------
-    query, key, value, key_padding_mask
-        As for ``favor_attention``.
-    causal : bool
-        Whether a frame may only attend to itself and the past.
-
-    Returns
-    -------
-    torch.Tensor
-        [batch, heads, frames, value_dim].
-    """
+    """Exact attention with the same temperature convention as FAVOR+."""
     mask = None
     if key_padding_mask is not None:
         mask = ~key_padding_mask[:, None, None, :]

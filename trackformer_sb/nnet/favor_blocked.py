@@ -51,15 +51,8 @@ def _pad(value):
 class BlockedFavor(torch.autograd.Function):
     """Bidirectional FAVOR+ attention without maps of all features.
 
-    Arguments of ``apply``
-    ----------------------
-    query, key, value : torch.Tensor
-        [batch, heads, frames, head_dim or value_dim], of one type, float32
-        or float64.
-    projection : torch.Tensor
-        Directions, [n_features, head_dim]; gets no gradient.
-    key_padding_mask : torch.Tensor or None
-        Boolean, [batch, key frames], True for frames nobody may attend to.
+    ``apply`` takes what ``plain_favor_attention`` does, queries, keys and
+    values of one type, float32 or float64; the projection gets no gradient.
 
     Example
     -------

@@ -24,21 +24,9 @@ def log_magnitude(spectrum, key_padding_mask=None, reference=None):
     """Log-magnitude with a floor relative to the item's mean magnitude.
 
     ``log(|X| + 1e-3 mean|X|)``: a gain on the input becomes an offset, which
-    the normalisation that follows takes out.
-
-    Arguments
-    ---------
-    spectrum : torch.Tensor
-        Complex, [batch, freq, frames].
-    key_padding_mask : torch.Tensor, optional
-        Boolean, [batch, frames]; frames that do not count.
-    reference : torch.Tensor, optional
-        Like `spectrum`: whose mean magnitude the floor is relative to.
-
-    Returns
-    -------
-    torch.Tensor
-        Real, [batch, freq, frames]; finite on silence.
+    the normalisation that follows takes out. Of a complex `spectrum`
+    [batch, freq, frames]; finite on silence. The mean is that of a `reference`
+    like it if there is one, without the frames of `key_padding_mask`.
     """
     magnitude = spectrum.abs()
     level = magnitude if reference is None else reference.abs()
@@ -52,26 +40,11 @@ def log_magnitude(spectrum, key_padding_mask=None, reference=None):
 
 
 def normalise_spectrogram(x, spec_norm, key_padding_mask=None, reference=None):
-    """Normalises each item by itself, over its channels and frames.
+    """Normalises each item [channels, frames] of a batch by itself.
 
-    Arguments
-    ---------
-    x : torch.Tensor
-        [batch, channels, frames].
-    spec_norm : str
-        "zscore": zero mean, unit variance; "minmax": to [0, 1]; "none";
-        "band_zscore": zero mean and unit variance of each channel over time,
-        which takes out the colour of a recording and leaves what changes.
-    key_padding_mask : torch.Tensor, optional
-        Boolean, [batch, frames]; frames that do not count.
-    reference : torch.Tensor, optional
-        Like `x`: whose statistics are taken in place of those of `x`.
-
-    Returns
-    -------
-    torch.Tensor
-        [batch, channels, frames]; a constant item becomes zero, but for
-        rounding.
+    Frames of `key_padding_mask` do not count; the statistics are those of a
+    `reference` like `x` if there is one. A constant item becomes zero, but for
+    rounding.
 
     Example
     -------
@@ -118,14 +91,15 @@ class SpectrogramEncoder(nn.Module):
     ---------
     in_channels : int
         Channels of the encoded mixture: ``n_fft // 2 + 1`` for an STFT.
-    d_model, nhead, num_layers, d_ffn, n_features, dropout, attention, causal
-        Sizes of the Performer, see ``PerformerEncoder``.
+    d_model : int
+        Number of channels of the Performer, even.
     spec_norm : str
-        How the spectrogram is normalised per item: "zscore", "minmax",
-        "band_zscore" or "none", see ``normalise_spectrogram``.
-    checkpointing : bool
-        Whether layers are computed again in the backward pass, to save memory,
-        see ``PerformerEncoder``.
+        How the spectrogram is normalised per item. "zscore": zero mean, unit
+        variance; "minmax": to [0, 1]; "none"; "band_zscore": zero mean and unit
+        variance of each channel over time, which takes out the colour of a
+        recording and leaves what changes.
+    **performer : dict
+        Other arguments of ``PerformerEncoder``.
 
     Raises
     ------
@@ -143,15 +117,8 @@ class SpectrogramEncoder(nn.Module):
         self,
         in_channels,
         d_model=256,
-        nhead=4,
-        num_layers=12,
-        d_ffn=None,
-        n_features=256,
-        dropout=0.1,
-        attention="favor",
-        causal=False,
         spec_norm="zscore",
-        checkpointing=False,
+        **performer,
     ):
         super().__init__()
         if spec_norm not in SPEC_NORMS:
@@ -162,34 +129,14 @@ class SpectrogramEncoder(nn.Module):
         self.in_channels = in_channels
         self.spec_norm = spec_norm
         self.embedding = nn.Linear(in_channels, d_model)
-        self.encoder = PerformerEncoder(
-            d_model,
-            nhead,
-            num_layers,
-            d_ffn,
-            n_features,
-            dropout,
-            attention,
-            causal,
-            checkpointing,
-        )
-
-    def extra_repr(self):
-        """What is no weight, for ``print``."""
-        return f"spec_norm={self.spec_norm}"
+        self.encoder = PerformerEncoder(d_model, **performer)
 
     def redraw_projections(self, generator=None):
         """Draws new random features, see ``PerformerEncoder``."""
         self.encoder.redraw_projections(generator)
 
     def check(self, mix_w):
-        """Refuses what is no encoded mixture [batch, channels, frames].
-
-        Raises
-        ------
-        ValueError
-            If it has another shape.
-        """
+        """Refuses what is no encoded mixture [batch, channels, frames]."""
         if mix_w.dim() != 3 or mix_w.shape[1] != self.in_channels:
             raise ValueError(
                 f"expected an encoded mixture [batch, {self.in_channels}, "
@@ -197,21 +144,10 @@ class SpectrogramEncoder(nn.Module):
             )
 
     def spectrogram(self, mix_w, key_padding_mask=None, reference=None):
-        """What the network sees of an encoded mixture.
+        """What the network sees of an encoded mixture, see ``encode``.
 
-        Arguments
-        ---------
-        mix_w : torch.Tensor
-            Real or complex, [batch, channels, frames].
-        key_padding_mask : torch.Tensor, optional
-            Boolean, [batch, frames], True for padding.
-        reference : torch.Tensor, optional
-            Like `mix_w`: another mixture, as which it is normalised.
-
-        Returns
-        -------
-        torch.Tensor
-            Real, [batch, frames, channels], normalised.
+        Real, [batch, frames, channels], normalised: by the statistics of a
+        `reference` like `mix_w` if there is one.
         """
         self.check(mix_w)
         x, ref = mix_w, reference
@@ -223,20 +159,7 @@ class SpectrogramEncoder(nn.Module):
         return x.transpose(1, 2)
 
     def encode(self, mix_w, key_padding_mask=None):
-        """Features of an encoded mixture.
-
-        Arguments
-        ---------
-        mix_w : torch.Tensor
-            Real or complex, [batch, channels, frames].
-        key_padding_mask : torch.Tensor, optional
-            Boolean, [batch, frames], True for padding.
-
-        Returns
-        -------
-        torch.Tensor
-            [batch, frames, d_model].
-        """
+        """Features [batch, frames, d_model], arguments as ``spectrogram``."""
         x = self.embedding(self.spectrogram(mix_w, key_padding_mask))
         return self.encoder(x, key_padding_mask)
 

@@ -23,21 +23,7 @@ UPSAMPLINGS = ("transposed", "nearest")
 
 
 def local_mean(x, size, dim):
-    """Mean over a window that is cut at the edges, by running sums.
-
-    Arguments
-    ---------
-    x : torch.Tensor
-        Any shape.
-    size : int
-        Length of the window, odd.
-    dim : int
-        The dimension it runs along.
-
-    Returns
-    -------
-    torch.Tensor
-        Of the shape of `x`.
+    """Mean over an odd window that is cut at the edges, by running sums.
 
     Example
     -------
@@ -55,21 +41,13 @@ def local_mean(x, size, dim):
 
 
 def fusion_features(mix_w):
-    """What the network sees of a spectrum.
+    """What the network sees of a spectrum, [batch, 5, freq, frames].
 
-    Arguments
-    ---------
-    mix_w : torch.Tensor
-        Complex, [batch, channels, freq, frames]; one or two channels.
-
-    Returns
-    -------
-    torch.Tensor
-        [batch, 5, freq, frames]: the log-magnitude of all channels, normalised
-        per item; twice its difference to its mean over 17 frames, where hits
-        stand out, and over 17 bins, where partials do; of stereo, how different
-        the channels are (0 to 1) and where a bin is (-1 right to 1 left), zeros
-        of mono. All is independent of the level, and finite on silence.
+    The log-magnitude of all channels, normalised per item; twice its difference
+    to its mean over 17 frames, where hits stand out, and over 17 bins, where
+    partials do; of stereo, how different the channels are (0 to 1) and where a
+    bin is (-1 right to 1 left), zeros of mono. All is independent of the level,
+    and finite on silence.
     """
     magnitude = mix_w.abs()
     power = magnitude.square().mean(1)
@@ -100,13 +78,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, 3x3 convolution, GELU, 3x3 convolution, residual.
-
-    Arguments
-    ---------
-    channels : int
-        Channels in and out.
-    """
+    """Norm, 3x3 convolution, GELU, 3x3 convolution, residual."""
 
     def __init__(self, channels):
         super().__init__()
@@ -120,17 +92,9 @@ class ResidualBlock(nn.Module):
 
 
 class Upsampling(nn.Module):
-    """Doubles positions and frames.
+    """Doubles positions and frames, by one of ``UPSAMPLINGS``."""
 
-    Arguments
-    ---------
-    in_channels, out_channels : int
-        Channels in and out.
-    kind : str
-        "transposed" convolution, or "nearest" neighbours and a 1x1 convolution.
-    """
-
-    def __init__(self, in_channels, out_channels, kind="transposed"):
+    def __init__(self, in_channels, out_channels, kind):
         super().__init__()
         self.kind = kind
         if kind == "transposed":
@@ -170,7 +134,7 @@ class FusionMaskNet(nn.Module):
     skips : bool
         Whether the finer levels are added on the way up.
     upsampling : str
-        "transposed" convolutions, or "nearest" neighbours.
+        "transposed" convolutions, or "nearest" neighbours after 1x1 ones.
 
     Raises
     ------

@@ -40,31 +40,8 @@ def draw_hidden_frames(
     """Draws which frames to hide: spans at random places, in each item anew.
 
     Every item hides the same number, ``mask_ratio * frames`` rounded, at least
-    one frame and not all of them. One span may be cut short for that.
-
-    Arguments
-    ---------
-    batch, frames : int
-        Size of the result.
-    mask_ratio : float
-        Share of frames to hide, in (0, 1); the paper has 0.3.
-    mask_span : int
-        Frames hidden together, at most ``frames``. Single frames of 5.8 ms can
-        be interpolated from their neighbours.
-    generator : torch.Generator, optional
-        Source of randomness, on ``device``.
-    device : torch.device, optional
-        Where to draw.
-
-    Returns
-    -------
-    torch.Tensor
-        Boolean, [batch, frames], True where hidden.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than two frames, or fewer than ``mask_span``.
+    one frame and not all of them. One span may be cut short for that. Gives
+    Boolean [batch, frames], True where hidden.
 
     Example
     -------
@@ -107,7 +84,8 @@ class AudioMAE(nn.Module):
         other music is added to them, and what was there is to be told apart
         from it by what is around, as in separation.
     mask_span : int
-        Frames hidden together.
+        Frames hidden together. Single frames of 5.8 ms can be interpolated from
+        their neighbours.
     mask_bands : int
         Number of frequency bands that are masked each by itself; above 1
         blocks of time and frequency are hidden, not with "drop".
@@ -229,22 +207,7 @@ class AudioMAE(nn.Module):
         self.decoder.redraw_projections(generator)
 
     def draw_hidden(self, batch, frames, generator=None, device=None):
-        """Draws what to hide.
-
-        Arguments
-        ---------
-        batch, frames : int
-            Size of the spectrogram.
-        generator : torch.Generator, optional
-            Source of randomness, on ``device``.
-        device : torch.device, optional
-            Where to draw.
-
-        Returns
-        -------
-        torch.Tensor
-            Boolean, [batch, frames, mask_bands].
-        """
+        """``draw_hidden_frames`` of each band: [batch, frames, mask_bands]."""
         hidden = draw_hidden_frames(
             batch * self.mask_bands,
             frames,

@@ -18,20 +18,12 @@ class PerformerMaskNet(SpectrogramEncoder):
 
     Arguments
     ---------
-    in_channels : int
-        Channels of the encoded mixture: ``n_fft // 2 + 1`` for an STFT.
     num_spks : int
         Number of sources to output.
-    d_model, nhead, num_layers, d_ffn, n_features, dropout, attention, causal
-        Sizes of the Performer, see ``PerformerEncoder``.
-    spec_norm : str
-        How the spectrogram is normalised per item: "zscore", "minmax",
-        "band_zscore" or "none", see ``normalise_spectrogram``.
     mask_activation : str
         "softmax" over sources (masks sum to one), "sigmoid" or "relu".
-    checkpointing : bool
-        Whether layers are computed again in the backward pass, to save memory,
-        see ``PerformerEncoder``.
+
+    The others are those of ``SpectrogramEncoder`` and ``PerformerEncoder``.
 
     Raises
     ------
@@ -70,15 +62,15 @@ class PerformerMaskNet(SpectrogramEncoder):
         super().__init__(
             in_channels,
             d_model,
-            nhead,
-            num_layers,
-            d_ffn,
-            n_features,
-            dropout,
-            attention,
-            causal,
             spec_norm,
-            checkpointing,
+            nhead=nhead,
+            num_layers=num_layers,
+            d_ffn=d_ffn,
+            n_features=n_features,
+            dropout=dropout,
+            attention=attention,
+            causal=causal,
+            checkpointing=checkpointing,
         )
         if mask_activation not in MASK_ACTIVATIONS:
             raise ValueError(
@@ -88,10 +80,6 @@ class PerformerMaskNet(SpectrogramEncoder):
         self.num_spks = num_spks
         self.mask_activation = mask_activation
         self.head = nn.Linear(d_model, num_spks * in_channels)
-
-    def extra_repr(self):
-        """What is no weight, for ``print``."""
-        return f"{super().extra_repr()}, mask_activation={self.mask_activation}"
 
     def forward(self, mix_w, key_padding_mask=None):
         """Predicts masks.

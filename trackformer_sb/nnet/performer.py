@@ -19,23 +19,8 @@ MAX_TEMPERATURE = 2.0
 def sinusoidal_positions(frames, d_model, device=None, start=0):
     """Sines and cosines of geometrically spaced wavelengths, for any length.
 
-    Section 3.5 of "Attention Is All You Need" (arXiv 1706.03762).
-
-    Arguments
-    ---------
-    frames : int
-        Number of positions.
-    d_model : int
-        Number of channels, even.
-    device : torch.device, optional
-        Where to make them.
-    start : int
-        First position, for a stream that goes on.
-
-    Returns
-    -------
-    torch.Tensor
-        [frames, d_model], float32.
+    Section 3.5 of "Attention Is All You Need" (arXiv 1706.03762). Gives
+    [frames, d_model], float32, from position `start` on, for a stream.
 
     Example
     -------
@@ -58,18 +43,6 @@ def auto_max_exact_frames(n_features, causal=False):
     cores, float32). Where a frame sees the past only, exact attention does half
     the work and FAVOR+ more: at about 2800 frames with 256 features, 1500 with
     128 and 970 with 64, for 8 heads.
-
-    Arguments
-    ---------
-    n_features : int
-        Random features per head.
-    causal : bool
-        Whether a frame may only attend to itself and the past.
-
-    Returns
-    -------
-    int
-        Number of frames.
 
     Example
     -------
@@ -169,13 +142,7 @@ class SelfAttention(nn.Module):
         )
 
     def redraw_projection(self, generator=None):
-        """Draws new random features in place.
-
-        Arguments
-        ---------
-        generator : torch.Generator, optional
-            Source of randomness (CPU); the same on all ranks.
-        """
+        """Draws new random features in place, see ``PerformerEncoder``."""
         drawn = favor.draw_projection(*self.projection.shape, generator)
         self.projection.copy_(drawn)
 
@@ -186,20 +153,7 @@ class SelfAttention(nn.Module):
         return self.attention == "softmax"
 
     def forward(self, x, key_padding_mask=None):
-        """Attends.
-
-        Arguments
-        ---------
-        x : torch.Tensor
-            [batch, frames, d_model].
-        key_padding_mask : torch.Tensor, optional
-            Boolean, [batch, frames], True for padding.
-
-        Returns
-        -------
-        torch.Tensor
-            [batch, frames, d_model].
-        """
+        """[batch, frames, d_model] -> [batch, frames, d_model]."""
         # three of [batch, heads, frames, head_dim]
         query, key, value = (
             self.qkv(x)

@@ -12,6 +12,7 @@ from trackformer_sb.objectives.regularizers import (
     effective_number,
     mask_cosines,
     mask_gram,
+    mean_of_pairs,
 )
 
 # Signals below this energy per sample (-80 dB of full scale) about their mean
@@ -62,17 +63,6 @@ def si_snr(estimate, target):
     return 10 * ratio.clamp(1 / limit, limit).log10()
 
 
-def _si_snr_from_products(product, estimate_energy, target_energy):
-    """SI-SNR in dB from inner products of signals without mean (NumPy)."""
-    tiny = np.finfo(np.float64).tiny
-    signal = np.square(product) / np.maximum(target_energy, tiny)
-    # rounding leaves this much of noise to a perfect estimate
-    noise = np.maximum(estimate_energy - signal, 1e-15 * estimate_energy)
-    ratio = signal / np.maximum(noise, tiny)
-    limit = 10 ** (LIMIT_DB / 10)
-    return 10 * np.log10(np.clip(ratio, 1 / limit, limit))
-
-
 def _energy(sig, name):
     """Mean energy without means, which SI-SNR does not count."""
     energy = sig.double().var(-1, correction=0)
@@ -82,10 +72,10 @@ def _energy(sig, name):
 
 
 def _active(stems):
-    """Which stems sound, [stems, time] -> [stems]."""
+    """The stems that sound, of [stems, time]."""
     energy = _energy(stems, "stems")
     loudest = max(energy.tolist(), default=0.0)
-    return energy > max(RELATIVE_SILENCE * loudest, SILENT_ENERGY)
+    return stems[energy > max(RELATIVE_SILENCE * loudest, SILENT_ENERGY)]
 
 
 def _sounding(est_source):
@@ -93,39 +83,23 @@ def _sounding(est_source):
     return est_source[_energy(est_source, "sources") > 1e-20]
 
 
+def _pairs(est_source, stems):
+    """Sources and stems that sound, paired for the highest sum of SI-SNR."""
+    est_source, stems = _sounding(est_source).double(), _active(stems).double()
+    if not len(est_source) or not len(stems):
+        return est_source[:0], stems[:0]
+    table = torch.stack([si_snr(est_source, stem) for stem in stems])
+    stem, source = linear_sum_assignment(table.detach().cpu(), maximize=True)
+    return est_source[source], stems[stem]
+
+
 def _check_item(est_source, stems, mix):
-    if (
-        est_source.dim() != 2
-        or stems.dim() != 2
-        or mix.dim() != 1
-        or len({est_source.shape[-1], stems.shape[-1], mix.shape[-1]}) > 1
-    ):
+    shapes = [list(x.shape) for x in (est_source, stems, mix)]
+    if [*map(len, shapes)] != [2, 2, 1] or len({x[-1] for x in shapes}) > 1:
         raise ValueError(
             "expected est_source [sources, time], stems [stems, time] and mix "
-            f"[time], got {list(est_source.shape)}, {list(stems.shape)} and "
-            f"{list(mix.shape)}"
+            "[time], got {}, {} and {}".format(*shapes)
         )
-
-
-def _products(est_source, stems):
-    """Gram, cross and stem energies in float64, of signals without mean."""
-    est_source = est_source.detach().double()
-    stems = stems.detach().double()
-    est_source = est_source - est_source.mean(-1, keepdim=True)
-    stems = stems - stems.mean(-1, keepdim=True)
-    gram = (est_source @ est_source.T).cpu().numpy()
-    cross = (stems @ est_source.T).cpu().numpy()
-    energy = stems.square().sum(-1).cpu().numpy()
-    return gram, cross, energy
-
-
-def _one_to_one(est_source, stems):
-    """Pairs of stem and source numbers with the highest sum of SI-SNR."""
-    gram, cross, energy = _products(est_source, stems)
-    pairwise = _si_snr_from_products(
-        cross, gram.diagonal()[None, :], energy[:, None]
-    )
-    return linear_sum_assignment(pairwise, maximize=True)
 
 
 def si_snri(est_source, stems, mix):
@@ -164,28 +138,19 @@ def si_snri(est_source, stems, mix):
     (True, 0)
     """
     _check_item(est_source, stems, mix)
-    num_stems, stems = len(stems), stems[_active(stems)]
-    num_silent = num_stems - len(stems)
-    if len(stems) < 2:
+    active = _active(stems)
+    num_silent = len(stems) - len(active)
+    if len(active) < 2:
         return None, num_silent
-    est_source = _sounding(est_source)
-    stem, source = _one_to_one(est_source, stems)
-    gain = si_snr(est_source[source], stems[stem]) - si_snr(mix, stems[stem])
-    return float(gain.sum()) / len(stems), num_silent
+    source, stem = _pairs(est_source, active)
+    gain = si_snr(source, stem) - si_snr(mix.double(), stem)
+    return float(gain.sum()) / len(active), num_silent
 
 
 def stem_si_snr(est_source, stems):
     """SI-SNR of the sources that ``si_snri`` chooses for the stems.
 
-    Arguments
-    ---------
-    est_source, stems
-        As for ``si_snri``.
-
-    Returns
-    -------
-    float
-        Mean over the active stems with a source, in dB; None without any.
+    The mean over the active stems with a source, in dB; None without any.
 
     Example
     -------
@@ -193,11 +158,8 @@ def stem_si_snr(est_source, stems):
     >>> stem_si_snr(stems.flip(0), stems) > 100
     True
     """
-    stems, est_source = stems[_active(stems)], _sounding(est_source)
-    if not len(stems) or not len(est_source):
-        return None
-    stem, source = _one_to_one(est_source, stems)
-    return float(si_snr(est_source[source], stems[stem]).mean())
+    source, stem = _pairs(est_source, stems)
+    return float(si_snr(source, stem).mean()) if len(stem) else None
 
 
 def si_snri_grouped(est_source, stems, mix):
@@ -205,24 +167,8 @@ def si_snri_grouped(est_source, stems, mix):
 
     The oracle for over-separation: of all ways to give the sources to active
     stems, that with the highest mean SI-SNR, by dynamic programming over
-    subsets. Stems for which there is no source improve by 0 dB.
-
-    Arguments
-    ---------
-    est_source, stems, mix
-        As for ``si_snri``.
-
-    Returns
-    -------
-    improvement : float
-        Mean over the active stems, in dB; None with fewer than two of them.
-    num_silent : int
-        Number of stems left out.
-
-    Raises
-    ------
-    ValueError
-        For shapes that do not fit, over 12 sources, or NaN or infinity.
+    subsets. Arguments, results and errors are those of ``si_snri``, and more
+    than 12 sources are refused.
 
     Example
     -------
@@ -237,32 +183,44 @@ def si_snri_grouped(est_source, stems, mix):
         raise ValueError(
             f"expected at most {MAX_GROUPED} sources, got {len(est_source)}"
         )
-    num_stems, stems = len(stems), stems[_active(stems)]
-    num_silent = num_stems - len(stems)
-    if len(stems) < 2:
+    active = _active(stems)
+    num_silent = len(stems) - len(active)
+    if len(active) < 2:
         return None, num_silent
     est_source = _sounding(est_source)
-    num_sources = len(est_source)
-    gram, cross, energy = _products(est_source, stems)
-    number = np.arange(2**num_sources)
-    subsets = (number[:, None] >> np.arange(num_sources) & 1).astype(float)
-    summed = np.einsum("si,ij,sj->s", subsets, gram, subsets)
-    table = _si_snr_from_products(
-        cross @ subsets.T, summed[None, :], energy[:, None]
-    )
-    table = table - si_snr(mix, stems).double().cpu().numpy()[:, None]
+    table = _improvement_of_subsets(est_source, active, mix)
     # a stem without source: not an option while there are enough of them
-    spare = len(stems) > num_sources
+    spare = len(active) > len(est_source)
     table[:, 0] = 0.0 if spare else -np.inf
-    best = np.full(2**num_sources, -np.inf)
+    union, part, rest = _partitions(len(est_source))
+    best = np.full(2 ** len(est_source), -np.inf)
     best[0] = 0.0
-    parts = _partitions(num_sources)
     for row in table:
         # best[union] over all splits of a subset in (this stem, earlier ones)
-        candidates = row[parts[1]] + best[parts[2]]
-        best = np.full(2**num_sources, -np.inf)
-        np.maximum.at(best, parts[0], candidates)
-    return float(best[-1]) / len(stems), num_silent
+        candidates = row[part] + best[rest]
+        best = np.full_like(best, -np.inf)
+        np.maximum.at(best, union, candidates)
+    return float(best[-1]) / len(active), num_silent
+
+
+def _improvement_of_subsets(est_source, stems, mix):
+    """[stems, 2^sources] in dB, from inner products in double precision."""
+    est_source, stems, mix = (
+        (x - x.mean(-1, keepdim=True)).detach().cpu().numpy()
+        for x in (est_source.double(), stems.double(), mix.double())
+    )
+    number = np.arange(2 ** len(est_source))[:, None]
+    subsets = (number >> np.arange(len(est_source)) & 1).astype(float)
+    energy = np.sum(subsets @ (est_source @ est_source.T) * subsets, axis=1)
+    product = stems @ est_source.T @ subsets.T
+    signal = product**2 / np.sum(stems**2, axis=1, keepdims=True)
+    # rounding leaves this much of noise to a perfect estimate
+    noise = np.maximum(energy - signal, 1e-15 * energy)
+    ratio = signal / np.maximum(noise, np.finfo(np.float64).tiny)
+    limit = 10 ** (LIMIT_DB / 10)
+    value = 10 * np.log10(np.clip(ratio, 1 / limit, limit))
+    before = si_snr(torch.from_numpy(mix), torch.from_numpy(stems))
+    return value - before.numpy()[:, None]
 
 
 @functools.lru_cache(maxsize=4)
@@ -284,34 +242,22 @@ def _partitions(num_sources):
 def sdr(est_source, stems):
     """Signal-to-distortion ratio (BSS-eval, 512 taps) of the best choice.
 
-    By torchmetrics, of the pairs that ``si_snri`` chooses; without silent ones.
-
-    Arguments
-    ---------
-    est_source, stems
-        As for ``si_snri``.
-
-    Returns
-    -------
-    float
-        Mean over the active stems with a source, in dB; None without any.
+    By torchmetrics, of the pairs that ``si_snri`` chooses: the mean over the
+    active stems with a source, in dB; None without any.
     """
     # torchmetrics takes a second to import, and some of its versions warn
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torchmetrics.functional.audio import signal_distortion_ratio
 
-    stems, est_source = stems[_active(stems)], _sounding(est_source)
-    if not len(stems) or not len(est_source):
-        return None
-    stem, source = _one_to_one(est_source, stems)
-    estimate, target = est_source[source].double(), stems[stem].double()
     # the projection on 512 shifts is singular for band-limited stems; pair by
     # pair because batched linear solvers fail in some builds of torch
     ratio = [
         signal_distortion_ratio(*pair, load_diag=1e-8)
-        for pair in zip(estimate, target)
+        for pair in zip(*_pairs(est_source, stems))
     ]
+    if not ratio:
+        return None
     return float(torch.stack(ratio).clamp(-LIMIT_DB, LIMIT_DB).mean())
 
 
@@ -348,53 +294,25 @@ def mixture_si_snr(est_source, mixtures):
 def mask_overlap(masks):
     """Mean cosine similarity over all pairs of different masks.
 
-    Arguments
-    ---------
-    masks : torch.Tensor
-        [batch, N, ...] with N at least 2.
-
-    Returns
-    -------
-    torch.Tensor
-        [batch]; 0 for masks that do not overlap, 1 for equal ones.
-
-    Raises
-    ------
-    ValueError
-        If there is only one mask.
+    Of [batch, N, ...], [batch]: 0 for masks that do not overlap, 1 for equal
+    ones; a ValueError for a single one.
 
     Example
     -------
     >>> mask_overlap(torch.ones(1, 4, 10, 20))
     tensor([1.])
     """
-    num = masks.shape[1]
-    if num < 2:
-        raise ValueError(
-            f"expected at least 2 masks [batch, N, ...], got {num}"
-        )
-    cosines = mask_cosines(masks)
-    same = cosines.diagonal(dim1=1, dim2=2).sum(1)
-    return (cosines.sum((1, 2)) - same) / (num * (num - 1))
+    return mean_of_pairs(mask_cosines(masks))
 
 
 def effective_mask_count(masks):
     """How many masks are in use: ``exp(H(p))`` of their shares p of energy.
 
-    Arguments
-    ---------
-    masks : torch.Tensor
-        [batch, N, ...].
-
-    Returns
-    -------
-    torch.Tensor
-        [batch], from 1 (one mask has all the energy) to N.
+    Of [batch, N, ...], [batch]: from 1 (one mask has all the energy) to N.
 
     Example
     -------
-    >>> masks = torch.tensor([[[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]])
-    >>> effective_mask_count(masks)
-    tensor([2.])
+    >>> effective_mask_count(torch.ones(1, 4, 10, 20))
+    tensor([4.])
     """
     return effective_number(mask_gram(masks).diagonal(dim1=1, dim2=2))

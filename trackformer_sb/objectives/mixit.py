@@ -197,28 +197,9 @@ def mixit_assignment(est_source, mixtures, objective="snr", snr_max=30.0):
     """Searches which mixture each source belongs to.
 
     All assignments are compared exactly, up to 131 072 of them; with more
-    sources the search is by least squares.
-
-    Arguments
-    ---------
-    est_source : torch.Tensor
-        Separated sources, [batch, sources, time].
-    mixtures : torch.Tensor
-        Reference mixtures, [batch, mixtures, time].
-    objective : str
-        "snr", "si_snr" or "mse".
-    snr_max : float
-        Threshold of "snr", in dB.
-
-    Returns
-    -------
-    torch.Tensor
-        [batch, mixtures, sources] of zeros and ones, one 1 per source.
-
-    Raises
-    ------
-    ValueError
-        For an unknown objective or shapes that do not fit.
+    sources the search is by least squares. Arguments and errors are those of
+    ``mixit_loss``; gives [batch, mixtures, sources] of zeros and ones, one 1
+    per source.
 
     Example
     -------

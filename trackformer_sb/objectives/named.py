@@ -1,61 +1,43 @@
-"""The loss of named stems: classes times slots.
+"""Named stems: classes times slots, their loss and their measures.
 
 Output ``class * slots + slot`` of a separator belongs to a class; a stem is the
 sum of its class's slots, so that MixIT over all slots trains it too where a
-song has no stems.
+song has no stems. Unlike those of ``metrics``, the measures choose nothing: the
+output for drums is compared with the drums, whether or not another is closer.
 """
 
 import torch
+
+from trackformer_sb.objectives.metrics import (
+    LIMIT_DB,
+    SILENT_ENERGY,
+    si_snr,
+)
 
 # Of frequencies f the loss weighs 1 / (f + 300 Hz): octaves count, not bins.
 PIVOT_HZ = 300.0
 LINEAR_SHARE = 0.1
 
+# A stem counts where its share of the mixture's energy is between these: where
+# it is all but silent, or all but alone, an improvement means little.
+SMALLEST_SHARE = 1e-3
+LARGEST_SHARE = 0.98
 
-def class_masks(est_mask, num_classes):
-    """Masks of the classes: those of their slots added up.
-
-    Arguments
-    ---------
-    est_mask : torch.Tensor
-        [classes * slots, batch, freq, frames].
-    num_classes : int
-        Number of classes.
-
-    Returns
-    -------
-    torch.Tensor
-        [classes, batch, freq, frames].
-    """
-    return est_mask.unflatten(0, (num_classes, -1)).sum(1)
+# Below this share (-60 dB) a stem is silent, and its output is leakage.
+SILENT_SHARE = 1e-6
 
 
 def octave_weights(num_bins, sample_rate, device=None):
-    """Weights of bins, 1 / (f + 300 Hz), 1 in the mean.
-
-    Arguments
-    ---------
-    num_bins : int
-        Bins from 0 to half the sample rate.
-    sample_rate : int
-        In Hz.
-    device : torch.device, optional
-        Where to make them.
-
-    Returns
-    -------
-    torch.Tensor
-        [freq, 1].
-    """
+    """Weights [freq] of bins, 1 / (f + 300 Hz), 1 in the mean."""
     frequency = torch.linspace(0, sample_rate / 2, num_bins, device=device)
     weights = 1 / (frequency + PIVOT_HZ)
-    return (weights / weights.mean()).unsqueeze(1)
+    return weights / weights.mean()
 
 
 def _distances(est_mask, mix_w, stems_w, sample_rate):
     """The distance of each class, [batch, classes], see ``named_loss``."""
     num_classes, bins = stems_w.shape[1], stems_w.shape[-2]
-    masks = class_masks(est_mask, num_classes).transpose(0, 1)
+    masks = est_mask.unflatten(0, (num_classes, -1)).sum(1).transpose(0, 1)
     estimate = masks.unsqueeze(2) * mix_w.abs().unsqueeze(1)
     target = stems_w.abs()
     weights = octave_weights(bins, sample_rate, target.device)
@@ -64,7 +46,7 @@ def _distances(est_mask, mix_w, stems_w, sample_rate):
     distance = 2 * distance + LINEAR_SHARE * (estimate - target).abs()
     # a product with the weights would be another pass over all of it
     per_bin = distance.mean((2, 4))
-    return (per_bin * weights.squeeze(1)).mean(-1)
+    return (per_bin * weights).mean(-1)
 
 
 def named_loss(est_mask, mix_w, stems_w, sample_rate):
@@ -112,7 +94,7 @@ def absent_loss(est_mask, mix_w, absent, sample_rate):
     Returns
     -------
     torch.Tensor
-        [batch], lower is better.
+        [batch], 0 where nothing is known to be absent.
 
     Example
     -------
@@ -129,3 +111,135 @@ def absent_loss(est_mask, mix_w, absent, sample_rate):
     silence = silence.expand(-1, absent.shape[1], -1, -1, -1)
     distances = _distances(est_mask, mix_w, silence, sample_rate)
     return (distances * absent).mean(1)
+
+
+def _share(stems, mix):
+    """Share of the mixture's energy, [..., time] -> [...]; NaN in silence."""
+    energy = mix.square().mean(-1)
+    energy = torch.where(energy > SILENT_ENERGY, energy, torch.nan)
+    return stems.square().mean(-1) / energy
+
+
+def named_si_snri(est_stems, stems, mix):
+    """SI-SNR improvement over the mixture of each named stem.
+
+    Arguments
+    ---------
+    est_stems : torch.Tensor
+        Separated stems, [classes, time].
+    stems : torch.Tensor
+        The true ones in the same order, [classes, time].
+    mix : torch.Tensor
+        What was separated, [time].
+
+    Returns
+    -------
+    torch.Tensor
+        [classes], in dB; NaN for a stem with less than 0.1 % or more than 98 %
+        of the mixture's energy.
+
+    Example
+    -------
+    >>> stems = torch.tensor([[1.0, -1, 1, -1], [1, 1, -1, -1], [0, 0, 0, 0]])
+    >>> mix = stems.sum(0)
+    >>> named_si_snri(mix.expand(3, -1), stems, mix)
+    tensor([0., 0., nan])
+    """
+    share = _share(stems, mix)
+    counted = (share > SMALLEST_SHARE) & (share < LARGEST_SHARE)
+    improvement = si_snr(est_stems, stems) - si_snr(mix, stems)
+    return torch.where(counted, improvement, torch.nan)
+
+
+def leakage(est_stems, stems, mix):
+    """How far the outputs for silent stems are below the mixture.
+
+    Arguments are those of ``named_si_snri``, the result is [classes] in dB, at
+    most 120; higher is better. NaN for a stem that sounds, above -60 dB of the
+    mixture.
+
+    Example
+    -------
+    >>> mix = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    >>> stems = torch.stack([mix, torch.zeros(4)])
+    >>> leakage(torch.stack([0.9 * mix, 0.1 * mix]), stems, mix)
+    tensor([nan, 20.])
+    """
+    silent = _share(stems, mix) < SILENT_SHARE
+    share = _share(est_stems, mix).clamp(min=10 ** (-LIMIT_DB / 10))
+    return torch.where(silent, -10 * share.log10(), torch.nan)
+
+
+def time_averaged_masks(masks, power):
+    """Masks that do not change in time: means over the frames by power.
+
+    ``sum_t m P / sum_t P`` in every bin. What separation loses by it, it gains
+    by following the music. Masks [..., freq, frames] and the mixture's power,
+    [freq, frames], give masks [..., freq, frames], the same in all frames.
+
+    Example
+    -------
+    >>> masks, power = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 3.0]])
+    >>> time_averaged_masks(masks, power)
+    tensor([[0.7500, 0.7500]])
+    """
+    power = power + 1e-20  # plain means where the mixture is silent
+    mean = (masks * power).sum(-1, keepdim=True) / power.sum(-1, keepdim=True)
+    return mean.expand_as(masks)
+
+
+def decode_masks(masks, spectrum, decoder, length):
+    """The mixture through masks that its channels share.
+
+    Masks [slots, freq, frames] of a spectrum [channels, freq, frames] give
+    [slots, channels, time] of `length` samples.
+    """
+    separated = masks.unsqueeze(1) * spectrum
+    sig = decoder(separated.flatten(0, 1))[:, :length]
+    return sig.unflatten(0, separated.shape[:2])
+
+
+def pair_by_class(slots, slot_classes, stems):
+    """Adds the slots of each class, beside the true stem of that class.
+
+    A song without a stem for the bass has it in the stem "other", with which
+    bass and other of the outputs are compared together.
+
+    Arguments
+    ---------
+    slots : torch.Tensor
+        Outputs, [slots, channels, time].
+    slot_classes : list of str
+        Class of each slot.
+    stems : dict
+        Class -> true stem, [channels, time].
+
+    Returns
+    -------
+    names : list of str
+        Classes of the outputs.
+    est_stems, stems : torch.Tensor
+        [classes, channels, time]; zeros for a class that the song lacks.
+
+    Example
+    -------
+    >>> stems = {"drums": torch.ones(1, 1), "other": torch.ones(1, 1)}
+    >>> slots = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
+    >>> names, est_stems, _ = pair_by_class(
+    ...     slots, ["drums", "bass", "other"], stems
+    ... )
+    >>> names, est_stems.flatten().tolist()
+    (['drums', 'other'], [1.0, 6.0])
+    """
+    if "bass" not in stems and "other" in stems:
+        slot_classes = [
+            "other" if name == "bass" else name for name in slot_classes
+        ]
+    names = list(dict.fromkeys(slot_classes))
+    silence = torch.zeros_like(slots[0])
+    est_stems = [
+        sum(slot for slot, one in zip(slots, slot_classes) if one == name)
+        for name in names
+    ]
+    true = [stems.get(name, silence) for name in names]
+    return names, torch.stack(est_stems), torch.stack(true)

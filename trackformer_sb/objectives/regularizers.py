@@ -7,18 +7,10 @@ SILENCE = 1e-12
 
 
 def mask_gram(masks):
-    """Inner products of all pairs of masks, without a copy of the masks.
+    """Inner products [batch, N, N] of all pairs of masks [batch, N, ...].
 
-    Arguments
-    ---------
-    masks : torch.Tensor
-        [batch, N, ...], contiguous or the transposed view that a masknet
-        leaves.
-
-    Returns
-    -------
-    torch.Tensor
-        [batch, N, N], at least float32.
+    At least in float32; without a copy of masks that are contiguous, or the
+    transposed view that a masknet leaves.
     """
     with torch.autocast(masks.device.type, enabled=False):
         if masks.dtype.itemsize < 4:
@@ -31,17 +23,9 @@ def mask_gram(masks):
 
 
 def mask_cosines(masks):
-    """Cosine similarity of all pairs of masks.
+    """Cosine similarity [batch, N, N] of all pairs of masks [batch, N, ...].
 
-    Arguments
-    ---------
-    masks : torch.Tensor
-        [batch, N, ...].
-
-    Returns
-    -------
-    torch.Tensor
-        [batch, N, N], in [-1, 1]. A mask of zeros is orthogonal to all.
+    A mask of zeros is orthogonal to all.
     """
     gram = mask_gram(masks)
     energy = gram.diagonal(dim1=1, dim2=2)
@@ -49,6 +33,17 @@ def mask_cosines(masks):
     floor = 1e-8 * energy.sum(1, keepdim=True) + torch.finfo(gram.dtype).tiny
     norm = (energy + floor).sqrt()
     return gram / (norm.unsqueeze(1) * norm.unsqueeze(2))
+
+
+def mean_of_pairs(cosines):
+    """Mean over the pairs of different masks, [batch, N, N] -> [batch]."""
+    num = cosines.shape[1]
+    if num < 2:
+        raise ValueError(
+            f"expected at least 2 masks [batch, N, ...], got {num}"
+        )
+    off_diagonal = cosines.sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)
+    return off_diagonal / (num * (num - 1))
 
 
 def diversity_loss(masks):
@@ -77,14 +72,7 @@ def diversity_loss(masks):
     >>> diversity_loss(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]))
     tensor([0.])
     """
-    num = masks.shape[1]
-    if num < 2:
-        raise ValueError(
-            f"expected at least 2 masks [batch, N, ...], got {num}"
-        )
-    cosines = mask_cosines(masks).abs()
-    off_diagonal = cosines.sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)
-    return off_diagonal / (num * (num - 1))
+    return mean_of_pairs(mask_cosines(masks).abs())
 
 
 def sparsity_loss(est_source, mix=None):
@@ -121,15 +109,7 @@ def sparsity_loss(est_source, mix=None):
 def effective_number(energy):
     """Exponential of the entropy of shares: of how many equal parts they are.
 
-    Arguments
-    ---------
-    energy : torch.Tensor
-        [batch, N], at least 0.
-
-    Returns
-    -------
-    torch.Tensor
-        [batch], from 1 (one has all) to N; 1 where all are zero.
+    Of energies [batch, N] from 1 (one has all) to N; 1 where all are zero.
 
     Example
     -------
@@ -182,3 +162,91 @@ def _level(sig):
 def _accumulate(sig):
     """The type to sum up in."""
     return torch.float32 if sig.dtype.itemsize < 4 else sig.dtype
+
+
+class RegularizedLoss:
+    """A loss of a SpeechBrain recipe plus diversity and sparsity losses.
+
+    For recipes that call ``loss(targets, predictions)``: the masks, which the
+    diversity loss needs, do not leave the forward pass there. The loss is
+    ``loss + lambda_diversity * diversity + lambda_sparsity * sparsity
+    + lambda_mask_count * mask_count``. Whenever the masknet is called in
+    training mode its masks are kept for the loss of that step. In evaluation
+    mode the loss is the recipe's own, so that it can be compared between
+    experiments.
+
+    Arguments
+    ---------
+    loss : callable
+        (targets [batch, time, targets], predictions [batch, time, sources])
+        -> [batch], such as ``get_mixit`` or SpeechBrain's
+        ``get_si_snr_with_pitwrapper``.
+    masknet : torch.nn.Module
+        The one that the recipe calls; it returns [sources, batch, ...].
+    lambda_diversity : float
+        Weight of ``diversity_loss`` of the masks.
+    lambda_sparsity : float
+        Weight of ``sparsity_loss`` of the predictions, relative to the sum of
+        the targets.
+    lambda_mask_count : float
+        Weight of ``mask_count_loss`` of the masks.
+
+    Raises
+    ------
+    RuntimeError
+        At call, if the masknet is in training mode and was not called since
+        the last loss: the recipe then trains another one.
+
+    Example
+    -------
+    >>> masknet = torch.nn.Identity()
+    >>> masks = masknet(torch.ones(2, 1, 65, 50))  # both let all pass
+    >>> mix = torch.randn(1, 100, 1)
+    >>> loss = RegularizedLoss(
+    ...     lambda targets, predictions: torch.zeros(len(targets)), masknet
+    ... )
+    >>> masks = masknet(masks)
+    >>> loss(mix, torch.cat((mix, mix), dim=2))
+    tensor([0.3000])
+    """
+
+    def __init__(
+        self,
+        loss,
+        masknet,
+        lambda_diversity=0.1,
+        lambda_sparsity=0.1,
+        lambda_mask_count=0.0,
+    ):
+        self.loss = loss
+        self.masknet = masknet
+        self.lambda_diversity = lambda_diversity
+        self.lambda_sparsity = lambda_sparsity
+        self.lambda_mask_count = lambda_mask_count
+        self._masks = None
+        masknet.register_forward_hook(self._keep)
+
+    def _keep(self, masknet, inputs, masks):
+        self._masks = masks if masknet.training else None
+
+    def __call__(self, targets, predictions):
+        """[batch], lower is better, see the arguments of ``loss``."""
+        loss = self.loss(targets, predictions)
+        if not self.masknet.training:
+            return loss
+        if self._masks is None:
+            raise RuntimeError(
+                "masknet: expected the one that the recipe calls, got one "
+                "that was not called since the last loss"
+            )
+        # not kept: the graph of a step ends with the step
+        masks, self._masks = self._masks, None
+        masks = masks.transpose(0, 1)
+        if self.lambda_diversity:
+            loss = loss + self.lambda_diversity * diversity_loss(masks)
+        if self.lambda_sparsity:
+            est_source, mix = predictions.transpose(1, 2), targets.sum(-1)
+            loss = loss + self.lambda_sparsity * sparsity_loss(est_source, mix)
+        if self.lambda_mask_count:
+            loss = loss + self.lambda_mask_count * mask_count_loss(masks)
+        return loss

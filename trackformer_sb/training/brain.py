@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 import pathlib
 import statistics
 import time
@@ -10,47 +11,36 @@ import time
 import numpy as np
 import speechbrain as sb
 import torch
-import yaml
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.sampler import ReproducibleRandomSampler
-from speechbrain.utils.checkpoints import (
-    mark_as_loader,
-    mark_as_saver,
-    register_checkpoint_hooks,
-)
 from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from speechbrain.utils.logger import get_logger
 
 from trackformer_sb import plots
-from trackformer_sb.memory import peak_memory_mb
+from trackformer_sb.inference.measure import peak_memory_mb
 from trackformer_sb.objectives.metrics import SILENT_ENERGY
-from trackformer_sb.training.costs import of_all_ranks, training_costs
 from trackformer_sb.training.dataio import dataio_prep
-from trackformer_sb.training.optimization import (
-    clip_all_groups,
-    frozen_epochs,
-)
+from trackformer_sb.training.optimization import clip_all_groups
 
 logger = get_logger(__name__)
 
 
-@register_checkpoint_hooks
+def of_all_ranks(brain, value):
+    """List of a value of each rank; all ranks have to call it."""
+    values = [value]
+    if brain.distributed_launch:
+        values *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
 class MusicBrain(sb.Brain):
     """Training on pairs of mixtures, see ``trackformer_sb.data.mixtures``.
 
     A recipe adds ``compute_forward``, ``compute_objectives``, which sets
     ``losses`` in training and adds to ``rows``, and the methods below that
-    raise NotImplementedError.
-
-    Arguments
-    ---------
-    experiment : trackformer_sb.training.experiment.Experiment
-        Its folder and the manifests of its music are there.
-
-    Raises
-    ------
-    ValueError
-        If an epoch has no optimizer step.
+    raise NotImplementedError. The folder of the experiment and the manifests
+    of its music are there already.
     """
 
     # of test_results.csv, and what else is averaged
@@ -75,21 +65,15 @@ class MusicBrain(sb.Brain):
         if self.distributed_launch:
             self.num_processes = torch.distributed.get_world_size()
             rank = self.rank
-        self.skipped, self.silent_songs, self.sounding = {}, set(), {}
-        self.results_folder = pathlib.Path(hparams["output_folder"])
-        curves = {}
+        self.skipped, self.sounds = {}, False
+        self.folder = pathlib.Path(hparams["output_folder"])
         if self.debug and not self.debug_persistently:
-            # a few batches must not replace the results of a run, and all
-            # ranks need the same of SpeechBrain's temporary folders
-            self.results_folder = self.results_folder / "debug"
+            # of SpeechBrain's temporary folders all ranks need the same
             self.checkpointer.checkpoints_dir = pathlib.Path(
                 ddp_broadcast(str(self.checkpointer.checkpoints_dir))
             )
-            self.results_folder.mkdir(exist_ok=True)
-            log = self.results_folder / "train_log.txt"
-            hparams["train_logger"].save_file = str(log)
-            curves = {"save_dir": str(self.results_folder / "tensorboard")}
-        self.tensorboard = hparams["tensorboard_logger"](**curves)
+        # none beside the main process
+        self.tensorboard = hparams["tensorboard_logger"]().writer
         self.train_options = dict(hparams["train_loader_options"])
         self.eval_options = dict(hparams["eval_loader_options"])
         for options in (self.train_options, self.eval_options):
@@ -168,7 +152,7 @@ class MusicBrain(sb.Brain):
         self.rows, self.picture = [], None
 
     def note_input(self, batch):
-        """Names each unreadable file once, counts, and notes silent songs."""
+        """Names each unreadable file once, counts; hears if anything sounds."""
         # a rank trains on segments of its own, but evaluates all
         counts = self.modules.training or if_main_process()
         for path, reason in itertools.chain(*batch.skipped) if counts else ():
@@ -177,69 +161,11 @@ class MusicBrain(sb.Brain):
                 logger.warning(words, main_process_only=False)
             self.skipped[path] = self.skipped.get(path, 0) + 1
         energy = batch.mixtures.data[:, 0].var(-1, correction=0)
-        for song, value in zip(batch.song, energy.tolist()):
-            sounds = value > SILENT_ENERGY
-            self.sounding[song] = self.sounding.get(song, False) or sounds
-
-    def report_silent_songs(self):
-        """Names the songs that were silent in a whole epoch, once.
-
-        Raises
-        ------
-        ValueError
-            If there was no sound at all in the epoch, or in what a training
-            that ends within its first epoch was given.
-        """
-        whole = len(self.step_seconds) == self.num_batches
-        if not whole and (self.debug or self.steps_before):
-            # a few segments may all be rests
-            return
-        songs = {}
-        # all ranks must come to the same end
-        for sounding in of_all_ranks(self, self.sounding):
-            for song, sounds in sounding.items():
-                songs[song] = songs.get(song, False) or sounds
-        if not any(songs.values()):
-            raise ValueError(
-                "data_folder: expected music, but all of its "
-                f"{len(songs)} training songs are silent"
-                + ("" if whole else ", as far as they were read")
-            )
-        if self.hparams.epoch_segments or not whole:
-            # of a part of the segments those of one song may be rests
-            return
-        for song, sounds in songs.items():
-            if not sounds and song not in self.silent_songs:
-                self.silent_songs.add(song)
-                logger.warning(f"the song {song} is silent")
-
-    @mark_as_saver
-    def save_progress(self, path):
-        """What SpeechBrain saves, and the time that the epoch took so far."""
-        super()._save(path)
-        spent = {"processes": self.num_processes}
-        if self.step:
-            spent["seconds"] = time.monotonic() - self.started
-            spent["waiting"] = self.waiting
-        with open(path, "a", encoding="utf-8") as file:
-            yaml.safe_dump(spent, file)
-
-    @mark_as_loader
-    def load_progress(self, path, end_of_epoch=True):
-        """Goes on with what ``save_progress`` saved."""
-        super()._recover(path, end_of_epoch)
-        self.spent = yaml.safe_load(pathlib.Path(path).read_text("utf-8"))
+        self.sounds |= bool((energy > SILENT_ENERGY).any())
 
     def on_fit_start(self):
         """Recovers, and judges anew whether training stops early."""
-        self.spent = {}
         super().on_fit_start()
-        before = self.spent.get("processes", self.num_processes)
-        if before != self.num_processes:
-            logger.warning(
-                f"begun on {before} processes, now {self.num_processes}: the "
-                "learning rate follows the number of steps, which is another"
-            )
         counter = self.hparams.epoch_counter
         # what it recovered was judged by the patience of then; 0 is not judged
         counter.should_stop = (
@@ -255,14 +181,10 @@ class MusicBrain(sb.Brain):
         self.not_finite = 0
         if stage == sb.Stage.TRAIN:
             self.pairs.set_epoch(epoch, self.step)
-            self.resumed_within = self.step > 0
-            self.started -= self.spent.get("seconds", 0.0)
-            self.waiting = self.spent.get("waiting", 0.0)
-            self.spent = {}
+            self.resumed = self.step > 0
+            self.waiting = 0.0
             self.last_batch_end = time.monotonic()
             self.step_seconds = []
-            self.sounding = {}
-            self.steps_before = self.optimizer_step
 
     def check_gradients(self):
         """Skips an optimizer step if its gradients are not finite.
@@ -302,10 +224,13 @@ class MusicBrain(sb.Brain):
             self.lr_scheduler.step()
             interval = getattr(self.hparams, "redraw_interval", 0)
             if interval and self.optimizer_step % interval == 0:
-                self.redraw_projections()
+                # the same on all ranks and after a resume
+                seed = self.draw_seed(self.optimizer_step)
+                generator = torch.Generator().manual_seed(seed)
+                self.redrawn.redraw_projections(generator)
             if if_main_process():
                 for name, value in self.losses.items():
-                    self.tensorboard.writer.add_scalar(
+                    self.tensorboard.add_scalar(
                         f"step/{name}", value, self.optimizer_step
                     )
         now = time.monotonic()
@@ -317,41 +242,45 @@ class MusicBrain(sb.Brain):
         seeds = np.random.SeedSequence([self.hparams.seed, *place])
         return int(seeds.generate_state(1)[0])
 
-    def redraw_projections(self):
-        """New random features, the same on all ranks and after a resume."""
-        seed = self.draw_seed(self.optimizer_step)
-        generator = torch.Generator().manual_seed(seed)
-        self.redrawn.redraw_projections(generator)
-
     def init_optimizers(self):
         """Adds the learning rate schedule, a cosine over all steps."""
         super().init_optimizers()
         if self.pretrained:
             self.hparams.fine_tuning(self.optimizer, self.pretrained)
-            counter = self.hparams.epoch_counter
-            epoch_steps = self.num_batches // self.grad_accumulation_factor
-            counter.limit_warmup = max(
-                counter.limit_warmup,
-                frozen_epochs(self.optimizer, self.num_steps, epoch_steps),
-            )
-        if len(self.optimizer.param_groups) > 1:
+        groups = self.optimizer.param_groups
+        if len(groups) > 1:
             # SpeechBrain clips the first group only
             clip_all_groups(self.optimizer, self.max_grad_norm)
-            self.max_grad_norm = float("inf")
+            self.max_grad_norm = math.inf
         self.lr_scheduler = self.hparams.lr_scheduler(
             self.optimizer, num_steps=self.num_steps
         )
         self.checkpointer.add_recoverable("lr_scheduler", self.lr_scheduler)
+        # early stopping does not count while layers are frozen
+        frozen = max(group.get("freeze_steps", 0) for group in groups)
+        epoch_steps = self.num_batches // self.grad_accumulation_factor
+        counter = self.hparams.epoch_counter
+        counter.limit_warmup = max(
+            counter.limit_warmup, math.ceil(frozen / epoch_steps)
+        )
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Logs, saves, and after the test writes all results."""
         seconds = time.monotonic() - self.started
         if stage == sb.Stage.TRAIN:
-            self.report_silent_songs()
+            # all ranks must come to the same end; a few segments may be rests
+            sounds = any(of_all_ranks(self, self.sounds))
+            if not sounds and not self.debug and not self.resumed:
+                raise ValueError(
+                    "data_folder: expected music, but all training segments "
+                    "of the epoch are silent"
+                )
             # the first batch waits for the workers to start
             steps = self.step_seconds[1:] or self.step_seconds
-            averages = self.known_averages()
-            self.train_averages = {"loss": float(stage_loss), **averages}
+            self.train_averages = {
+                "loss": float(stage_loss),
+                **self.averages(),
+            }
             self.train_figures = {
                 "epoch_seconds": seconds,
                 "waiting_seconds": self.waiting,
@@ -359,40 +288,24 @@ class MusicBrain(sb.Brain):
             }
         elif stage == sb.Stage.VALID:
             # a run resumed after its last epoch has nothing left to train
-            if (
-                self.step_seconds
-                or self.resumed_within
-                or not self.has_scored_checkpoint()
-            ):
+            done = self.checkpointer.find_checkpoint(max_key="score")
+            if self.step_seconds or self.resumed or not done:
                 self.end_epoch(float(stage_loss), seconds, epoch)
         else:
             self.end_test(float(stage_loss))
 
-    def has_scored_checkpoint(self):
-        """Whether an epoch was finished before."""
-        return self.checkpointer.find_checkpoint(max_key="score") is not None
-
     def averages(self):
-        """Mean of each column over the items that have it, or None."""
+        """Mean of each column over the items that have it."""
         means = {}
         for name in (*self.columns, *self.more_averages):
             known = [row.get(name) for row in self.rows]
             known = [x for x in known if x is not None and np.isfinite(x)]
-            means[name] = float(np.mean(known)) if known else None
+            if known:
+                means[name] = float(np.mean(known))
         return means
 
-    def known_averages(self):
-        """The averages that there are."""
-        return {k: v for k, v in self.averages().items() if v is not None}
-
     def end_epoch(self, valid_loss, seconds, epoch):
-        """What follows a validation.
-
-        Raises
-        ------
-        ValueError
-            If a loss was not finite, before anything is saved.
-        """
+        """Logs and saves, but raises ValueError if losses are not finite."""
         if self.not_finite:
             raise ValueError(
                 f"epoch {epoch}: the losses of {self.not_finite} of "
@@ -401,7 +314,7 @@ class MusicBrain(sb.Brain):
                 f"are in {self.checkpointer.checkpoints_dir}; train again in "
                 "another output_folder, with a lower lr or in fp32"
             )
-        averages = self.known_averages()
+        averages = self.averages()
         rate = self.optimizer.param_groups[0]["lr"]
         self.hparams.history.add(
             epoch,
@@ -420,16 +333,13 @@ class MusicBrain(sb.Brain):
         valid = {"loss": valid_loss, **averages}
         # loggers act on the main process but are collective calls
         self.hparams.train_logger.log_stats(meta, train, valid)
-        # by itself it would count from 1 again after a resume
-        before = len(self.hparams.history.epochs) - 1
-        self.tensorboard.global_step |= {
-            "meta": before,
-            "train": dict.fromkeys(train, before),
-            "valid": dict.fromkeys(valid, before),
-        }
-        self.tensorboard.log_stats(meta, train, valid)
         if if_main_process():
-            self.log_picture(epoch)
+            self.tensorboard.add_scalar("lr", rate, epoch)
+            for split, stats in (("train", train), ("valid", valid)):
+                for name, value in stats.items():
+                    self.tensorboard.add_scalar(f"{name}/{split}", value, epoch)
+            if not self.debug:  # pictures take longer than a few batches
+                self.log_picture(epoch)
         # one decision for all ranks: they would wait for one another forever
         score = ddp_broadcast(
             averages.get(self.hparams.selection_metric, -valid_loss)
@@ -458,16 +368,45 @@ class MusicBrain(sb.Brain):
             logger.warning(f"{self.not_finite} test items are not finite")
         self.hparams.train_logger.log_stats(
             {"epochs": len(self.hparams.history.epochs)},
-            test_stats={"loss": test_loss, **self.known_averages()},
+            test_stats={"loss": test_loss, **self.averages()},
         )
         skipped = of_all_ranks(self, self.skipped)
         self.unreadable_segments = sum(sum(x.values()) for x in skipped)
         if if_main_process():
             self.write_results(test_loss)
 
+    def costs(self):
+        """What the training took, and its history, for metrics.json."""
+        history = self.hparams.history
+        epoch, valid, waiting, batch, steps, peaks = (
+            history.series(name)[1]
+            for name in (
+                *("epoch_seconds", "valid_seconds", "waiting_seconds"),
+                *("step_seconds", "step", "peak_memory_mb"),
+            )
+        )
+        return {
+            "unreadable_segments": self.unreadable_segments,
+            "epochs": len(history.epochs),
+            "batches": self.num_batches,
+            "steps": int(steps[-1]),
+            # none of a run that was killed in its last validation
+            "step_seconds": statistics.median(batch) if batch else None,
+            "epoch_seconds": statistics.fmean(epoch),
+            "total_seconds": sum(epoch) + sum(valid),
+            "waiting_for_data_seconds": sum(waiting),
+            # of a training in several parts
+            "peak_memory_mb": max([peak_memory_mb(self.device), *peaks]),
+            "device": self.device,
+            "num_parameters": sum(p.numel() for p in self.modules.parameters()),
+            "history": history.epochs,
+        }
+
     def write_results(self, test_loss):
-        """Writes test_results.csv, metrics.json and the figures."""
-        folder, averages = self.results_folder, self.averages()
+        """Writes test_results.csv, metrics.json and, no debug run, figures."""
+        folder = self.folder
+        averages = dict.fromkeys((*self.columns, *self.more_averages))
+        averages |= self.averages()
         with open(
             folder / "test_results.csv", "w", newline="", encoding="utf-8"
         ) as file:
@@ -482,10 +421,12 @@ class MusicBrain(sb.Brain):
             "test_loss": test_loss,
             "test_items": len(self.rows),
             **self.more_results(),
-            **training_costs(self),
+            **self.costs(),
         }
         text = json.dumps(results, indent=2)
         (folder / "metrics.json").write_text(text, encoding="utf-8")
+        if self.debug:
+            return
         plots.save_figure(
             plots.training_curves(self.hparams.history, self.curves),
             folder / "figures" / "training_curves.png",

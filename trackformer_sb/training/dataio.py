@@ -14,21 +14,7 @@ from trackformer_sb.data.music import REPORT
 
 
 class SegmentDataset(DynamicItemDataset):
-    """SpeechBrain's dataset over a manifest, without a list of its ids.
-
-    Arguments
-    ---------
-    manifest : Manifest
-        The segments.
-
-    Example
-    -------
-    >>> from trackformer_sb.data.manifest import Manifest
-    >>> dataset = SegmentDataset(Manifest({"a_0000": {"song": "a"}}))
-    >>> dataset.set_output_keys(["id", "song"])
-    >>> dataset[0]
-    {'id': 'a_0000', 'song': 'a'}
-    """
+    """SpeechBrain's dataset over a ``Manifest``, without a list of its ids."""
 
     # not calling the one above: it makes the list
     def __init__(self, manifest):
@@ -40,18 +26,7 @@ class SegmentDataset(DynamicItemDataset):
 
 
 def prepare_data(hparams):
-    """Makes the manifests of the music, on the main process.
-
-    Arguments
-    ---------
-    hparams : dict
-        The loaded yaml.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        For music that cannot be used.
-    """
+    """Makes the manifests of the music in a yaml, on the main process."""
     if hparams["dataset"] == "shards":
         _check_packed(hparams)
         return
@@ -70,31 +45,25 @@ def manifest_folder(hparams):
 
 def data_report(hparams):
     """What the data of an experiment is, see ``Music.prepare``."""
-    return json.loads(_report_path(hparams).read_text(encoding="utf-8"))
-
-
-def _report_path(hparams):
-    return manifest_folder(hparams) / REPORT
+    path = manifest_folder(hparams) / REPORT
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _check_packed(hparams):
     """Refuses a folder that packing did not leave, or settings it lacks."""
-    where = f"data_folder={hparams['data_folder']}"
-    if not hparams["data_folder"] or not _report_path(hparams).is_file():
+    folder = hparams["data_folder"]
+    if not folder or not (pathlib.Path(folder) / REPORT).is_file():
         raise FileNotFoundError(
-            f"{where} has no {REPORT}, expected with dataset: shards a folder "
-            "that `trackformer shards make` has finished"
+            f"data_folder={folder} has no {REPORT}, expected with dataset: "
+            "shards a folder that `trackformer shards make` has finished"
         )
     packed = data_report(hparams)["settings"]
-    if packed["sample_rate"] != hparams["sample_rate"]:
+    rate, seconds = hparams["sample_rate"], hparams["segment_seconds"]
+    if packed["sample_rate"] != rate or packed["segment_seconds"] < seconds:
         raise ValueError(
-            f"sample_rate: expected {packed['sample_rate']} Hz, that of the "
-            f"shards of {where}, got {hparams['sample_rate']}"
-        )
-    if packed["segment_seconds"] < hparams["segment_seconds"]:
-        raise ValueError(
-            f"segment_seconds: expected up to {packed['segment_seconds']}, the "
-            f"length packed in {where}, got {hparams['segment_seconds']}"
+            f"expected segments at {packed['sample_rate']} Hz, of up to "
+            f"{packed['segment_seconds']} s, as data_folder={folder} has, got "
+            f"sample_rate and segment_seconds of {rate} Hz and {seconds} s"
         )
 
 
@@ -110,50 +79,37 @@ def _lost(max_failures, tracks, skipped):
 def dataio_prep(hparams, rank=0, world_size=1):
     """Datasets of pairs of mixtures from the prepared manifests.
 
-    Arguments
-    ---------
-    hparams : dict
-        The loaded yaml; ``pairs`` makes the training pairs.
-    rank, world_size : int
-        Number of this process, and of all.
-
-    Returns
-    -------
-    datasets : dict
-        "train", "valid" and "test".
-    pairs : MixtureOfMixtures or ShardedMixtures
-        What draws the training pairs; to be told the epoch.
+    Returns them as "train", "valid" and "test", and what draws the training
+    pairs, to be told the epoch.
     """
     folder = manifest_folder(hparams)
-    more = {"max_failures": 1} if hparams["music"].strict else {}
-    make_pairs = {
-        "train": functools.partial(hparams["pairs"], rank=rank, **more)
-    }
-    make_pairs["valid"] = make_pairs["test"] = functools.partial(
+    make_train = functools.partial(hparams["pairs"], rank=rank)
+    make_eval = functools.partial(
         MixtureOfMixtures,
         sample_rate=hparams["sample_rate"],
         seed=hparams["seed"],
         with_stems=True,
-        **more,
     )
-    datasets, train_pairs = {}, None
-    for split, make in make_pairs.items():
+    datasets = {}
+    for split in ("train", "valid", "test"):
+        make = make_train if split == "train" else make_eval
         if split == "train" and hparams["dataset"] == "shards":
             # Imported here: an optional extra.
-            from trackformer_sb.data.shard_reading import ShardedMixtures
+            from trackformer_sb.data.shards import ShardedMixtures
 
             datasets[split] = train_pairs = ShardedMixtures(
-                hparams["music"].shard_urls or folder,
+                folder,
                 duration=hparams["segment_seconds"],
+                batch_size=hparams["batch_size"],
+                urls=hparams["music"].shard_urls,
                 world_size=world_size,
                 epoch_segments=hparams["epoch_segments"],
-                batch_size=hparams["batch_size"],
                 **make.keywords,
             )
             continue
         rows = MappedManifest(folder, split, hparams["segment_seconds"])
-        dataset = SegmentDataset(rows)
         pairs = make(rows)
+        dataset = datasets[split] = SegmentDataset(rows)
         dataset.add_dynamic_item(
             pairs, takes="id", provides=["mixtures", "stems", "skipped"]
         )
@@ -163,11 +119,10 @@ def dataio_prep(hparams, rank=0, world_size=1):
             takes=["tracks", "skipped"],
             provides="lost",
         )
-        keys = ["id", "song", "mixtures", "skipped"]
+        keys = ["id", "mixtures", "skipped"]
         if split == "train":
             train_pairs = pairs
         else:
             keys += ["stems", "names", "lost"]
         dataset.set_output_keys(keys)
-        datasets[split] = dataset
     return datasets, train_pairs

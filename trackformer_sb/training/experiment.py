@@ -1,31 +1,175 @@
-"""From a command line to a Brain with its data, for all recipes."""
+"""From a command line to a Brain with its data, for all recipes.
 
+SpeechBrain's parser takes any unambiguous beginning of a run option, so that
+yaml keys like ``test`` or ``log`` vanish, cuts values at each "=", and has no
+way to switch a flag off. Here run options count by their full name only.
+"""
+
+import dataclasses
+import difflib
 import gc
 import io
 import os
 import pathlib
+import re
 import signal
 import sys
 from typing import NamedTuple
 
 import speechbrain as sb
 import torch
-import yaml
-from hyperpyyaml import resolve_references
+from hyperpyyaml import load_hyperpyyaml, resolve_references
+from ruamel.yaml import YAML, YAMLError
 from speechbrain.utils.logger import get_logger
-from speechbrain.utils.run_opts import RunOptions
+from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 
-from trackformer_sb.data.audio import UnreadableAudio
-from trackformer_sb.training.arguments import (
-    PlainLoader,
-    load_hparams,
-    parse_arguments,
-)
+from trackformer_sb.audio import UnreadableAudio
+from trackformer_sb.inference.hub import plain_values
 
 logger = get_logger(__name__)
 
-# What torch says in a RuntimeError when memory on the CPU is used up.
-CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
+# How torch, C++ and Python say it, on a GPU or a CPU.
+OUT_OF_MEMORY = re.compile(
+    "out of memory|not enough memory|(can't|cannot) allocate memory"
+    "|bad_alloc|MemoryError",
+    re.IGNORECASE,
+)
+# some fields of RunOptions are no options of its command line
+_OPTIONS = HELP_TEXTS.keys() | {"jit_module_keys", "compile_module_keys"}
+_FLAGS = {name for name in _OPTIONS if RunOptions()[name] is False}
+
+
+def _read_value(key, text):
+    """Words and what is marked as yaml reads them, all else is text."""
+    word = re.fullmatch(r"[+-]?\.?\w[\w.+-]*", text)
+    marked = text in ("", "null") or text.startswith("!")
+    if key.endswith(("_folder", "_file")) and not marked:
+        return text  # a folder may be called 2024
+    marked = marked or text.startswith(("{", "[", "'", '"'))
+    return YAML().load(text) if word or marked else text
+
+
+def parse_arguments(argv):
+    """Splits a command line into hyperparameter file, options and overrides.
+
+    Arguments
+    ---------
+    argv : list of str
+        ``FILE.yaml [--key=value | --key value] ...`` with keys of the yaml or
+        run options of SpeechBrain (``--device``, ``--precision``, ...).
+
+    Returns
+    -------
+    hparams_file : str
+        The yaml file.
+    run_opts : RunOptions
+        SpeechBrain's run options.
+    overrides : dict
+        Key -> value for ``load_hparams``; with the run options that the yaml
+        has as keys.
+
+    Raises
+    ------
+    ValueError
+        For a missing file name or value, a second file name, or a flag with a
+        value other than True or False.
+
+    Example
+    -------
+    >>> hparams_file, run_opts, overrides = parse_arguments(
+    ...     ["train.yaml", "--data_folder=a=b", "--lr", "1e-3", "--compile"]
+    ... )
+    >>> run_opts.compile, overrides
+    (True, {'data_folder': 'a=b', 'lr': 0.001})
+    """
+    words, options, overrides, hparams_file = list(argv), {}, {}, None
+    while words:
+        word = words.pop(0)
+        key, has_value, value = word[2:].partition("=")
+        if word in ("-h", "--help"):
+            RunOptions.from_command_line_args([word])
+        elif not word.startswith("--"):
+            if hparams_file is not None:
+                raise ValueError(
+                    f"unexpected argument {word!r}: expected one yaml file, "
+                    f"then --key=value, got {hparams_file!r} before"
+                )
+            hparams_file = word
+        elif key in _FLAGS:
+            if value.lower() not in ("", "true", "false"):
+                raise ValueError(
+                    f"--{key} is a flag, expected --{key}, --{key}=True or "
+                    f"--{key}=False, got {word!r}"
+                )
+            options[key] = value.lower() != "false"
+        else:
+            if not has_value:
+                if not words or words[0].startswith("--"):
+                    raise ValueError(f"expected a value after {word}")
+                value = words.pop(0)
+            if key in _OPTIONS:
+                options[key] = value
+            else:
+                overrides[key] = _read_value(key, value)
+    if hparams_file is None:
+        raise ValueError(
+            "expected a yaml file, for example: "
+            "python recipes/train.py hparams/performer_mixit.yaml"
+        )
+    given = [hparams_file]
+    for key, value in options.items():
+        if value is not False:
+            given += [f"--{key}"] if value is True else [f"--{key}", value]
+    _, run_opts, _ = RunOptions.from_command_line_args(given)
+    if run_opts.optimizer_step_limit is not None:
+        # the one number that SpeechBrain's parser leaves a text
+        run_opts = dataclasses.replace(
+            run_opts, optimizer_step_limit=int(run_opts.optimizer_step_limit)
+        )
+    for key in keys_of(hparams_file) & options.keys():
+        # recorded and compared with the rest of the yaml
+        overrides[key] = run_opts[key]
+    return hparams_file, run_opts, overrides
+
+
+def keys_of(hparams_file):
+    """Top-level keys of a yaml file; none if there is no such file."""
+    path = pathlib.Path(hparams_file)
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return set(re.findall(r"^([A-Za-z]\w*):", text, re.MULTILINE))
+
+
+def check_keys(hparams_file, keys):
+    """Raises ValueError for a key that a yaml does not have."""
+    known = keys_of(hparams_file)
+    for key in keys - known:
+        near = difflib.get_close_matches(key, known | _OPTIONS, n=3)
+        hint = f"did you mean {' or '.join(near)}?"
+        if not near:
+            hint = f"its keys are {', '.join(sorted(known))}"
+        raise ValueError(f"unknown key {key!r} for {hparams_file}: {hint}")
+
+
+def load_hparams(hparams_file, overrides=None):
+    """Loads a HyperPyYAML file with overrides, key -> value.
+
+    Mappings are merged into what is built there: ``{"music": {"max_stems":
+    4}}`` adds an argument. Raises FileNotFoundError or ValueError where there
+    is no such file or key, or what is built does not take an argument.
+    """
+    path, overrides = pathlib.Path(hparams_file), overrides or {}
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no hyperparameter file {hparams_file}, expected a yaml such as "
+            "hparams/performer_mixit.yaml"
+        )
+    check_keys(path, overrides.keys())
+    try:
+        return load_hyperpyyaml(path.read_text(encoding="utf-8"), overrides)
+    except TypeError as error:
+        # of an argument that a class does not have
+        words = ": ".join(map(str, error.args))
+        raise ValueError(f"{hparams_file}: {words}") from error
 
 
 class Experiment(NamedTuple):
@@ -57,56 +201,52 @@ def load_experiment(argv, selection_metrics):
     ------
     FileNotFoundError, ValueError
         For settings that cannot work, or an output folder with checkpoints of
-        another model or of other settings.
+        other settings.
     """
     hparams_file, run_opts, overrides = parse_arguments(argv)
     hparams = load_hparams(hparams_file, overrides)
+    if run_opts.debug:
+        # a few batches must not replace the results of a run
+        folder = os.path.join(hparams["output_folder"], "debug")
+        overrides["output_folder"] = folder
+        hparams = load_hparams(hparams_file, overrides)
     metric = hparams.get("selection_metric", selection_metrics[0])
     if metric not in selection_metrics:
         raise ValueError(
             f"selection_metric must be one of {', '.join(selection_metrics)}, "
             f"got {metric!r}"
         )
-    hparams["checkpointer"].check_fits()
     begun = hparams["checkpointer"].find_checkpoint() is not None
     # a yaml of the user's own may not have the key
     if begun and not hparams.get("allow_changes"):
-        check_same(hparams_file, overrides, hparams["output_folder"])
+        _check_same(hparams_file, overrides, hparams["output_folder"])
     sb.utils.distributed.ddp_init_group(run_opts)
     directory = {
         "experiment_directory": hparams["output_folder"],
         "hyperparams_to_save": hparams_file,
         "overrides": overrides,
+        # a list of packages, which takes seconds
+        "save_env_desc": not run_opts.debug,
     }
     return Experiment(hparams, run_opts, directory)
 
 
-def check_same(hparams_file, overrides, output_folder):
-    """Compares an experiment with the one that its folder was begun with.
-
-    What was trained with other settings must not get the name of these.
-
-    Raises
-    ------
-    ValueError
-        Naming the keys that differ, with both values.
-    """
+def _check_same(hparams_file, overrides, output_folder):
+    """Refuses to train with other settings under the name of the first ones."""
     path = pathlib.Path(output_folder) / "hyperparams.yaml"
     if not path.is_file():
         return
     text = pathlib.Path(hparams_file).read_text(encoding="utf-8")
     asked = resolve_references(io.StringIO(text), overrides).getvalue()
     asked, begun = (
-        yaml.load(x, PlainLoader)
+        dict(_flat(plain_values(x)))
         for x in (asked, path.read_text(encoding="utf-8"))
     )
-    asked, begun = dict(_flat(asked)), dict(_flat(begun))
     different = {}
     for key, value in asked.items():
-        before = begun.get(key)
-        if key != "allow_changes" and _plain(before) != _plain(value):
+        if key != "allow_changes" and begun.get(key) != value:
             # what refers to a key changes with it
-            change = f"was {before!r}, now {value!r}"
+            change = f"was {begun.get(key)!r}, now {value!r}"
             different.setdefault(change, f"{key} {change}")
     if different:
         raise ValueError(
@@ -117,24 +257,14 @@ def check_same(hparams_file, overrides, output_folder):
 
 
 def _flat(tree, prefix=""):
-    """Keys and values of mappings in mappings."""
+    """Keys and values of mappings in mappings; "a/" and "a" are one path."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
+            is_text = isinstance(value, str)
+            value = os.path.normpath(value) if is_text else value
             yield f"{prefix}{key}", value
-
-
-def _plain(value):
-    """Numbers have many spellings, as 1e-4 and 0.0001, and paths too."""
-    if isinstance(value, list):
-        return [_plain(x) for x in value]
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return os.path.normpath(value)
-    return value
 
 
 def run(main):
@@ -152,25 +282,28 @@ def run(main):
             gc.collect()
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
-    except (OSError, ValueError, ImportError, UnreadableAudio) as error:
-        logger.debug("stopped", exc_info=True)
-        message = f"{type(error).__name__}: {error}"
-        if "Traceback" in message:
-            # from a loader worker: the last line says what happened
-            message = message.strip().splitlines()[-1]
-        sys.exit(message)
     except KeyboardInterrupt:
         print(
             "interrupted; the same command goes on from its last checkpoint",
             file=sys.stderr,
         )
         sys.exit(128 + signal.SIGINT)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not known and not any(x in str(error) for x in CPU_OUT_OF_MEMORY):
+    except (
+        *(OSError, ValueError, ImportError),
+        *(RuntimeError, MemoryError, YAMLError),
+    ) as error:
+        message = f"{type(error).__name__}: {error}"
+        if "Traceback" in message:
+            # from a loader worker: the last line says what happened
+            message = message.strip().splitlines()[-1]
+        if OUT_OF_MEMORY.search(message):
+            message = (
+                "out of memory: expected a smaller batch_size or "
+                f"segment_seconds, or more memory ({message.splitlines()[0]})"
+            )
+        elif isinstance(error, RuntimeError) and not isinstance(
+            error, UnreadableAudio
+        ):
             raise
         logger.debug("stopped", exc_info=True)
-        sys.exit(
-            "out of memory: expected a smaller batch_size or segment_seconds, "
-            f"or more memory ({str(error).splitlines()[0]})"
-        )
+        sys.exit(message)

@@ -10,26 +10,21 @@ import speechbrain as sb
 import torch
 from speechbrain.dataio.dataloader import SaveableDataLoader
 from speechbrain.utils.distributed import ddp_broadcast, if_main_process
-from speechbrain.utils.logger import get_logger
 
 from trackformer_sb.data.music import Music
-from trackformer_sb.data.remix import (
-    NamedWindows,
-    mark_absent,
-)
+from trackformer_sb.data.remix import NamedWindows
 from trackformer_sb.inference.separation import apply_masks
 from trackformer_sb.objectives.mixit import mixit_loss
-from trackformer_sb.objectives.named import absent_loss, named_loss
-from trackformer_sb.objectives.named_metrics import (
+from trackformer_sb.objectives.named import (
+    absent_loss,
     decode_masks,
+    named_loss,
     named_si_snri,
     pair_by_class,
     time_averaged_masks,
 )
-from trackformer_sb.training.costs import of_all_ranks
+from trackformer_sb.training.brain import of_all_ranks
 from trackformer_sb.training.optimization import clip_all_groups
-
-logger = get_logger(__name__)
 
 # MixIT's loss is in dB, that of named stems a distance of about 1
 MIXIT_SHARE = 0.1
@@ -103,19 +98,9 @@ class NamedSeparation(sb.Brain):
     def measure(self, est_mask, mix_w, stems):
         """Named SI-SNR improvement of an item.
 
-        Arguments
-        ---------
-        est_mask : torch.Tensor
-            [num_spks, 1, freq, frames].
-        mix_w : torch.Tensor
-            [1, 2, freq, frames].
-        stems : dict
-            Class -> [2, time].
-
-        Returns
-        -------
-        dict
-            Class -> dB of the masks, and of their average over time.
+        From masks [num_spks, 1, freq, frames], the mixture's spectrum
+        [1, 2, freq, frames] and class -> stem [2, time]: class -> dB of the
+        masks, and of their average over time.
         """
         masks, mix_w = est_mask[:, 0].float(), mix_w[0].mean(0, keepdim=True)
         stems = {
@@ -302,33 +287,11 @@ class NamedSeparation(sb.Brain):
         separator.bfloat16().save_pretrained(folder / "separator")
 
 
-def _songs(hparams):
-    """Songs with stems, and without."""
-    songs = []
-    for music in (hparams["music"], hparams["mixtures"]):
-        if music.folder:
-            songs += music.songs(hparams["segment_seconds"])
-    songs = [song for song in songs if song.split in ("", "train")]
-    named = [song for song in songs if song.has_stems]
-    mixtures = [song for song in songs if not song.has_stems]
-    mixtures = mark_absent(mixtures, hparams["absent"], hparams["classes"])
-    logger.info(
-        f"{len(named)} songs with stems of {', '.join(hparams['classes'])}, "
-        f"{len(mixtures)} without, of which "
-        f"{sum(bool(song.absent) for song in mixtures)} lack a class"
-    )
-    return named, mixtures
-
-
 def initialise(hparams):
     """Loads the pre-trained separator, if a new run is to start with one.
 
-    Raises
-    ------
-    FileNotFoundError
-        If it is not there.
-    ValueError
-        Naming the keys in which it differs, with both values.
+    Raises a ValueError that names the keys in which it differs, with both
+    values.
     """
     source = hparams["pretrained_separator"]
     if not source or hparams["checkpointer"].find_checkpoint() is not None:
@@ -336,14 +299,10 @@ def initialise(hparams):
     # Imported here: training needs no hub.
     from trackformer_sb.inference.separator import Separator
 
-    try:
-        separator = Separator.from_pretrained(source)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"pretrained_separator: {error}") from error
-    masknet = hparams["MaskNet"]
+    separator = Separator.from_pretrained(source)
+    masknet, config = hparams["MaskNet"], separator.config
     keys = "classes", "sample_rate", "n_fft", "hop_length"
     asked = {key: hparams[key] for key in keys} | masknet.arguments
-    config = separator.config
     known = config["encoder"] | config["masknet"] | config
     different = [
         f"{key} is {known.get(key)}, this training has {value}"
@@ -359,14 +318,23 @@ def initialise(hparams):
         net.load_state_dict(separator.masknet.state_dict())
 
 
-def train(experiment):
-    """Trains, validates and exports a separator of named stems.
+def _valid_songs(hparams):
+    """Group -> songs to validate on; a folder's name is that of its group."""
+    songs = {}
+    for folder in hparams["valid_folders"]:
+        group = pathlib.Path(folder).name
+        if group in songs:
+            raise ValueError(
+                "valid_folders: expected other names than twice "
+                f"{group}, which tell them apart"
+            )
+        music = Music(folder, "stems", stem_groups=hparams["stem_classes"])
+        songs[group] = music.songs()
+    return songs
 
-    Arguments
-    ---------
-    experiment : trackformer_sb.training.experiment.Experiment
-        Of ``hparams/separator.yaml`` or one like it.
-    """
+
+def train(experiment):
+    """Trains, validates and exports a separator of named stems."""
     hparams = experiment.hparams
     # before anything of an earlier run is written over
     initialise(hparams)
@@ -379,21 +347,17 @@ def train(experiment):
         checkpointer=hparams["checkpointer"],
     )
     hparams["ema"].to(brain.device).eval()
-    rank = getattr(brain, "rank", 0) if brain.distributed_launch else 0
-    world = (
-        torch.distributed.get_world_size() if brain.distributed_launch else 1
+    rank, world = 0, 1
+    if brain.distributed_launch:
+        rank, world = brain.rank, torch.distributed.get_world_size()
+    songs = []
+    for music in (hparams["music"], hparams["mixtures"]):
+        if music.folder:
+            songs += music.songs(hparams["segment_seconds"])
+    brain.items = hparams["items"](
+        [song for song in songs if song.split in ("", "train")]
     )
-    brain.items = hparams["items"](*_songs(hparams))
-    valid_songs = {}
-    for folder in hparams["valid_folders"]:
-        group = pathlib.Path(folder).name
-        if group in valid_songs:
-            raise ValueError(
-                "valid_folders: expected other names than twice "
-                f"{group}, which tell them apart"
-            )
-        music = Music(folder, "stems", stem_groups=hparams["stem_classes"])
-        valid_songs[group] = music.songs()
+    valid_songs = _valid_songs(hparams)
     brain.groups = list(valid_songs)
     valid = NamedWindows(
         valid_songs,
@@ -402,10 +366,6 @@ def train(experiment):
         rank=rank,
         world_size=world,
     )
-    if brain.groups and not len(valid) and not rank:
-        raise ValueError(
-            "valid_folders: expected songs of 3 s or more, got none"
-        )
     slots = hparams["num_spks"] // len(hparams["classes"])
     brain.slot_classes = [
         name for name in hparams["classes"] for _ in range(slots)
@@ -414,13 +374,12 @@ def train(experiment):
         hparams["batch_size"] * world * brain.grad_accumulation_factor
     )
     brain.tensorboard = hparams["tensorboard_logger"]().writer
-    options = hparams["train_loader_options"]
     brain.fit(
         hparams["epoch_counter"],
         brain.items,
         SaveableDataLoader(valid, batch_size=1, collate_fn=list)
         if brain.groups
         else None,
-        train_loader_kwargs=options,
+        train_loader_kwargs=hparams["train_loader_options"],
         progressbar=False,
     )

@@ -1,9 +1,13 @@
-"""Learning rates and averages of weights."""
+"""Learning rates, averages of weights, and an optimizer."""
 
 import math
-from numbers import Real
 
 import torch
+
+# Of the quintic iteration that takes singular values near 1 (Keller Jordan,
+# "Muon: An optimizer for hidden layers in neural networks", 2024).
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
 
 
 def cosine_schedule(optimizer, num_steps, lr_final, warmup_steps=0):
@@ -11,7 +15,7 @@ def cosine_schedule(optimizer, num_steps, lr_final, warmup_steps=0):
 
     Half a period of SGDR (arXiv 1608.03983, equation 5). Parameter groups may
     have ``lr_scale``, which multiplies their learning rate all along, and
-    ``freeze_steps``, for which it is zero; see ``separate_group``.
+    ``freeze_steps``, for which it is zero; see ``separate_layers``.
 
     Arguments
     ---------
@@ -79,62 +83,6 @@ def cosine_schedule(optimizer, num_steps, lr_final, warmup_steps=0):
     )
 
 
-def check_groups(lr_scale, freeze_steps, layer_decay=1.0):
-    """Raises ValueError for settings that groups cannot have."""
-    numbers = lr_scale, freeze_steps
-    if not all(isinstance(x, Real) and x >= 0 for x in numbers):
-        raise ValueError(
-            "expected lr_scale and freeze_steps from 0, "
-            f"got {lr_scale} and {freeze_steps}"
-        )
-    if not (isinstance(layer_decay, Real) and 0 < layer_decay <= 1):
-        raise ValueError(
-            f"expected layer_decay above 0 and up to 1, got {layer_decay}"
-        )
-
-
-def separate_group(optimizer, parameters, lr_scale=1.0, freeze_steps=0):
-    """Gives parameters a group of their own, for ``cosine_schedule``.
-
-    Frozen means a learning rate of zero, which AdamW applies to its weight
-    decay as well: gradients are still computed, as DistributedDataParallel
-    expects them.
-
-    Arguments
-    ---------
-    optimizer : torch.optim.Optimizer
-        Whose groups have the parameters.
-    parameters : iterable of torch.nn.Parameter
-        What to separate.
-    lr_scale : float
-        Their learning rate as a share of that of the others.
-    freeze_steps : int or float
-        Steps for which they do not change; below 1 a share of the steps of the
-        schedule.
-
-    Raises
-    ------
-    ValueError
-        If a number is negative.
-    """
-    check_groups(lr_scale, freeze_steps)
-    chosen = {id(parameter) for parameter in parameters}
-    # there are two where vectors have no weight decay
-    for group in list(optimizer.param_groups):
-        apart = [p for p in group["params"] if id(p) in chosen]
-        if not apart:
-            continue
-        group["params"] = [p for p in group["params"] if id(p) not in chosen]
-        optimizer.add_param_group(
-            {
-                **group,
-                "params": apart,
-                "lr_scale": lr_scale,
-                "freeze_steps": freeze_steps,
-            }
-        )
-
-
 def separate_layers(
     optimizer, layers, lr_scale=1.0, freeze_steps=0, layer_decay=1.0
 ):
@@ -145,14 +93,22 @@ def separate_layers(
     (arXiv 2111.06377): layers near the input, which any task can use, change
     less. The last layer stands one below the rest of the model.
 
+    Frozen means a learning rate of zero, which AdamW applies to its weight
+    decay as well: gradients are still computed, as DistributedDataParallel
+    expects them.
+
     Arguments
     ---------
     optimizer : torch.optim.Optimizer
-        Whose groups have the parameters.
+        Whose groups have the parameters; to be followed by
+        ``cosine_schedule``.
     layers : list of lists of torch.nn.Parameter
         From the input up.
-    lr_scale, freeze_steps
-        As in ``separate_group``, of all layers.
+    lr_scale : float
+        Learning rate of all layers as a share of that of the rest, from 0.
+    freeze_steps : int or float
+        Steps for which they do not change; below 1 a share of the steps of the
+        schedule.
     layer_decay : float
         Above 0 and up to 1, where all layers are one group.
 
@@ -160,40 +116,40 @@ def separate_layers(
     ------
     ValueError
         If a number is out of its range.
-    """
-    check_groups(lr_scale, freeze_steps, layer_decay)
-    if layer_decay == 1:
-        layers = [[p for layer in layers for p in layer]]
-    for below, layer in enumerate(reversed(layers), 1):
-        scale = lr_scale * layer_decay**below
-        separate_group(optimizer, layer, scale, freeze_steps)
-
-
-def frozen_epochs(optimizer, num_steps, epoch_steps):
-    """Epochs that begin while a group is frozen.
-
-    Arguments
-    ---------
-    optimizer : torch.optim.Optimizer
-        See ``separate_group``.
-    num_steps, epoch_steps : int
-        Of the training, and of an epoch.
-
-    Returns
-    -------
-    int
 
     Example
     -------
-    >>> optimizer = torch.optim.SGD([torch.zeros(1), torch.zeros(1)], lr=1.0)
-    >>> parameters = optimizer.param_groups[0]["params"]
-    >>> separate_group(optimizer, parameters[:1], freeze_steps=0.25)
-    >>> frozen_epochs(optimizer, num_steps=100, epoch_steps=10)
-    3
+    >>> below, above, head = (torch.zeros(1) for _ in range(3))
+    >>> optimizer = torch.optim.SGD([below, above, head], lr=1.0)
+    >>> separate_layers(optimizer, [[below], [above]], layer_decay=0.5)
+    >>> [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
+    [1.0, 0.5, 0.25]
     """
-    steps = max(x.get("freeze_steps", 0) for x in optimizer.param_groups)
-    steps *= num_steps if steps < 1 else 1
-    return math.ceil(steps / epoch_steps)
+    if not (lr_scale >= 0 and freeze_steps >= 0 and 0 < layer_decay <= 1):
+        raise ValueError(
+            "fine_tuning: expected lr_scale and freeze_steps from 0 and "
+            f"layer_decay above 0 and up to 1, got {lr_scale}, {freeze_steps} "
+            f"and {layer_decay}"
+        )
+    if layer_decay == 1:
+        layers = [[p for layer in layers for p in layer]]
+    for below, layer in enumerate(reversed(layers), 1):
+        chosen = {id(parameter) for parameter in layer}
+        # there are two where vectors have no weight decay
+        for group in list(optimizer.param_groups):
+            apart = [p for p in group["params"] if id(p) in chosen]
+            if not apart:
+                continue
+            rest = [p for p in group["params"] if id(p) not in chosen]
+            group["params"] = rest
+            optimizer.add_param_group(
+                {
+                    **group,
+                    "params": apart,
+                    "lr_scale": lr_scale * layer_decay**below,
+                    "freeze_steps": freeze_steps,
+                }
+            )
 
 
 def clip_all_groups(optimizer, max_norm):
@@ -235,3 +191,114 @@ def moving_average(decay):
         torch._foreach_lerp_(averages, weights, 1 - kept)
 
     return update
+
+
+def orthogonalise(matrix):
+    """The nearest matrix with orthonormal rows or columns, roughly.
+
+    Five Newton-Schulz steps leave singular values within about 0.7 to 1.2.
+
+    Example
+    -------
+    >>> values = torch.linalg.svdvals(orthogonalise(torch.randn(8, 32)))
+    >>> bool((values > 0.5).all() and (values < 1.4).all())
+    True
+    """
+    a, b, c = COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.mT if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    # x <- p(x x') x five times, the polynomials in the Gram matrix alone: of a
+    # wide matrix two large products are left of fifteen. Not in bfloat16, where
+    # errors of the Gram matrix grow.
+    gram = x @ x.mT
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    product = identity
+    for _ in range(ITERATIONS):
+        step = a * identity + b * gram + c * (gram @ gram)
+        product, gram = step @ product, step @ gram @ step
+    x = product @ x
+    return x.mT if tall else x
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW whose matrices take orthogonalised momentum steps (Muon).
+
+    A parameter is a matrix if, with all dimensions after the first flattened,
+    both sides have at least `least_side` entries; so convolutions are. Its step
+    is ``lr * muon_scale * 0.2 * sqrt(longer side)`` times the orthogonalised
+    Nesterov momentum: at the same scale as AdamW's (Liu et al., arXiv
+    2502.16982).
+
+    Arguments
+    ---------
+    params : iterable of torch.nn.Parameter
+        What to train.
+    lr : float
+        Learning rate of AdamW.
+    muon_scale : float
+        That of Muon in multiples of `lr`.
+    momentum : float
+        Of Muon.
+    least_side : int
+        See above.
+    **options : dict
+        Others of ``torch.optim.AdamW``.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr=8e-4,
+        muon_scale=2.0,
+        momentum=0.95,
+        least_side=32,
+        **options,
+    ):
+        groups = {True: [], False: []}
+        for parameter in params:
+            sides = (
+                (parameter.shape[0], parameter[0].numel())
+                if parameter.dim() > 1
+                else (1, 1)
+            )
+            groups[min(sides) >= least_side].append(parameter)
+        groups = [
+            {"params": group, "muon": muon}
+            for muon, group in groups.items()
+            if group
+        ]
+        super().__init__(groups, lr=lr, **options)
+        for group in self.param_groups:
+            group.setdefault("muon_scale", muon_scale)
+            group.setdefault("momentum", momentum)
+
+    @torch.no_grad()
+    def step(self):
+        """Takes a step; matrices first, then AdamW on the others."""
+        held = []
+        for group in self.param_groups:
+            if not group["muon"]:
+                continue
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._muon_step(parameter, group)
+                    held.append((parameter, parameter.grad))
+                    parameter.grad = None  # AdamW passes over it
+        super().step()
+        for parameter, gradient in held:
+            parameter.grad = gradient
+
+    def _muon_step(self, parameter, group):
+        state = self.state[parameter]
+        if "muon_momentum" not in state:
+            state["muon_momentum"] = torch.zeros_like(parameter)
+            state["step"] = torch.tensor(0.0)  # AdamW looks for it
+        momentum, gradient = state["muon_momentum"], parameter.grad
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(momentum, group["momentum"]).flatten(1)
+        update = orthogonalise(update)
+        rate = group["lr"] * group["muon_scale"]
+        parameter.mul_(1 - rate * group["weight_decay"])
+        step = rate * 0.2 * max(update.shape) ** 0.5
+        parameter.add_(update.view_as(parameter), alpha=-step)

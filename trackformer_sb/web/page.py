@@ -21,18 +21,7 @@ BLOCK_FRAMES = 2**18
 
 
 def import_gradio():
-    """Gradio, with its statistics switched off.
-
-    Returns
-    -------
-    module
-        ``gradio``.
-
-    Raises
-    ------
-    ImportError
-        If it is not installed; the message names the extra that brings it.
-    """
+    """Gradio, with its statistics off; an ImportError names its extra."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
@@ -45,34 +34,13 @@ def import_gradio():
 
 
 def separate_upload(separator, path, folder, max_minutes, progress):
-    """Separates a file, draws its stems, and packs them.
+    """Separates a file into a folder, draws its stems, and packs them.
 
-    Arguments
-    ---------
-    separator : Separator
-        Or any object with its ``separate_file`` and ``groups``.
-    path : Path
-        The uploaded file.
-    folder : Path
-        An existing folder for what is made. If it goes meanwhile, as the page
-        was closed, the separation ends.
-    max_minutes : float
-        Longest music that is taken.
-    progress : callable
-        Called with the share of the work that is done, and ``desc``, in words.
-
-    Returns
-    -------
-    dict
-        For ``player.js``: ``stems``, a list of dicts of name, address of the
-        wav and of its spectrogram, which sum to the file, and ``archive``, the
-        address of a zip of all stems.
-
-    Raises
-    ------
-    ValueError
-        If the file cannot be read or is too long; the message names it without
-        its folder.
+    ``progress`` is called with the share of the work that is done, and
+    ``desc``, in words. If the folder goes meanwhile, as the page was closed,
+    the separation ends. Returns, for ``player.js``, ``stems``, a list of dicts
+    of name, address of the wav and of its spectrogram, which sum to the file,
+    and ``archive``, the address of a zip of all stems.
     """
 
     def separated(done, total):
@@ -87,18 +55,7 @@ def separate_upload(separator, path, folder, max_minutes, progress):
         text = f"Separated {done:.0f} of {total:.0f} s"
         progress(0.9 * done / total, desc=text)
 
-    try:
-        wavs = separator.separate_file(
-            path, folder, progressbar=False, progress=separated
-        )
-    except soundfile.LibsndfileError as error:
-        raise ValueError(
-            f"{path.name} is no audio file that can be read (wav, flac, ogg, "
-            "mp3 or aiff), or is damaged"
-        ) from error
-    except (ValueError, OSError, RuntimeError) as error:
-        message = str(error).replace(str(path), path.name)
-        raise ValueError(message) from error
+    wavs = separator.separate_file(path, folder, progressbar=separated)
     progress(0.9, desc="Drawing spectrograms")
     powers = [_spectrogram(wav) for wav in wavs]
     loudest = max(power.max() for power in powers)
@@ -135,23 +92,9 @@ def _address(path):
 
 
 def build_page(separator, root, title, max_minutes):
-    """The page, ready to be launched.
+    """The page, ready to be launched, see ``running_page``.
 
-    Arguments
-    ---------
-    separator : Separator
-        What separates; one file at a time.
-    root : Path
-        An existing folder for the stems, one folder a visitor.
-    title : str
-        What the page says of the model.
-    max_minutes : float
-        Longest music that is taken.
-
-    Returns
-    -------
-    gradio.Blocks
-        The page.
+    ``root`` is an existing folder for the stems, one folder a visitor.
     """
     gr = import_gradio()
     parts = resources.files("trackformer_sb.web")
@@ -170,9 +113,11 @@ def build_page(separator, root, title, max_minutes):
             return separate_upload(
                 separator, Path(upload), folder, max_minutes, bar
             )
-        except ValueError as error:
+        except (ValueError, OSError, RuntimeError) as error:
+            # libsndfile's and torch's are RuntimeErrors
+            message = str(error).replace(str(upload), Path(upload).name)
             raise gr.Error(
-                html.escape(str(error)), duration=20, print_exception=False
+                html.escape(message), duration=20, print_exception=False
             ) from error
 
     # uploads go after an hour
@@ -199,45 +144,13 @@ def build_page(separator, root, title, max_minutes):
 
 
 @contextlib.contextmanager
-def running_page(
-    separator,
-    title,
-    host="127.0.0.1",
-    port=None,
-    max_megabytes=100,
-    max_minutes=15,
-):
-    """Serves the page as long as the context lasts.
+def running_page(separator, title, host, port, max_megabytes, max_minutes):
+    """Serves the page as long as the context lasts; yields its address.
 
     All files that visitors leave lie in one temporary folder, which goes with
-    the context; the stems of a visitor go when the page is closed.
-
-    Arguments
-    ---------
-    separator : Separator
-        What separates.
-    title : str
-        What the page says of the model.
-    host : str
-        Address to listen at; the default is reached from this machine only.
-    port : int, optional
-        By default the first free one from 7860.
-    max_megabytes : float
-        Largest upload, in 2**20 bytes.
-    max_minutes : float
-        Longest music.
-
-    Yields
-    ------
-    str
-        Address of the page.
-
-    Raises
-    ------
-    ImportError
-        If gradio is missing.
-    OSError
-        If the port is taken.
+    the context; the stems of a visitor go when the page is closed. ``title``
+    is what the page says of the model; the rest is as of ``trackformer demo``.
+    An OSError says that the port is taken.
     """
     gr = import_gradio()
     with tempfile.TemporaryDirectory(prefix="trackformer-") as root:
