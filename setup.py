@@ -34,7 +34,7 @@ setup(
         "ruamel.yaml",
         "pyyaml",
         "soundfile>=0.12",
-        "av>=14",
+        "av>=17",
         "soxr",
         "numpy",
         "scipy",

@@ -20,8 +20,9 @@ import pathlib
 # 2 busy CPU cores training was 7 times slower. Takes effect before torch loads.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
-from trackformer_sb.cli import exit_unless_pair_fits
+from trackformer_sb.cli import exit_unless_pair_fits, steady_console
 
+steady_console()
 exit_unless_pair_fits()
 
 import speechbrain as sb
@@ -158,7 +159,12 @@ def model_card(hparams, brain):
 
 def main(argv):
     """Pre-trains, evaluates and exports an encoder."""
-    experiment = load_experiment(argv, Pretraining.selection_metrics)
+    with load_experiment(argv, Pretraining.selection_metrics) as experiment:
+        pretrain(experiment)
+
+
+def pretrain(experiment):
+    """Pre-trains, evaluates and exports an encoder."""
     hparams = experiment.hparams
     check_masking(hparams)
     prepare_data(hparams)

@@ -31,12 +31,14 @@ import sys
 import tempfile
 from typing import NamedTuple
 
-from trackformer_sb.cli import exit_unless_pair_fits
+from trackformer_sb.cli import exit_unless_pair_fits, steady_console
 
+steady_console()
 exit_unless_pair_fits()
 
 import torch
 
+from trackformer_sb.paths import expanded
 from trackformer_sb.training.experiment import (
     OUT_OF_MEMORY,
     check_keys,
@@ -49,6 +51,7 @@ from trackformer_sb.training.grid_tables import (
     markdown,
     write_tables,
 )
+from trackformer_sb.training.lock import locked
 
 RECIPES = pathlib.Path(__file__).resolve().parent
 HPARAMS = RECIPES.parent / "hparams"
@@ -146,7 +149,7 @@ def make_parser():
     )
     add, folder = parser.add_argument, {"metavar": "FOLDER"}
     add("--dry-run", action="store_true", help="only estimate the time")
-    add("--output_folder", default="results/reproduce", **folder)
+    add("--output_folder", default="results/reproduce", type=expanded, **folder)
     add("--models", nargs="+", default=MODELS[:3], choices=MODELS)
     add("--lengths", nargs="+", default=(3.0, 5.0, 10.0, 30.0), type=float)
     add("--losses", nargs="+", default=LOSSES, choices=LOSSES)
@@ -363,7 +366,8 @@ def main(argv):
         failed = dry_run(jobs, demo, options.memory_gb)
     else:
         grid = pathlib.Path(options.output_folder)
-        failed = run(jobs, grid, options.memory_gb)
+        with locked(grid):
+            failed = run(jobs, grid, options.memory_gb)
         print(f"tables: {grid / 'tables.md'}")
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)

@@ -19,8 +19,9 @@ import pathlib
 # 2 busy CPU cores training was 7 times slower. Takes effect before torch loads.
 os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
 
-from trackformer_sb.cli import exit_unless_pair_fits
+from trackformer_sb.cli import exit_unless_pair_fits, steady_console
 
+steady_console()
 exit_unless_pair_fits()
 
 import numpy as np
@@ -185,9 +186,9 @@ class Separation(MusicBrain):
             }
         return row
 
-    def prepare_stage(self):
+    def on_stage_start(self, stage, epoch=None):
         """Resets what is measured."""
-        super().prepare_stage()
+        super().on_stage_start(stage, epoch)
         self.silent_stems = 0
 
     def log_picture(self, epoch):
@@ -286,11 +287,14 @@ def songs_heard(hparams, songs):
 
 def main(argv):
     """Trains, evaluates and exports a separator."""
-    experiment = load_experiment(argv, Separation.selection_metrics)
+    with load_experiment(argv, Separation.selection_metrics) as experiment:
+        named_stems = "classes" in experiment.hparams
+        (named.train if named_stems else train)(experiment)
+
+
+def train(experiment):
+    """Trains, evaluates and exports a separator of outputs without names."""
     hparams = experiment.hparams
-    if "classes" in hparams:
-        named.train(experiment)
-        return
     # before anything of an earlier run is written over
     keys, songs = initialise(hparams)
     prepare_data(hparams)

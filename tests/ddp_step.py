@@ -40,7 +40,7 @@ def one_step(folder, batch):
         def __init__(self, **options):
             # without data
             sb.Brain.__init__(self, **options)
-            self.num_processes = 1
+            self.rank, self.num_processes = 0, 1
 
         def optimizers_step(self):
             self.gradient = {
@@ -57,7 +57,7 @@ def one_step(folder, batch):
         checkpointer=hparams["checkpointer"],
     )
     brain.num_batches, brain.num_steps = 10, 100
-    brain.skipped, brain.sounds = {}, False
+    brain.skipped = {}
     brain.tensorboard = hparams["tensorboard_logger"]().writer
     before = {k: v.clone() for k, v in hparams["MaskNet"].state_dict().items()}
     brain.on_fit_start()

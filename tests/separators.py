@@ -1,7 +1,9 @@
-"""Tiny separators, as the tests of loading and saving share them."""
+"""Tiny separators and files, as several tests share them."""
 
 import io
 
+import numpy as np
+import soundfile
 import torch
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 
@@ -90,38 +92,50 @@ def trained(folder, text=PERFORMER):
     return path, modules
 
 
-def performer(num_spks=3, **more):
-    """A separator whose outputs have no names."""
+def _separator(name, stft, num_spks, sizes, **more):
     path = "trackformer_sb.nnet"
-    channels = {"in_channels": 129, "num_spks": num_spks}
-    masknet = {"class": f"{path}.masknet.PerformerMaskNet", **channels}
-    separator = Separator(
-        encoder={"class": f"{path}.stft.STFTEncoder", **STFT},
-        masknet={**masknet, **SIZES, **more},
-        decoder={"class": f"{path}.stft.STFTDecoder", **STFT},
+    channels = {"in_channels": stft["n_fft"] // 2 + 1, "num_spks": num_spks}
+    return Separator(
+        encoder={"class": f"{path}.stft.STFTEncoder", **stft},
+        masknet={"class": f"{path}.{name}", **channels, **sizes},
+        decoder={"class": f"{path}.stft.STFTDecoder", **stft},
         sample_rate=RATE,
         num_spks=num_spks,
-    )
+        **more,
+    ).eval()
+
+
+def performer(num_spks=3, **more):
+    """A separator whose outputs have no names."""
+    sizes = {**SIZES, **more}
+    separator = _separator("masknet.PerformerMaskNet", STFT, num_spks, sizes)
     for parameter in separator.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return separator.eval()
+    return separator
 
 
 def named(classes=CLASSES, **more):
     """A separator of named stems, of two outputs each."""
-    path, stft = "trackformer_sb.nnet", {"n_fft": 512, "hop_length": 256}
-    num_spks = 2 * len(classes)
+    stft = {"n_fft": 512, "hop_length": 256}
     sizes = {"channels": [8, 8, 8], "d_model": 16, "num_layers": 1, **more}
-    channels = {"in_channels": 257, "num_spks": num_spks}
-    masknet = {"class": f"{path}.fusion.FusionMaskNet", **channels}
-    return Separator(
-        encoder={"class": f"{path}.stft.STFTEncoder", **stft},
-        masknet={**masknet, **sizes},
-        decoder={"class": f"{path}.stft.STFTDecoder", **stft},
-        sample_rate=RATE,
-        num_spks=num_spks,
-        classes=classes,
-    ).eval()
+    num_spks = 2 * len(classes)
+    return _separator(
+        "fusion.FusionMaskNet", stft, num_spks, sizes, classes=classes
+    )
+
+
+def write_noise(path, frames=4000):
+    """A stereo file."""
+    sig = np.random.default_rng(0).normal(0.0, 0.1, (frames, 2))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, sig, RATE)
+    return str(path)
+
+
+def read(path):
+    """The samples of a file, [channels, time]."""
+    sig, _ = soundfile.read(path, dtype="float32", always_2d=True)
+    return torch.from_numpy(sig).T
 
 
 def mixtures(frames=5000):

@@ -11,7 +11,7 @@ output_folder: results
 save_folder: !ref <output_folder>/save
 lr: 0.1
 experiment: name
-optimizer: !name:builtins.dict
+optimizer: !name:collections.UserDict
     lr: !ref <lr>
 """
 
@@ -79,6 +79,20 @@ def test_overrides_reach_what_refers_to_them(hparams_file):
     assert hparams["data_folder"] == 5e-4
 
 
+def test_tilde_and_variables_are_the_shell_s(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DISK", "/mnt/a: #1")
+    path = tmp_path / "train.yaml"
+    lines = ["data_folder: null", "out: !ref ~/<data_folder>", "lr: [~/a, ~]"]
+    lines += ["optimizer: !name:builtins.dict", "    x: $DISK/$NOT_SET"]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    hparams = load(str(path), "--data_folder=${DISK}/b")
+    assert hparams["data_folder"] == "/mnt/a: #1/b"
+    assert hparams["out"] == "/home/me//mnt/a: #1/b"
+    assert hparams["lr"] == ["/home/me/a", None]
+    assert hparams["optimizer"]() == {"x": "/mnt/a: #1/$NOT_SET"}
+
+
 def test_mappings_are_merged_into_what_is_built(hparams_file):
     hparams = load(hparams_file, "--optimizer={betas: [0.9, 0.99], eps: 1e-8}")
     expected = {"lr": 0.1, "betas": [0.9, 0.99], "eps": 1e-8}
@@ -99,11 +113,15 @@ def test_unknown_key_comes_with_the_nearest(word, message, hparams_file):
         load(hparams_file, word)
 
 
-def test_beginning_of_a_run_option_may_be_a_key_of_the_yaml(tmp_path):
+def test_arguments_of_what_the_yaml_builds(tmp_path):
     path = tmp_path / "train.yaml"
-    path.write_text("test: 1\nlog: 2\n", encoding="utf-8")
-    found = load(str(path), "--test=a", "--log", "b")
-    assert found == {"test": "a", "log": "b"}
+    place = "trackformer_sb.data.mixtures.MixtureOfMixtures"
+    path.write_text(f"pairs: !name:{place}\n    seed: 1\n", encoding="utf-8")
+    pairs = load(str(path), "--pairs={gain_db: 3.0}")["pairs"]
+    assert pairs.keywords == {"seed": 1, "gain_db": 3.0}
+    message = r"--pairs: .*Mixtures has no argument 'typo', .*gain_db"
+    with pytest.raises(ValueError, match=message):
+        load(str(path), "--pairs={typo: 1}")
 
 
 # --- run options -------------------------------------------------------------
@@ -145,26 +163,13 @@ def test_run_options_of_the_yaml_are_recorded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "on"),
-    (
-        ([], False),
-        (["--compile=true"], True),
-        (["--compile=False"], False),
-    ),
-)
-def test_flags_can_be_on_and_off(words, on):
-    _, run_opts, overrides = parse_arguments(["train.yaml", *words])
-    assert run_opts.compile is on
-    assert overrides == {}
-
-
-@pytest.mark.parametrize(
     ("words", "message"),
     (
         ([], "expected a yaml file, for example: python recipes/train.py"),
         (["a.yaml", "b.yaml"], r"unexpected .*'b\.yaml'.*got 'a\.yaml' before"),
         (["a.yaml", "--lr"], "expected a value after --lr"),
         (["a.yaml", "--compile=1"], "--compile=False, got '--compile=1'"),
+        (["a.yaml", "--device=gpu"], "device gpu: expected .* has, .*cpu"),
     ),
 )
 def test_wrong_command_lines_are_refused(words, message):

@@ -85,6 +85,7 @@ def test_shapes_of_waveforms(model):
     assert expected.shape == (2, 3, 700) and model.sample_rate == 8000
     assert torch.equal(expected, model.separator(mix))
     assert torch.equal(model(mix.unsqueeze(1)), expected)
+    assert torch.equal(model(mix.numpy()), expected)
     alone = model(mix[1])
     assert alone.shape == (3, 700)
     torch.testing.assert_close(alone, expected[1], atol=1e-5, rtol=1e-4)

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from separators import performer
+from separators import performer, write_noise
 
 import trackformer_sb
 from trackformer_sb.cli import TESTED, main
-from trackformer_sb.inference.separator import Separator
 
 ROOT = Path(__file__).parents[1]
 RECORD = "trackformer.json"
@@ -25,13 +24,6 @@ RECORD = "trackformer.json"
 def model(tmp_path_factory):
     torch.manual_seed(0)
     return str(performer().export(tmp_path_factory.mktemp("model")))
-
-
-def write_noise(path, frames=4000):
-    sig = np.random.default_rng(0).normal(0.0, 0.1, (frames, 2))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, sig, 8000)
-    return str(path)
 
 
 def separate(model, files, out, *options):
@@ -70,31 +62,6 @@ def test_separate(model, tmp_path, capsys):
     assert np.allclose(total, soundfile.read(files[0])[0], atol=1e-6)
 
 
-def test_options_reach_the_separator(model, tmp_path, monkeypatch):
-    asked = {}
-
-    def recorded(self, path, out_folder, **options):
-        asked.update(options, device=str(self.device))
-        raise ValueError
-
-    monkeypatch.setattr(Separator, "separate_file", recorded)
-    options = ["--batch=4", "--format=flac", "--outputs=0,rest=1+2", "--figure"]
-    options += ["--ranked", "--remix=0:-inf,rest:+3", "--overlap=0.1"]
-    separate(model, ["x.wav"], tmp_path, *options, "--chunk_seconds=3")
-    assert asked == {
-        "device": "cpu",
-        "chunk_seconds": 3.0,
-        "overlap": 0.1,
-        "batch_size": 4,
-        "file_format": "flac",
-        "outputs": "0,rest=1+2",
-        "ranked": True,
-        "remix": "0:-inf,rest:+3",
-        "figure": True,
-        "progressbar": False,
-    }
-
-
 def test_a_failed_file_does_not_stop_the_others(model, tmp_path, capsys):
     text = tmp_path / "text.wav"
     text.write_text("this is no audio")
@@ -112,18 +79,6 @@ def test_a_failed_file_does_not_stop_the_others(model, tmp_path, capsys):
     assert printed.out.splitlines() == written
 
 
-def test_damaged_model(model, tmp_path, capsys):
-    folder = shutil.copytree(model, tmp_path / "separator")
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:500])
-    song = write_noise(tmp_path / "song.wav")
-    assert separate(str(folder), [song], tmp_path / "out") == 2
-    error = capsys.readouterr().err
-    assert "model.safetensors make no Separator" in error
-    assert "Traceback" not in error
-    assert not (tmp_path / "out").exists()
-
-
 # --- which files, and where results go ---------------------------------------
 
 
@@ -133,7 +88,8 @@ def test_folders_and_names_that_occur_twice(model, tmp_path, capsys):
         write_noise(music / name)
     write_noise(music / ".hidden" / "song.wav")
     write_noise(tmp_path / "elsewhere" / "linked.wav")
-    (music / "b" / "cover.jpg").write_text("no music")
+    for name in ("cover.jpg", "notes.MID"):
+        (music / "b" / name).write_text("no music")
     (music / "link").symlink_to(tmp_path / "elsewhere")
     (music / "self").symlink_to(music)
     # below the folder: not separated again when the command is run again
@@ -147,22 +103,57 @@ def test_folders_and_names_that_occur_twice(model, tmp_path, capsys):
             "linked_source1.wav",
             "other_source1.wav",
         ]
-        assert len(capsys.readouterr().out.splitlines()) == 5
+        printed = capsys.readouterr()
+        assert len(printed.out.splitlines()) == 5
+        (line,) = printed.err.splitlines()
+        assert "notes.MID: left out: notes without sound, trackf" in line
     assert separate(model, [music], music) == 2
     assert "expected another folder" in capsys.readouterr().err
 
 
 def test_patterns(model, tmp_path, capsys):
     """Which the shells of Windows leave to the program."""
-    files = [write_noise(tmp_path / f"{name}.wav") for name in "abc"]
-    out = tmp_path / "out"
-    patterns = [files[2], tmp_path / "[ab].*", tmp_path / "*.wav"]
+    album, out = tmp_path / "Best [2020]", tmp_path / "out"
+    files = [write_noise(album / f"{name}.wav") for name in "abc"]
+    # what exists is no pattern, nor is what exists of a pattern's beginning
+    files.append(write_noise(album / "[b].wav"))
+    write_noise(tmp_path / "Best 2" / "d.wav")
+    patterns = [*files[2:], album / "[ab].*", album / "*.wav"]
     assert separate(model, patterns, out, "--outputs", "0") == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed == [str(out / f"{x}_source0.wav") for x in "cab"]
+    names = ("c", "[b]", "a", "b")
+    assert printed == [str(out / f"{x}_source0.wav") for x in names]
     nothing = tmp_path / "*.mp3"
     assert separate(model, [nothing], out) == 1
     assert f"{nothing}: no such audio file" in capsys.readouterr().err
+
+
+def test_tilde_and_variables(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ALBUM", "music")
+    shutil.copytree(model, tmp_path / "separator")
+    write_noise(tmp_path / "music" / "a.wav")
+    monkeypatch.chdir(tmp_path / "music")
+    files = ["~/$ALBUM/a.wav", "~/mus*/a.wav"]
+    assert separate("~/separator", files, "~/out", "--outputs", "0") == 0
+    assert below(tmp_path / "out") == ["a_source0.wav"]
+    assert os.listdir() == ["a.wav"]
+    # a name that exists is no variable
+    write_noise(tmp_path / "music" / "$ALBUM.wav")
+    assert separate("~/separator", ["$ALBUM.wav"], "~/b", "--outputs", "0") == 0
+    assert below(tmp_path / "b") == ["$ALBUM_source0.wav"]
+
+
+def test_names_as_long_as_the_file_system_takes(model, tmp_path, capsys):
+    names = [f"{'é' * 125}{x}.wav" for x in "ab"]
+    files = [write_noise(tmp_path / name) for name in names]
+    for _ in range(2):
+        code = separate(model, files, tmp_path / "out", "--skip-existing")
+        assert code == 0
+    assert capsys.readouterr().err.count("skipped, its results are") == 2
+    written = below(tmp_path / "out")
+    assert len(written) == 6
+    assert all(name.startswith("é" * 100 + "_") for name in written)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
@@ -173,7 +164,7 @@ def test_names_need_not_be_utf8(model, tmp_path):
     folder.mkdir()
     shutil.copy(tmp_path / "song.wav", song)
     empty.write_bytes(b"")
-    command = [sys.executable, "-m", "trackformer_sb.cli", "separate", empty]
+    command = [sys.executable, "-m", "trackformer_sb", "separate", empty]
     command += [song, "--model", model, "--out", folder / "out"]
     command += ["--device", "cpu", "--format", "flac", "--remix", "0:-3"]
     done = subprocess.run(command, capture_output=True)
@@ -191,13 +182,12 @@ def test_results_that_cannot_be_written(model, tmp_path, capsys):
     assert separate(model, files, tmp_path) == 2
     message = f"{files[0]}: its result {files[1]} would overwrite {files[1]}"
     assert message in capsys.readouterr().err
-    out = tmp_path / "out"
-    (out / "a_source1.wav").mkdir(parents=True)
-    assert separate(model, files, out) == 2
-    message = f"{out / 'a_source1.wav'}: expected no folder there"
-    assert message in capsys.readouterr().err
     assert separate(model, files, files[0]) == 2
     assert f"File exists: '{files[0]}'" in capsys.readouterr().err
+    if sys.platform == "linux":
+        # whoever one is
+        assert separate(model, files[:1], "/proc") == 2
+        assert "/proc/" in capsys.readouterr().err
     assert below(tmp_path) == ["a.wav", "a_source0.wav"]
 
 
@@ -225,8 +215,8 @@ def test_skip_existing(model, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-40])
     assert again()
     # other options
-    for options in (("--figure",), ("--overlap", "0.5"), ("--remix", "0:-3")):
-        assert again(*options) and not again(*options)
+    for option in ("--figure", "--overlap=0.5", "--remix=0:-3", "--ranked"):
+        assert again(option) and not again(option)
     # another model, of the same sizes
     args[0] = str(tmp_path / "other")
     performer().save_pretrained(args[0])
@@ -238,19 +228,40 @@ def test_skip_existing(model, tmp_path, capsys):
     assert again() and not again()
 
 
+def test_folders_of_songs(model, tmp_path, capsys):
+    songs = ["a/01.wav", "b/01.wav", "b/02.wav"]
+    for song in songs:
+        write_noise(tmp_path / "music" / song)
+    out = tmp_path / "music" / "stems"
+    args = model, [tmp_path / "music"], out, "--song_folders", "--format=flac"
+    assert separate(*args, "--skip-existing") == 0
+    assert below(out) == [
+        f"{song}/source{i}.flac"
+        for song in ("02", "a/01", "b/01")
+        for i in range(3)
+    ]
+    assert len(capsys.readouterr().out.splitlines()) == 9
+    (out / "b" / "01" / "source2.flac").unlink()
+    assert separate(*args, "--skip-existing") == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("skipped, its results are there") == 2
+    assert printed.out.splitlines()[2] == f"{out}/b/01/source2.flac"
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--outputs=3"], "source3: expected outputs from 0 to 2, each once"),
         (["--remix=0:loud"], "as in 0:-inf,3:+3, got '0:loud'"),
         (["--outputs=none"], "expected an output, a remix or a figure"),
-        (["--device=cuda"], "torch finds no CUDA device"),
+        (["--model=nowhere"], "nowhere not found: expected a folder"),
+        (["--device=cuda"], "device cuda: expected what this machine has"),
     ],
 )
 def test_options_that_do_not_fit(
     model, tmp_path, capsys, monkeypatch, options, message
 ):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert separate(model, ["song.wav"], tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -342,21 +353,6 @@ def test_help_and_version(arguments, text, capsys):
     assert text in capsys.readouterr().out
 
 
-def test_runs_as_a_module_and_helps_without_torch():
-    code = (
-        "import sys, runpy, atexit;"
-        "atexit.register(lambda: print({'torch', 'numpy'} & set(sys.modules)));"
-        "sys.argv = ['trackformer', 'separate', '--help'];"
-        "runpy.run_module('trackformer_sb.cli', run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: trackformer separate")
-    assert done.stdout.splitlines()[-1] == "set()"
-
-
 # --- torch and torchaudio ----------------------------------------------------
 
 
@@ -369,7 +365,7 @@ def test_the_pair_that_mends_is_the_one_that_is_locked():
 @pytest.mark.parametrize(
     "command",
     [
-        ("-m", "trackformer_sb.cli", "info", "separator"),
+        ("-m", "trackformer_sb", "info", "separator"),
         ("recipes/train.py", "hparams/demo.yaml"),
         ("recipes/pretrain.py", "hparams/audio_mae.yaml"),
         ("recipes/reproduce.py", "--dry-run"),
@@ -391,3 +387,34 @@ def test_a_pair_that_does_not_load_is_named_in_one_line(tmp_path, command):
     (line,) = (done.stdout + done.stderr).strip().splitlines()
     assert "do not load side by side (libtorchaudio.so: undefined" in line
     assert f"--force-reinstall torch=={TESTED} torchaudio=={TESTED}" in line
+
+
+# --- no console --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "redirection", "code"),
+    [
+        ("song.wav", "| true", 0),
+        ("none.wav song.wav", "2>&1 | true", 1),
+        # without streams, as pythonw starts
+        ("none.wav song.wav", ">&- 2>&- <&-", 1),
+    ],
+)
+def test_work_is_done_without_a_listener(
+    files, redirection, code, model, tmp_path
+):
+    write_noise(tmp_path / "song.wav")
+    line = (
+        f"set -o pipefail; {sys.executable} -m trackformer_sb separate "
+        f"{files} --model {model} --out out {redirection}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    assert below(tmp_path / "out") == [f"song_source{i}.wav" for i in range(3)]

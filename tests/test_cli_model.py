@@ -63,13 +63,6 @@ def run(finished, tmp_path):
     return shutil.copytree(folder, tmp_path / "run"), states
 
 
-@pytest.fixture(scope="module")
-def exported(finished, tmp_path_factory):
-    out = tmp_path_factory.mktemp("exported") / "separator"
-    assert command("export", finished[0], out) == 0
-    return out
-
-
 def check_state(folder, expected):
     state = Separator.from_pretrained(folder).masknet.state_dict()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
@@ -79,8 +72,10 @@ def check_state(folder, expected):
 # --- export ------------------------------------------------------------------
 
 
-def test_export_of_the_best(finished, exported):
-    card = check_state(exported, finished[1][2])
+def test_export_of_the_best(run, capsys):
+    folder, states = run
+    assert command("export", folder, folder / "separator") == 0
+    card = check_state(folder / "separator", states[2])
     assert card["Training"] == {
         "dataset": "stems",
         "seed": "1234",
@@ -92,6 +87,15 @@ def test_export_of_the_best(finished, exported):
     # no metric that was not measured, and nothing that is none
     measured = {"si_snr": "-1.23", "si_snri": "4.57"}
     assert card["Measured on the test songs"] == measured
+    # the folder of a run stands for its separator
+    capsys.readouterr()
+    assert command("info", folder, *NOISE, "--json") == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["card"] == card
+    assert (about["num_spks"], about["sample_rate"]) == (3, 8000)
+    assert about["real_time_factor"] > 0
+    # python and torch alone take more than that
+    assert 50 < about["peak_memory_mb"] < 100000
 
 
 def test_export_of_another_checkpoint(run, tmp_path, capsys):
@@ -160,16 +164,6 @@ def test_push(run, tmp_path, monkeypatch, capsys):
 
 
 # --- info --------------------------------------------------------------------
-
-
-def test_info_as_json(exported, capsys):
-    assert command("info", exported, *NOISE, "--json") == 0
-    about = json.loads(capsys.readouterr().out)
-    assert (about["num_spks"], about["sample_rate"]) == (3, 8000)
-    assert about["card"]["Training"]["segments"] == "3.0 s"
-    assert about["real_time_factor"] > 0
-    # python and torch alone take more than that
-    assert 50 < about["peak_memory_mb"] < 100000
 
 
 def test_info_of_the_model_in_the_package(capsys):

@@ -120,10 +120,24 @@ FFMPEG = {
     "wma.wma": ("asf", "wmav2"),
     "ac3.ac3": ("ac3", "ac3"),
     "opus.mka": ("matroska", "libopus"),
+    "layer2.mp2": ("mp2", "mp2"),
+    "wavpack.wv": ("wv", "wavpack"),
+    "tta.tta": ("tta", "tta"),
+    "eac3.eac3": ("eac3", "eac3"),
+    "film.wmv": ("asf", "wmav2"),
+    "film.flv": ("flv", "aac"),
+    "film.mpg": ("vob", "mp2"),
+    "film.ts": ("mpegts", "aac"),
+    "film.3gp": ("3gp", "aac"),
+    "book.m4b": ("ipod", "aac"),
 }
 NAMES = (*LINEAR, *LOSSY, *FFMPEG, "bare.mp3", "joined.mp3")
 # Each decoding of aac draws its noise anew
-NOISY = ("aac.m4a", "aac.aac", "film.mp4", "film.mkv", "wma.wma")
+NOISY = [
+    name
+    for name, (_, codec) in FFMPEG.items()
+    if codec in ("aac", "wmav2", "eac3")
+]
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +215,8 @@ def test_every_kind_is_read_whole_and_in_segments(kinds, name):
     slack = 4 * 1152 / RATE if name == "low.mp3" else slack
     seconds = 2 * SECONDS if name == "joined.mp3" else SECONDS
     assert info.duration == pytest.approx(seconds, abs=slack)
+    if channels == 6:  # written in the order of Vorbis, the bass last
+        sig = sig[:, [0, 2, 1, 4, 5, 3]]
     # no channel is lost, nothing is silent; the sixth may be for low tones
     expected = music(channels=channels)
     level, right = (np.square(x).mean(0)[:5] ** 0.5 for x in (sig, expected))
@@ -223,6 +239,12 @@ def test_an_mp3_in_parts_of_other_rates_is_read_whole(tmp_path):
     assert audio_info(path).duration == pytest.approx(2 * SECONDS, abs=0.1)
 
 
+def test_an_opus_of_a_minute_is_read_to_its_end(tmp_path):
+    path = encode(tmp_path / "song.opus", music(60), "opus", "libopus")
+    assert audio_info(path).duration == pytest.approx(60, abs=0.02)
+    assert len(decoded(path)) == audio_info(path).num_frames
+
+
 def test_a_streamed_flac_does_not_say_its_length(kinds, tmp_path):
     flac = kinds["24.flac"].read_bytes()
     path = tmp_path / "streamed.flac"
@@ -239,13 +261,6 @@ def test_what_follows_an_mp3(kinds, tmp_path, tag):
     path = tmp_path / "song.mp3"
     path.write_bytes(kinds["mp3.mp3"].read_bytes() + tag)
     assert audio_info(path).duration == pytest.approx(SECONDS, abs=0.1)
-
-
-def test_a_list_of_files_is_no_audio(kinds, tmp_path):
-    path = tmp_path / "list.mp3"
-    path.write_text(f"ffconcat version 1.0\nfile {kinds['mp3.mp3'].name}\n")
-    with pytest.raises(UnreadableAudio, match="format not recognised"):
-        audio_info(path)
 
 
 def test_a_segment_is_found_without_counting(kinds, monkeypatch):
@@ -460,6 +475,8 @@ def test_what_is_no_audio(tmp_path, extension):
         (b"x", "format not recognised|no s"),
         (bytes(5000), "format not recognised|no s"),
         (b"<!DOCTYPE html><html>404</html>", "format not recognised|no s"),
+        # a list of files
+        (b"ffconcat version 1.0\nfile a.mp3\n", "format not recognised|no s"),
     ):
         path.write_bytes(content)
         assert_unreadable(path, reason)

@@ -9,12 +9,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trackformer_sb.data.files import (
-    decibels,
-    measure_levels,
-    segment_loudness,
-    sum_levels,
-)
+from trackformer_sb.data.files import decibels, measure_levels, segment_loudness
 
 
 def slow_decibels(sig, sample_rate):
@@ -72,18 +67,3 @@ def test_loudness_of_a_segment(start, duration, level, share):
     codes = (2 * (levels + 100)).astype("uint8")
     found = segment_loudness(codes, start, duration)
     assert found == pytest.approx((level, share), abs=0.01)
-
-
-def test_levels_of_a_sum(tmp_path):
-    """Of files that have nothing in common, as those of two instruments."""
-    rng = np.random.default_rng(0)
-    long, short = rng.normal(0, 0.1, 32000), rng.normal(0, 0.05, 16000)
-    total = long.copy()
-    total[: len(short)] += short
-    codes = []
-    for sig in (long, short, total):
-        soundfile.write(tmp_path / "sig.wav", sig, 8000)
-        codes.append(measure_levels(tmp_path / "sig.wav"))
-    found = sum_levels(codes[:2])
-    np.testing.assert_allclose(decibels(found), decibels(codes[2]), atol=0.5)
-    assert found[:20].mean() > found[20:].mean() + 1

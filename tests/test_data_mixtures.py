@@ -71,10 +71,10 @@ def segment_at(mixture):
     raise AssertionError(f"{mixture[0].item()} is no mixture of stems")
 
 
-def partners(rows, keys=None, epoch=0, **options):
+def partners(rows, epoch=0, **options):
     make_item = make(rows, **options)
     make_item.set_epoch(epoch)
-    return [segment_at(make_item(key)[0][1]) for key in keys or rows]
+    return [segment_at(make_item(key)[0][1]) for key in rows]
 
 
 def same(item, other):
@@ -304,25 +304,27 @@ def test_impossible_options(rows, options, match):
 # ------------------------------------------------- levels, channels, changes
 
 
+def song_row(song, files, start):
+    """A row without stems, of a song of 8 s."""
+    return {
+        "song": song,
+        "tracks": {"mixture": files},
+        "start": start,
+        "duration": SECONDS,
+        "song_seconds": 8.0,
+        "has_stems": False,
+    }
+
+
 def stereo_rows(folder, left=0.5, right=-0.25):
     """Two songs of constant level, each in two files that are added."""
     rows = {}
     for song, level in (("a", 1.0), ("b", 0.125)):
-        files = []
-        for i in range(2):
-            path = folder / f"{song}{i}.wav"
-            sig = np.empty((200, 2))
-            sig[:, 0], sig[:, 1] = level * left / 2, level * right / 2
+        files = [str(folder / f"{song}{i}.wav") for i in range(2)]
+        for path in files:
+            sig = np.full((800, 2), [level * left / 2, level * right / 2])
             soundfile.write(path, sig, RATE, subtype="FLOAT")
-            files.append(str(path))
-        rows[f"{song}_0000"] = {
-            "song": song,
-            "tracks": {"mixture": files},
-            "start": 0.0,
-            "duration": SECONDS,
-            "song_seconds": 2.0,
-            "has_stems": False,
-        }
+        rows[f"{song}_0000"] = song_row(song, files, 0.0)
     return rows
 
 
@@ -366,14 +368,7 @@ def ramp_rows(folder):
     for song, sign in (("a", 1), ("b", -1)):
         path = str(folder / f"{song}.wav")
         soundfile.write(path, sign * np.arange(800) / 1000, RATE, "FLOAT")
-        rows[f"{song}_0000"] = {
-            "song": song,
-            "tracks": {"mixture": path},
-            "start": 4.0,
-            "duration": SECONDS,
-            "song_seconds": 8.0,
-            "has_stems": False,
-        }
+        rows[f"{song}_0000"] = song_row(song, path, 4.0)
     return rows
 
 

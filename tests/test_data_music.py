@@ -255,6 +255,8 @@ def test_folders_without_music(tmp_path):
         ({"dataset": "musdb"}, "dataset: .* demo, stems, .* got 'musdb'"),
         ({"split": "from_file"}, "split_file: .* got None"),
         ({"split_ratio": (90, 10, 0)}, "split_ratio: expected three positive"),
+        ({"max_stems": "4"}, r"max_stems: expected int \| None, got '4'"),
+        ({"audio_check": True}, "audio_check: expected str, got True"),
         ({"stem_groups": {"low": "bass"}}, "expected stem_groups of {group: "),
     ],
 )
@@ -650,14 +652,7 @@ def test_names_that_are_no_utf8(tmp_path):
     (music / os.fsdecode(b"br\xe9k/b\xe9d.wav")).write_bytes(b"RIFF")
     words = ["data", music, "--dataset", "stems", "--music", HEADERS]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "trackformer_sb.cli",
-            *words,
-            "--music",
-            HEADERS,
-        ],
+        [sys.executable, "-m", "trackformer_sb", *words],
         cwd=tmp_path,
         capture_output=True,
         env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},

@@ -19,22 +19,24 @@ MODULES = {
 
 # What each part of the package may import of the others.
 MAY_IMPORT = {
+    "__main__": {"cli"},
     "audio": {"ffmpeg"},
+    "paths": set(),
     "ffmpeg": set(),
     "plots": set(),
-    "data": {"audio", "plots"},
+    "data": {"audio", "paths", "plots"},
     "nnet": set(),
     "objectives": set(),
-    "web": {"plots"},
+    "web": {"paths", "plots"},
     "training": {
-        *("audio", "data", "inference", "nnet", "objectives", "plots"),
+        *("audio", "data", "inference", "nnet", "objectives", "paths", "plots"),
     },
-    "inference": {"audio", "nnet", "plots"},
+    "inference": {"audio", "ffmpeg", "nnet", "paths", "plots"},
     "asteroid": {"inference", "nnet"},
-    "cli": {"cli_data", "cli_model", "cli_separate"},
+    "cli": {"cli_data", "cli_model", "cli_separate", "paths"},
     "cli_data": {"data"},
     "cli_model": {"cli_data", "inference", "web"},
-    "cli_separate": {"audio", "cli_data", "cli_model", "inference"},
+    "cli_separate": {"audio", "cli_data", "cli_model", "inference", "paths"},
 }
 
 

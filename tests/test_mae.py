@@ -70,12 +70,6 @@ def test_share_is_exact_and_all_spans_but_one_are_whole(
     assert all(cut_spans(item, mask_span) <= 1 for item in hidden)
 
 
-def test_every_frame_is_hidden_as_often():
-    hidden = draw_hidden_frames(4000, FRAMES, 0.3, 3, seeded())
-    often = hidden.float().mean(0)
-    assert often.min() > 0.2 and often.max() < 0.4
-
-
 def test_bands_are_masked_each_by_itself():
     hidden = small_mae(mask_bands=3, mask_span=2)(music()).hidden
     # bands of neighbouring channels, of equal width within one channel
@@ -178,17 +172,6 @@ def test_hidden_frames_are_seen_as_zero_or_noise(mask_mode):
     else:
         assert blank.mean().abs() < 0.02
         assert blank.var().item() == pytest.approx(1.0, abs=0.03)
-
-
-def test_masks_and_noise_come_from_the_generator():
-    mae = small_mae(mask_mode="noise")
-    mix_w = music()
-    first = mae(mix_w, seeded())
-    torch.manual_seed(5)
-    again, other = mae(mix_w, seeded()), mae(mix_w, seeded(2))
-    for one, two in zip(first, again):
-        assert torch.equal(one, two)
-    assert not torch.equal(first.hidden, other.hidden)
 
 
 def plain_drop(mae, spectrogram, hidden):

@@ -123,15 +123,6 @@ def test_each_layer_learns_slower_than_the_next(
             )
 
 
-def test_a_freeze_below_one_is_a_share_of_all_steps():
-    optimizer = adamw()
-    first_two(optimizer, freeze_steps=0.25)
-    schedule = cosine_schedule(optimizer, 10, 1e-5)
-    others, apart = rates(optimizer, schedule, 12)
-    assert all(others)
-    assert apart == [0.0] * 3 + others[3:]
-
-
 def test_a_longer_training_does_not_freeze_again():
     def begin(num_steps):
         optimizer = adamw()
@@ -174,14 +165,6 @@ def test_groups_that_there_are_keep_their_options():
         # clipped together, whatever group they are in
         norm = torch.stack([p.grad for p, m in zip(both, moved) if m])
         assert norm.norm() == pytest.approx(1e-3, rel=1e-3)
-
-
-def test_numbers_out_of_range_are_refused():
-    optimizer = adamw()
-    message = "lr_scale and freeze_steps from 0 and layer_decay above 0 and up"
-    with pytest.raises(ValueError, match=message):
-        first_two(optimizer, layer_decay=1.1)
-    assert len(optimizer.param_groups) == 1
 
 
 # --- going on ----------------------------------------------------------------

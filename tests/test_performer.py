@@ -144,14 +144,6 @@ def test_padding_equals_a_shorter_input(kind, causal, device):
 # -- training
 
 
-def test_dropout_acts_in_training_only():
-    x = torch.randn(1, 10, 32)
-    encoder = PerformerEncoder(**SIZES, dropout=0.5)
-    assert not torch.equal(encoder(x), encoder(x))
-    encoder.eval()
-    assert torch.equal(encoder(x), encoder(x))
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", ["favor", "softmax"])
 def test_checkpointing_changes_no_loss_and_no_gradient(kind, autocast, device):

@@ -1,7 +1,5 @@
 """Figures show what was measured, and never fail for lack of it."""
 
-import warnings
-
 import matplotlib.image
 import numpy as np
 import pytest
@@ -11,14 +9,8 @@ from trackformer_sb import plots
 from trackformer_sb.training.checkpoints import TrainingHistory
 
 RATE = 8000
-
-
-@pytest.fixture(autouse=True)
-def no_warnings():
-    """Not from matplotlib either: about letters, layouts or empty axes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+# matplotlib's too: about letters, layouts or empty axes
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 def panels(figure):
@@ -109,11 +101,10 @@ def test_panels_of_a_separation_have_one_scale():
     power = np.ones((plots.ROWS, 4))
     column = {
         "mixture": (power, 0.2),
-        "s\udcf6n" + "n" * 50: (power / 10, 0.02),
+        "s\udcf6n": (power / 10, 0.02),
     }
     figure = plots.separation_figure([column], 150.0, 44100)
-    name = "s?n" + "n" * 20 + "…"
-    assert titles(figure) == ["mixture", f"{name}: -10.0 dB of the mixture"]
+    assert titles(figure) == ["mixture", "s?n: -10.0 dB of the mixture"]
     first, last = panels(figure)
     ticks = [label.get_text() for label in first.get_yticklabels()]
     assert ticks == ["100", "1k", "10k"]

@@ -9,6 +9,7 @@ import soundfile
 import speechbrain as sb
 import torch
 from recipe_runs import (
+    RATE,
     ROOT,
     Killed,
     apart,
@@ -114,9 +115,6 @@ def test_run_leaves_all_results(pretrained):
 
 
 def test_encoder_folder_is_the_trained_encoder(pretrained):
-    features = PerformerFeatures.from_pretrained(pretrained / "encoder")
-    x = features.encode_batch(torch.randn(2, 1000))
-    assert x.shape == (2, 32, 16) and x.isfinite().all()
     (checkpoint,) = (pretrained / "save").glob("CKPT*")
     mae = torch.load(checkpoint / "mae.ckpt", weights_only=True)
     for key, value in encoder_weights(pretrained).items():
@@ -243,26 +241,12 @@ def test_bad_settings_leave_an_earlier_run_alone(
         recipe.main(pretraining(songs, earlier, mae, **more))
 
 
-def silence(path, more):
-    """Equal files would be one song."""
-    sig, rate = soundfile.read(path)
-    soundfile.write(path, np.zeros(len(sig) + more), rate)
-
-
-def test_music_that_is_silent_is_refused(tmp_path, quick):
-    songs = write_songs(tmp_path / "music", stems=False)
-    for number in range(7):
-        silence(songs / f"{number}.wav", number)
-    message = "data_folder: expected music, .* are silent"
-    with pytest.raises(ValueError, match=message):
-        recipe.main(pretraining(songs, tmp_path))
-    assert not list((tmp_path / "save").glob("CKPT*"))
-
-
 def test_silent_songs_among_others_are_no_harm(tmp_path, quick):
     songs = write_songs(tmp_path / "music", num_songs=9, stems=False)
     for number in range(3):
-        silence(songs / f"{number}.wav", number)
+        # equal files would be one song
+        silence = np.zeros(RATE + number)
+        soundfile.write(songs / f"{number}.wav", silence, RATE)
     recipe.main(pretraining(songs, tmp_path))
     rows, average, _ = read_results(tmp_path)
     for row in (*rows, average):
@@ -347,7 +331,8 @@ def test_separator_starts_from_exactly_these_weights(
 def test_frozen_encoder_waits_for_the_head(
     pretrained, songs, tmp_path, monkeypatch, quick
 ):
-    more = {"fine_tuning": "{freeze_steps: 3}", "lr": 0.01}
+    # half of the steps
+    more = {"fine_tuning": "{freeze_steps: 0.5}", "lr": 0.01}
     argv = separation(songs, tmp_path, pretrained / "encoder", **more)
     states = first_steps(monkeypatch, 5, argv)
     for key in states[0]:
@@ -400,23 +385,16 @@ def test_separator_goes_on_without_its_encoder(encoder, songs, tmp_path, quick):
     assert "going on from the checkpoint" in (out / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    (
-        ({"d_model": 32}, "d_model is 16, the separator has 32$"),
-        ({"MaskNet": "{spec_norm: minmax}"}, "spec_norm is z.*, .* minmax$"),
-    ),
-)
-def test_encoder_of_another_kind_is_refused(
-    more, message, songs, pretrained, earlier
+def test_encoder_that_does_not_fit_or_is_missing_is_named(
+    songs, encoder, earlier
 ):
-    argv = separation(songs, earlier, pretrained / "encoder", **more)
-    message = f"pretrained_encoder: the encoder in .* does not fit: {message}"
-    with pytest.raises(ValueError, match=message):
+    argv = separation(songs, earlier, encoder, d_model=32, nhead=4)
+    message = (
+        "does not fit: d_model is 16, the separator has 32; "
+        "nhead is 2, the separator has 4$"
+    )
+    with pytest.raises(ValueError, match=f"^pretrained_encoder: .* {message}"):
         train.main(argv)
-
-
-def test_missing_encoder_is_named(songs, encoder, earlier):
     shutil.rmtree(encoder)
     with pytest.raises(FileNotFoundError, match="encoder not found: expected"):
-        train.main(separation(songs, earlier, encoder))
+        train.main(argv)

@@ -2,12 +2,12 @@
 
 import contextlib
 import io
+import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
-import types
 
 import ddp_step
 import numpy as np
@@ -36,7 +36,6 @@ from tensorboard.backend.event_processing.event_accumulator import (
 from trackformer_sb import cli
 from trackformer_sb.data.manifest import read_songs
 from trackformer_sb.inference.separator import Separator
-from trackformer_sb.objectives.metrics import mixture_si_snr
 
 SEPARATION_YAMLS = (
     "performer_mixit.yaml",
@@ -47,7 +46,6 @@ SEPARATION_YAMLS = (
 )
 PRETRAINING_YAMLS = ("audio_mae.yaml", "audio_mae_blocks.yaml")
 
-# checkpoints
 EVERY_STEP = {"ckpt_interval_minutes": 0, "ckpt_interval_steps": 1}
 
 recipe = load_recipe("train")
@@ -146,16 +144,6 @@ def test_training_lowers_the_loss(songs, tmp_path, quick):
     assert metrics["train_mixture_si_snr"] in series
     text = (tmp_path / "train_log.txt").read_text()
     assert "train mixture_si_snr: " in text
-
-
-def test_pairs_in_training_are_measured_as_those_of_the_test():
-    est_source, mixtures = torch.randn(3, 4, 1000), torch.randn(3, 2, 1000)
-    mixtures[1, 1] = 0.0  # alone, the other one is no separation
-    brain = types.SimpleNamespace(rows=[])
-    recipe.Separation.measure_training(brain, est_source, mixtures)
-    expected = mixture_si_snr(est_source, mixtures)[[0, 2]].tolist()
-    found = [row["mixture_si_snr"] for row in brain.rows]
-    assert found == pytest.approx(expected, abs=1e-3)
 
 
 def weights(out):
@@ -281,21 +269,21 @@ def test_options_train_to_finite_figures(more, songs, tmp_path, quick):
     assert all(torch.isfinite(w).all() for w in weights(tmp_path).values())
 
 
-def logged(out, words):
-    """Lines of the log with these words."""
-    log = (out / "log.txt").read_text("utf-8")
-    return [line for line in log.splitlines() if words in line]
+def damaged(folder, number, **options):
+    """Songs, of which one has no number in it."""
+    stems = write_songs(folder, seconds=1.3, **options)
+    broken = stems / f"song {number}" / "tone.wav"
+    sig, _ = soundfile.read(broken)
+    soundfile.write(broken, np.full_like(sig, np.nan), RATE, "FLOAT")
+    return stems
 
 
 def test_file_that_fails_in_training_is_named_once(tmp_path, quick):
-    songs = write_songs(tmp_path / "songs", num_songs=12)
-    broken = songs / "song 3" / "tone.wav"
-    sig, _ = soundfile.read(broken)
-    sig[len(sig) // 2 :] = np.nan
-    soundfile.write(broken, sig, RATE, "FLOAT")
+    songs = damaged(tmp_path / "songs", 3, num_songs=12)
     metrics = run(songs, tmp_path / "run", number_of_epochs=2)[2]
     assert metrics["unreadable_segments"] >= 2
-    (line,) = logged(tmp_path / "run", "segments are skipped")
+    log = (tmp_path / "run" / "log.txt").read_text("utf-8").splitlines()
+    (line,) = [line for line in log if "segments are skipped" in line]
     assert "song 3" in line and "tone.wav" in line
 
 
@@ -313,15 +301,6 @@ def test_debug_leaves_the_results_of_a_training(songs, begun, quick):
     recipe.main([*run_debug, "--debug"])
     assert contents() == before
     assert (begun / "debug" / "metrics.json").is_file()
-
-
-def damaged(folder, number, **options):
-    """Songs, of which one has no number in it."""
-    stems = write_songs(folder, seconds=1.3, **options)
-    broken = stems / f"song {number}" / "tone.wav"
-    sig, _ = soundfile.read(broken)
-    soundfile.write(broken, np.full_like(sig, np.nan), RATE, "FLOAT")
-    return stems
 
 
 def test_unreadable_test_item_has_an_empty_row(songs, tmp_path, quick):
@@ -354,6 +333,7 @@ def test_a_test_song_without_a_partner_has_an_empty_row(songs, tmp_path, quick):
         ({"grad_accumulation_factor": 16}, "accumulation_factor: 12 training"),
         ({"selection_metric": "sisnri"}, "selection_metric.*si_snri.*sisnri"),
         ({"MaskNet": "{depth: 1}"}, "PerformerMaskNet.*'depth'"),
+        ({"test_only": True}, "no checkpoint of a finished epoch"),
     ),
 )
 def test_bad_input_is_named(more, message, songs, tmp_path):
@@ -384,11 +364,34 @@ def test_other_settings_need_a_word(option, message, songs, begun, quick):
     assert len(read_results(begun)[2]["history"]) == 2
 
 
-def test_test_only_needs_a_checkpoint(songs, tmp_path):
-    out = tmp_path / "run"
-    argv = [*tiny("performer_mixit.yaml", songs, out), "--test_only"]
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+def test_second_run_in_a_folder_is_refused(songs, begun, monkeypatch):
+    argv = tiny("performer_mixit.yaml", songs, begun)
+    message = f"in use by process {os.getpid()} on"
+
+    def meanwhile(experiment):
+        with pytest.raises(FileExistsError, match=message):
+            recipe.main([*argv, "--seed=2"])
+        raise Killed
+
+    monkeypatch.setattr(recipe, "train", meanwhile)
+    with pytest.raises(Killed):
         recipe.main(argv)
+
+
+def test_songs_decide_and_not_where_they_lie(songs, begun, tmp_path, quick):
+    moved = shutil.copytree(
+        songs, tmp_path / "moved", copy_function=shutil.copy
+    )
+    run(moved, begun, number_of_epochs=2)
+    lines = read_songs(begun / "manifests", "train")
+    paths = [path for line in lines for path in line["tracks"].values()]
+    assert paths and all(path.startswith(f"{moved}/") for path in paths)
+    shutil.move(moved / "song 3", moved / "song x")
+    message = r"other songs: \d are gone, .*song_3; expected the same"
+    with pytest.raises(ValueError, match=message):
+        run(moved, begun, number_of_epochs=2)
+    metrics = run(moved, begun, number_of_epochs=3, allow_changes=True)[2]
+    assert len(metrics["history"]) == 3
 
 
 def test_wrong_path_exits_with_one_line(tmp_path):
@@ -400,8 +403,27 @@ def test_wrong_path_exits_with_one_line(tmp_path):
         text=True,
     )
     assert result.returncode == 1
-    assert "no hyperparameter file hparams/no_such.yaml" in result.stderr
+    words = "No such file or directory: 'hparams/no_such.yaml'"
+    assert result.stderr.endswith(f"{words}\n")
     assert "Traceback" not in result.stderr
+
+
+def test_a_run_needs_no_console_and_starts_quietly(songs, tmp_path):
+    argv = tiny("performer_mixit.yaml", songs, tmp_path, debug=True)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "train.py"), *argv],
+        cwd=ROOT,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "debug" / "separator" / "config.json").is_file()
+    log = (tmp_path / "debug" / "log.txt").read_text("utf-8")
+    assert "DEBUG - Run option max_grad_norm from hparams" in log
 
 
 def test_ddp_step_equals_joined_batch(songs, tmp_path):

@@ -15,12 +15,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 import soundfile
-from separators import named
+from separators import RATE, named, write_noise
 
 from trackformer_sb.cli import main
 from trackformer_sb.web.page import running_page, separate_upload
-
-RATE = 8000
 
 # What a URL, HTML and two template languages may stumble on.
 NAME = "Für Elise ${1+1} {{x}} <b> & 100%.wav"
@@ -36,12 +34,6 @@ def model(separator, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     separator.save_pretrained(folder)
     return folder
-
-
-def write_noise(path, seconds=0.5):
-    sig = np.random.default_rng(0).normal(0, 0.1, (round(seconds * RATE), 2))
-    soundfile.write(path, sig, RATE, "FLOAT")
-    return path
 
 
 def write_bad(folder, what):
@@ -60,7 +52,8 @@ BAD = {
 
 
 def test_a_closed_page_ends_its_separation(separator, tmp_path):
-    path = write_noise(tmp_path / "a.wav", seconds=20)
+    path = tmp_path / "a.wav"
+    write_noise(path, frames=20 * RATE)
     folder = tmp_path / "stems"
     folder.mkdir()
     with pytest.raises(ValueError):
@@ -88,7 +81,7 @@ def test_without_gradio(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def server(separator, tmp_path_factory):
-    """A running page that takes at most 1 MB and 0.5 minutes."""
+    """A running page that takes at most 0.5 minutes, which is 25 MB."""
     pytest.importorskip("gradio", reason="the page needs the extra [demo]")
     folder = tmp_path_factory.mktemp("temporary")
     connections = []
@@ -102,9 +95,7 @@ def server(separator, tmp_path_factory):
         patch.setattr("tempfile.tempdir", str(folder))
         patch.setattr(socket.socket, "connect", recorded)
         with running_page(
-            *(separator, "a <b> model", "127.0.0.1", None),
-            max_megabytes=1,
-            max_minutes=0.5,
+            *(separator, "a <b> model", "127.0.0.1", None), max_minutes=0.5
         ) as url:
             (root,) = folder.glob("trackformer-*")
             yield argparse.Namespace(url=url, root=root, asked=connections)
@@ -166,7 +157,7 @@ def test_the_page_says_what_is_wrong(what, server, tmp_path):
 def test_what_the_server_refuses(server):
     import httpx
 
-    files = {"files": ("big.wav", b"\0" * (2**20 + 1))}
+    files = {"files": ("big.wav", b"\0" * (25_000_001))}
     url = f"{server.url}gradio_api/upload"
     assert httpx.post(url, files=files).status_code == 413
     for path in ("/etc/passwd", __file__):
@@ -180,7 +171,7 @@ def test_the_command_leaves_nothing(server, model, tmp_path):
     temporary.mkdir()
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "trackformer_sb.cli"),
+            *(sys.executable, "-m", "trackformer_sb"),
             *("demo", model, "--device", "cpu"),
         ],
         env={**os.environ, "TMPDIR": str(temporary)},
@@ -255,7 +246,7 @@ def test_a_file_is_dropped_and_heard(browser, server, tmp_path):
     wait(lambda: "format not recognised" in toast.text)
     clear, *_ = all_of("button[aria-label='Clear']")
     browser.execute_script("arguments[0].click()", clear)  # below the toast
-    drop(write_noise(tmp_path / NAME, seconds=4))
+    drop(write_noise(tmp_path / NAME, frames=4 * RATE))
     play = wait(lambda: all_of(".stem button"))[0]
     wait(lambda: play.text == "Play")
     play.click()

@@ -1,10 +1,18 @@
 """Files of results: formats, groups, ranks, remixes, whole or not at all."""
 
+import io
+
+import av
+import matplotlib.image
 import numpy as np
 import pytest
 import soundfile
 import torch
+from separators import read
 
+from trackformer_sb import ffmpeg
+from trackformer_sb.audio import open_audio
+from trackformer_sb.ffmpeg import FFmpegWriter, Tags, read_tags
 from trackformer_sb.inference import writing
 from trackformer_sb.inference.remix import check_outputs, mix_gains
 from trackformer_sb.inference.writing import write_sources
@@ -21,11 +29,6 @@ def opened(folder, rate=8000, channels=2):
     path = folder / "song.wav"
     soundfile.write(path, np.zeros((300, channels)), rate)
     return soundfile.SoundFile(path)
-
-
-def read(path):
-    sig, _ = soundfile.read(path, dtype="float32", always_2d=True)
-    return torch.from_numpy(sig).T
 
 
 def written(sig, folder, outputs=None, remix=None, reader=None, **options):
@@ -64,18 +67,68 @@ def test_formats(tmp_path, file_format, subtype, channels, rate, error):
         assert (result - source).abs().max() <= error
 
 
+@pytest.mark.parametrize("file_format", ["mp3", "m4a"])
 @pytest.mark.parametrize(
-    ("file_format", "message"),
+    ("rate", "frames", "channels"),
+    [(22050, 4321, 2), (44100, 1152 * 40, 1), (48000, 40001, 2)],
+)
+def test_mp3_and_m4a_begin_and_end_with_the_file(
+    tmp_path, file_format, rate, frames, channels
+):
+    """Encoders begin with silence and fill up the last of their frames."""
+    time = torch.arange(frames) / rate
+    tone = torch.hann_window(frames) * torch.sin(2 * torch.pi * 440 * time)
+    sig = torch.stack([0.3 * tone, -0.2 * tone])[:channels]
+    paths = write_sources(
+        [sig[None, :, :999], sig[None, :, 999:]],
+        opened(tmp_path, rate, channels),
+        tmp_path / "out",
+        "song",
+        ["vocals"],
+        np.eye(1),
+        file_format,
+    )
+    with open_audio(paths[0]) as audio:
+        assert (audio.samplerate, audio.frames) == (rate, frames)
+        result = torch.from_numpy(audio.read(frames + 1)).T
+    assert result.shape == (channels, frames)
+    assert (result - sig).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("file_format", "rate", "becomes"),
+    [("mp3", 44056, 44100), ("mp3", 96000, 48000), ("m4a", 192_000, 96000)],
+)
+def test_a_rate_that_a_format_lacks_is_changed(
+    tmp_path, file_format, rate, becomes
+):
+    time = torch.arange(rate) / rate
+    tone = torch.hann_window(rate) * torch.sin(2 * torch.pi * 440 * time)
+    reader, out = opened(tmp_path, rate, 1), tmp_path / "out"
+    blocks = [0.3 * tone[None, None, :999], 0.3 * tone[None, None, 999:]]
+    mixes = ["vocals"], np.eye(1)
+    [path] = write_sources(blocks, reader, out, "song", *mixes, file_format)
+    with open_audio(path) as audio:
+        assert (audio.samplerate, audio.frames) == (becomes, becomes)
+        result = torch.from_numpy(audio.read(becomes))[:, 0]
+    time = torch.arange(becomes) / becomes
+    tone = torch.hann_window(becomes) * torch.sin(2 * torch.pi * 440 * time)
+    assert (result - 0.3 * tone).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("file_format", "channels", "rate", "message"),
     [
-        ("mp3", "expected file_format wav, flac, ogg, got 'mp3'"),
-        ("ogg", "song.wav: expected wav or flac for 6 channels"),
+        ("opus", 2, 44100, "file_format wav, flac, ogg, mp3, m4a, got 'opus'"),
+        ("ogg", 6, 44100, "song.wav: expected wav or flac for 6 channels"),
+        ("mp3", 6, 44100, "song.wav: expected wav or flac for 6 channels"),
     ],
 )
 def test_formats_that_cannot_hold_the_file_are_found_before(
-    tmp_path, file_format, message
+    tmp_path, file_format, channels, rate, message
 ):
     mixes = ["a"], np.ones((1, 2))
-    reader, out = opened(tmp_path, channels=6), tmp_path / "out"
+    reader, out = opened(tmp_path, rate, channels), tmp_path / "out"
     with pytest.raises(ValueError, match=message):
         write_sources(None, reader, out, "song", *mixes, file_format)
     assert not out.exists()
@@ -83,13 +136,94 @@ def test_formats_that_cannot_hold_the_file_are_found_before(
 
 def test_wav_beyond_4_gb_becomes_rf64(tmp_path, monkeypatch):
     """As three hours of six channels; its sizes have 64 bits."""
-    monkeypatch.setattr(writing, "MAX_WAV_BYTES", 10)
+    monkeypatch.setitem(ffmpeg.CONTAINER_OPTIONS, "rf64", "always")
     sig = noise(1, 2, 100)
     files = written(sig, tmp_path)
     assert (
         soundfile.info(tmp_path / "out" / "song_source0.wav").format == "RF64"
     )
     assert torch.equal(files["song_source0.wav"], sig[0])
+
+
+@pytest.mark.parametrize(
+    ("ending", "layout"),
+    [
+        ({"format": "WAV"}, "6 channels"),  # says nothing
+        ({"format": "WAVEX"}, "5.1"),
+        ({"format": "FLAC"}, "5.1(side)"),
+    ],
+)
+def test_wavs_tell_the_places_of_channels(tmp_path, ending, layout):
+    path = tmp_path / "song.wav"
+    soundfile.write(path, np.zeros((300, 6)), 8000, **ending)
+    sig = noise(1, 6, 300)
+    with open_audio(path) as reader:
+        files = written(sig, tmp_path, reader=reader)
+    (name,) = files
+    with av.open(tmp_path / "out" / name) as file:
+        assert file.streams.audio[0].layout.name == layout
+    assert torch.equal(files[name], sig[0])
+
+
+def picture():
+    file = io.BytesIO()
+    matplotlib.image.imsave(file, np.zeros((4, 6, 3)), format="png")
+    return file.getvalue()
+
+
+def tagged(path, metadata, cover):
+    """A song with tags and, if its format takes one, a cover."""
+    if path.suffix == ".ogg":
+        with soundfile.SoundFile(path, "w", 8000, 2, "VORBIS") as file:
+            for key, value in metadata.items():
+                setattr(file, key.replace("track", "tracknumber"), value)
+            file.write(np.zeros((500, 2)))
+        return
+    tags = Tags("stereo", {**metadata, "REPLAYGAIN_TRACK_GAIN": "-7"}, cover)
+    with FFmpegWriter(path, path.suffix[1:], 8000, tags) as file:
+        file.write(np.zeros((500, 2), "float32"))
+
+
+@pytest.mark.parametrize(
+    ("source", "file_format", "has_cover"),
+    [
+        ("mp3", "m4a", True),
+        ("m4a", "flac", True),
+        ("flac", "mp3", True),
+        ("ogg", "wav", False),
+        ("wav", "ogg", False),
+    ],
+)
+def test_tags_and_cover_are_those_of_the_file(
+    tmp_path, source, file_format, has_cover
+):
+    metadata = {"title": "Lied", "artist": "Ä", "album": "B", "track": "3"}
+    path, cover = tmp_path / f"song.{source}", ("png", 6, 4, picture())
+    tagged(path, metadata, cover)
+    with open_audio(path) as reader:
+        paths = write_sources(
+            [noise(1, 2, 500)],
+            reader,
+            tmp_path / "out",
+            "song",
+            ["vocals"],
+            np.eye(1),
+            file_format,
+        )
+    tags = read_tags(paths[0])
+    assert tags.metadata == {**metadata, "title": "Lied (vocals)"}
+    assert tags.cover == (cover if has_cover else None)
+    if file_format in ("flac", "wav", "ogg"):
+        with soundfile.SoundFile(paths[0]) as file:
+            assert (file.title, file.artist) == ("Lied (vocals)", "Ä")
+    with av.open(paths[0]) as file:
+        assert "REPLAYGAIN_TRACK_GAIN" not in file.metadata
+
+
+def test_without_a_title_it_is_the_name_of_the_file(tmp_path):
+    written(noise(1, 2, 100), tmp_path, {"bass": (0,)})
+    tags = read_tags(tmp_path / "out" / "song_bass.wav")
+    assert tags.metadata == {"title": "song (bass)"}
 
 
 @pytest.mark.parametrize("file_format", ["flac", "ogg"])
@@ -157,17 +291,15 @@ def test_nothing_is_left_of_a_run_that_ends_early(tmp_path, monkeypatch, step):
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("file_format", ["wav", "flac"])
-def test_full_disk_names_the_file(tmp_path, monkeypatch, file_format):
-    write = soundfile.SoundFile.write
-
-    def full(file, data):
-        if str(file.name).endswith(f"{file_format}'"):
-            raise soundfile.LibsndfileError(2)
-        write(file, data)
-
-    monkeypatch.setattr(soundfile.SoundFile, "write", full)
-    message = rf"could not write .*\.{file_format}, .*\d+ MB are free there"
-    with pytest.raises(OSError, match=message):
-        written(noise(2, 2, 100), tmp_path, file_format=file_format)
+def test_full_disk_names_the_files(tmp_path):
+    """As where the system lets no file grow any more."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = r"could not write .*_source1\.mp3, .*\d+ MB are free there"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=message):
+            written(noise(2, 2, 20_000), tmp_path, file_format="mp3")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.glob("out/*"))

@@ -106,14 +106,14 @@ class SeparatorModel(base_models.BaseModel):
         ValueError
             For an input of another shape.
         """
-        mono = wav.dim() in (1, 2) or (wav.dim() == 3 and wav.shape[1] == 1)
+        mono = wav.ndim in (1, 2) or (wav.ndim == 3 and wav.shape[1] == 1)
         if not mono:
             raise ValueError(
                 "expected wav [time], [batch, time] or [batch, 1, time], "
                 f"got {list(wav.shape)}"
             )
         est_source = self.separator(wav.reshape(-1, wav.shape[-1]))
-        return est_source.squeeze(0) if wav.dim() == 1 else est_source
+        return est_source.squeeze(0) if wav.ndim == 1 else est_source
 
     def get_model_args(self):
         """Arguments that make this class again."""

@@ -21,14 +21,29 @@ from trackformer_sb.ffmpeg import FFmpegFile
 # Where a track exists in two formats the first wins: lossless ones, others,
 # films.
 FILM_EXTENSIONS = tuple(
-    ".mp4 .m4v .mov .mkv .webm .avi .wmv .flv .mpg .3gp".split()
+    ".mp4 .m4v .mov .mkv .webm .avi .wmv .asf .flv .f4v .mpg .mpeg .vob .ts "
+    ".mts .m2ts .3gp".split()
 )
 AUDIO_EXTENSIONS = (
     *".wav .wave .flac .aiff .aif .aifc .w64 .caf .au .ape .wv".split(),
-    *".tta .tak .dsf .ogg .oga .opus .mp3 .mp2 .m4a .m4b .aac .wma".split(),
-    *".ac3 .eac3 .dts .mpc .mka".split(),
+    *".tta .tak .dsf .ogg .oga .spx .opus .mp3 .mp2 .m2a .m4a .m4b".split(),
+    *".f4a .aac .wma .ac3 .eac3 .dts .mpc .mka .amr .voc".split(),
     *FILM_EXTENSIONS,
 )
+
+# Other music by its ending, and what would help.
+_CONVERT = "a format that is not read, convert it to wav or flac"
+UNREAD_MUSIC = {
+    **dict.fromkeys(
+        ".mid .midi .kar".split(),
+        "notes without sound, trackformer make-music plays them",
+    ),
+    **dict.fromkeys(
+        ".m4p .aax".split(), "protected, only a copy without protection is read"
+    ),
+    ".wvc": "corrections of the .wv file beside it, which is read without",
+    **dict.fromkeys(".ra .rm .dff .shn .mod .xm .it .s3m".split(), _CONVERT),
+}
 
 # libsndfile reports this length when a header gives none (a streamed FLAC).
 UNKNOWN_FRAMES = 2**63 - 1
@@ -48,15 +63,9 @@ LARGEST_SAMPLE = 1e30  # of float files; sums of larger ones would be infinite
 
 
 class UnreadableAudio(RuntimeError):
-    """An audio file that cannot be used; the message names file and reason.
+    """An audio file that cannot be used; the message names file and reason."""
 
-    Attributes
-    ----------
-    path : str
-        The file, where it is a single one.
-    """
-
-    path = ""
+    path = ""  # the file, where it is a single one
 
 
 class AudioInfo(NamedTuple):
@@ -85,12 +94,8 @@ def audio_info(path):
     AudioInfo(sample_rate=44100, num_frames=11025, channels=2, duration=0.25)
     """
     with open_audio(path) as audio:
-        return AudioInfo(
-            audio.samplerate,
-            audio.frames,
-            audio.channels,
-            audio.frames / audio.samplerate,
-        )
+        rate, frames = audio.samplerate, audio.frames
+        return AudioInfo(rate, frames, audio.channels, frames / rate)
 
 
 def read_segment(
@@ -177,17 +182,8 @@ def _read_resampled(audio, first, count, sample_rate, channel):
 def resample(sig, sample_rate, new_rate):
     """Resamples by soxr at its highest quality: any rates, in little memory.
 
-    Arguments
-    ---------
-    sig : torch.Tensor
-        float32 [..., time], on the CPU.
-    sample_rate, new_rate : int
-        In Hz.
-
-    Returns
-    -------
-    torch.Tensor
-        [..., ceil(time * new_rate / sample_rate)].
+    [..., time] -> [..., ceil(time * new_rate / sample_rate)], float32, on the
+    CPU.
 
     Example
     -------
@@ -210,7 +206,9 @@ def _read_frames(audio, first, count, channel):
     available = min(count, audio.frames - first) if counted else count
     if available <= 0:
         return torch.zeros(2, 0) if channel == "both" else torch.zeros(0)
-    begin = _seekable(audio, first)
+    begin = first  # or where decoding gives it right
+    if audio.format == "OGG":
+        begin = max(0, min(first, audio.frames - OGG_LAST_PAGE))
     frames = decode(audio, begin, first - begin + available)[first - begin :]
     if first == 0 and not len(frames):
         raise _unreadable(name_of(audio), NO_SAMPLES)
@@ -225,25 +223,15 @@ def _read_frames(audio, first, count, channel):
     return frames.mean(dim=1)
 
 
-def _seekable(audio, first):
-    """The frame at or before `first` from which decoding gives it right."""
-    if audio.format == "OGG":
-        return max(0, min(first, audio.frames - OGG_LAST_PAGE))
-    return first
-
-
 def decode(audio, first, count):
     """Samples of an open file, float32 [time, channels], fewer at its end.
 
     They begin at ``first``, with None where the last ones ended.
     """
-    try:
+    with naming(name_of(audio), "truncated or damaged, "):
         if first is not None:
             audio.seek(first)
         return audio.read(count, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, av.FFmpegError) as error:
-        words = f"truncated or damaged, {_words(error)}"
-        raise _unreadable(name_of(audio), words) from error
 
 
 @contextmanager
@@ -256,7 +244,7 @@ def open_audio(path, counted=True):
     # Opening a named pipe waits until somebody writes to it.
     if os.path.exists(path) and not os.path.isfile(path):
         raise _unreadable(path, "not a regular file")
-    try:
+    with naming(path):
         if os.path.getsize(path) == 0:
             raise _unreadable(path, "the file is empty")
         audio = _open_exact(path)
@@ -264,8 +252,6 @@ def open_audio(path, counted=True):
         if counted and audio.frames == 0:
             audio.close()
             raise _unreadable(path, NO_SAMPLES)
-    except (soundfile.SoundFileError, av.FFmpegError, OSError) as error:
-        raise _unreadable(path, _words(error)) from error
     with audio:
         yield audio
 
@@ -280,9 +266,11 @@ def _open_exact(path):
         audio = soundfile.SoundFile(name)
     except soundfile.SoundFileError:
         return FFmpegFile(path)
-    # an mp3 may be in a wav
     exact = audio.frames != UNKNOWN_FRAMES and audio.seekable()
-    if exact and not audio.subtype.startswith("MPEG"):
+    # Vorbis has an order of channels of its own, an mp3 may be in a wav, and in
+    # Opus files of many seconds libsndfile (1.2.2) finds errors that are none
+    exact = exact and not (audio.format == "OGG" and audio.channels > 2)
+    if exact and not audio.subtype.startswith(("MPEG", "OPUS")):
         return audio
     audio.close()
     return FFmpegFile(path)
@@ -332,6 +320,15 @@ def _check_decoded(audio, first, count, frames):
     else:
         return
     raise _unreadable(name_of(audio), words)
+
+
+@contextmanager
+def naming(path, what=""):
+    """Says of what the libraries or the system refuse which file it is."""
+    try:
+        yield
+    except (soundfile.SoundFileError, av.FFmpegError, OSError) as error:
+        raise _unreadable(path, what + _words(error)) from error
 
 
 def _unreadable(path, reason):

@@ -20,7 +20,7 @@ def complain(args, message):
     print(f"trackformer {args.command}:", *lines, file=sys.stderr)
 
 
-def _add_music(parser, hint=""):
+def _add_music(parser):
     """What ``trackformer data`` and ``trackformer shards make`` share."""
     parser.add_argument("folder", metavar="FOLDER", help="folder with music")
     parser.add_argument(
@@ -34,7 +34,8 @@ def _add_music(parser, hint=""):
         type=positive,
         default=3.0,
         metavar="SECONDS",
-        help=f"length of a segment (default: %(default)s){hint}",
+        help="length of a segment; training on shards may use shorter ones "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--music",
@@ -128,7 +129,7 @@ def add_shards(commands):
             "again, it goes on."
         ),
     )
-    _add_music(parser, "; training may use shorter ones")
+    _add_music(parser)
     parser.add_argument("out", metavar="OUT", help="folder for the shards")
     parser.add_argument(
         "--sample_rate",
@@ -176,28 +177,25 @@ def add_make_music(commands):
         ),
     )
     parser.add_argument("out", metavar="OUT", help="folder for the music")
-    for name, metavar, what in (
-        ("midi", "FOLDER", "folders with General MIDI files"),
-        ("soundfont", "FILE", "sf2 or sf3 files that play them"),
-        (
-            "drum_soundfont",
-            "FILE",
-            "sf2 or sf3 files that play the drums now and then",
-        ),
-        ("drumkits", "FOLDER", "folders with Hydrogen drum kits"),
+    for option, name, what in (
+        ("midi", "midi", "folders with General MIDI files"),
+        ("soundfont", "soundfonts", "sf2 or sf3 files that play them"),
+        ("drum_soundfont", "drum_soundfonts", "others for drums, now and then"),
+        ("drumkits", "drumkits", "folders with Hydrogen drum kits"),
     ):
         parser.add_argument(
-            f"--{name}", nargs="+", default=(), metavar=metavar, help=what
+            f"--{option}",
+            dest=name,
+            nargs="+",
+            default=(),
+            metavar="PATH",
+            help=what,
         )
     for name, default, what in (
         ("drums", 50, "clips of these kits"),
         ("voices", 0, "clips of singing"),
         ("electronic", 0, "pieces played by synthesisers"),
-        (
-            "renders",
-            1,
-            "times each MIDI file is played, each time with another soundfont",
-        ),
+        ("renders", 1, "times a MIDI file is played, by other soundfonts"),
         ("seed", 0, "of all draws"),
         ("jobs", os.cpu_count(), "processes"),
     ):
@@ -226,24 +224,11 @@ def add_make_music(commands):
 
 
 def _make_music(args):
-    """Runs ``trackformer make-music``."""
     from trackformer_sb.data.make_music import make_music
 
-    result = make_music(
-        args.out,
-        midi=args.midi,
-        soundfonts=args.soundfont,
-        drum_soundfonts=args.drum_soundfont,
-        drumkits=args.drumkits,
-        drums=args.drums,
-        voices=args.voices,
-        electronic=args.electronic,
-        renders=args.renders,
-        seconds=args.seconds,
-        classes=args.classes,
-        seed=args.seed,
-        jobs=args.jobs,
-    )
+    options = vars(args).copy()
+    del options["command"], options["run"]
+    result = make_music(**options)
     print(
         f"{len(result['made'])} made, {len(result['kept'])} there before, "
         f"{len(result['left_out'])} left out in {args.out}"

@@ -6,24 +6,14 @@ import threading
 
 from trackformer_sb.cli_data import positive
 
-
-def add_model(parser):
-    """Adds which model, ``MODEL``, to the parser of a command."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="?",
-        default="default",
-        help="separator folder as training leaves it, or a model on the hub "
-        "(default: the package's own, where it has one)",
-    )
-
-
-def add_loading(parser):
-    """Adds where a model runs, ``--device``, to a parser or a group of it."""
-    parser.add_argument(
-        "--device", help="cpu or cuda; by default a GPU if there is one"
-    )
+# Arguments that several commands have
+MODEL = {
+    "metavar": "MODEL",
+    "default": "default",
+    "help": "folder of a separator or of a run, or a model on the hub "
+    "(default: the package's own)",
+}
+DEVICE = {"help": "cuda, mps or cpu (default: the first there is)"}
 
 
 def add_export(commands):
@@ -67,7 +57,6 @@ def add_export(commands):
 
 
 def _export(args):
-    """Runs ``trackformer export``."""
     from trackformer_sb.inference.runs import separator_of_run
 
     separator, metadata = separator_of_run(args.experiment, args.checkpoint)
@@ -79,7 +68,6 @@ def _export(args):
             model_card_kwargs={"metadata": metadata},
         )
         print(commit)
-    return 0
 
 
 def add_info(commands):
@@ -93,8 +81,8 @@ def add_info(commands):
             "this machine."
         ),
     )
-    add_model(parser)
-    add_loading(parser)
+    parser.add_argument("model", nargs="?", **MODEL)
+    parser.add_argument("--device", **DEVICE)
     parser.add_argument(
         "--seconds",
         type=positive,
@@ -108,7 +96,6 @@ def add_info(commands):
 
 
 def _info(args):
-    """Runs ``trackformer info``."""
     from trackformer_sb.inference.measure import (
         describe_model,
         description_text,
@@ -119,7 +106,6 @@ def _info(args):
         print(json.dumps(description, indent=2))
     else:
         print(description_text(description))
-    return 0
 
 
 def add_demo(commands):
@@ -133,7 +119,8 @@ def add_demo(commands):
             "removes the files it made."
         ),
     )
-    add_model(parser)
+    parser.add_argument("model", nargs="?", **MODEL)
+    parser.add_argument("--device", **DEVICE)
     parser.add_argument(
         "--port",
         type=int,
@@ -144,14 +131,6 @@ def add_demo(commands):
         default="127.0.0.1",
         help="address to listen at; the default is reached from this machine "
         "only, 0.0.0.0 from all over the network (default: %(default)s)",
-    )
-    add_loading(parser)
-    parser.add_argument(
-        "--max_megabytes",
-        type=positive,
-        default=100,
-        metavar="MB",
-        help="largest file that is taken (default: %(default)s)",
     )
     parser.add_argument(
         "--max_minutes",
@@ -172,7 +151,6 @@ def _wait():
 
 
 def _demo(args):
-    """Runs ``trackformer demo``."""
     from trackformer_sb.inference.separator import load_separator
     from trackformer_sb.web.page import import_gradio, running_page
 
@@ -180,8 +158,7 @@ def _demo(args):
     separator = load_separator(args.model, args.device)
     sources = ", ".join(separator.groups or [f"{separator.num_spks} sources"])
     title = f"{args.model}: {sources} at {separator.sample_rate} Hz"
-    options = args.host, args.port, args.max_megabytes, args.max_minutes
+    options = args.host, args.port, args.max_minutes
     with running_page(separator, title, *options) as url:
         print(f"Open {url} (Ctrl+C ends it)", flush=True)
         _wait()
-    return 0

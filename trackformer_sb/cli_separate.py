@@ -5,10 +5,21 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
+from trackformer_sb import __version__
 from trackformer_sb.cli_data import complain, positive
-from trackformer_sb.cli_model import add_loading
+from trackformer_sb.cli_model import DEVICE, MODEL
+from trackformer_sb.inference.files import (
+    add_record,
+    check_overwriting,
+    describe,
+    find_files,
+    place_files,
+    read_record,
+)
+from trackformer_sb.paths import shortened
 
 DESCRIPTION = """\
 Writes one file per stem (drums, bass, vocals, other), at the rate and with the
@@ -21,7 +32,7 @@ examples:
   trackformer separate song.mp3
   trackformer separate song.mp3 --stems vocals
   trackformer separate music/ --out stems --skip-existing
-  trackformer separate *.mp3 --format flac
+  trackformer separate *.mp3 --format mp3 --song_folders
   trackformer separate song.mp3 --outputs none --remix vocals:-inf,drums:+3
   trackformer separate song.mp3 --model results/separator/1234/separator
 
@@ -30,6 +41,13 @@ a wrong usage or a model that does not load, 130 after Ctrl+C; an unfinished
 file leaves no results. Paths of written files go to the standard output, one a
 line, errors to the standard error.
 """
+
+
+# Of ``Separator.separate_file``, which make results what they are
+OPTIONS = (
+    *("outputs", "remix", "ranked", "figure", "file_format", "song_folders"),
+    *("chunk_seconds", "overlap"),
+)
 
 
 def share(text):
@@ -55,13 +73,7 @@ def add_separate(commands):
         nargs="+",
         help="audio files and folders (with all that is below them)",
     )
-    parser.add_argument(
-        "--model",
-        default="default",
-        metavar="DIR",
-        help="separator folder as training leaves it, or a model on the hub "
-        "(default: the package's own)",
-    )
+    parser.add_argument("--model", **MODEL)
     parser.add_argument(
         "--out",
         default=".",
@@ -73,11 +85,18 @@ def add_separate(commands):
     written = parser.add_argument_group("what is written")
     written.add_argument(
         "--format",
-        choices=("wav", "flac", "ogg"),
+        dest="file_format",
+        choices=("wav", "flac", "ogg", "mp3", "m4a"),
         default="wav",
-        help="wav (32-bit float), flac (24 bit) or ogg (Vorbis); where outputs "
-        "exceed full scale, flac and ogg have all outputs of the file turned "
-        "down alike, and a remix by itself (default: %(default)s)",
+        help="wav (32-bit float), flac (24 bit), ogg (Vorbis), mp3 or m4a "
+        "(AAC), with the tags of the input; where outputs exceed full scale, "
+        "all but wav have all outputs of the file turned down alike, and a "
+        "remix by itself (default: %(default)s)",
+    )
+    written.add_argument(
+        "--song_folders",
+        action="store_true",
+        help="write <file>/drums.wav in place of <file>_drums.wav",
     )
     which = written.add_mutually_exclusive_group()
     which.add_argument(
@@ -125,7 +144,7 @@ def add_separate(commands):
         "file by this model with these options",
     )
     model = parser.add_argument_group("how the model runs")
-    add_loading(model)
+    model.add_argument("--device", **DEVICE)
     model.add_argument(
         "--chunk_seconds",
         type=positive,
@@ -164,17 +183,16 @@ def _fingerprint(separator):
 
 def _prepare(args):
     """The separator, options of ``separate_file``, and file -> its results."""
-    from trackformer_sb.audio import AUDIO_EXTENSIONS
-    from trackformer_sb.inference.files import (
-        check_overwriting,
-        find_files,
-        place_files,
-    )
+    from trackformer_sb.audio import AUDIO_EXTENSIONS, UNREAD_MUSIC
     from trackformer_sb.inference.remix import chosen_stems
     from trackformer_sb.inference.separator import load_separator
     from trackformer_sb.inference.writing import output_paths
 
     files = find_files(args.files, args.out, AUDIO_EXTENSIONS)
+    folders = filter(os.path.isdir, args.files)
+    for path in find_files(folders, args.out, tuple(UNREAD_MUSIC)):
+        if reason := UNREAD_MUSIC.get(Path(path).suffix.lower()):
+            complain(args, f"{path}: left out: {reason}")
     separator = load_separator(args.model, args.device)
     outputs = args.outputs
     if args.stems is not None:
@@ -183,37 +201,24 @@ def _prepare(args):
     results = {
         path: output_paths(
             Path(args.out, folder),
-            Path(path).stem,
+            shortened(Path(path).stem),
             names,
-            args.format,
+            args.file_format,
             args.figure,
+            args.song_folders,
         )
         for path, folder in zip(files, place_files(files))
     }
     check_overwriting(results)
     os.makedirs(args.out, exist_ok=True)
-    options = {
-        "outputs": outputs,
-        "remix": args.remix,
-        "ranked": args.ranked,
-        "figure": args.figure,
-        "file_format": args.format,
-        "chunk_seconds": args.chunk_seconds,
-        "overlap": args.overlap,
-    }
+    tempfile.TemporaryFile(dir=args.out).close()  # it can be written
+    options = {name: getattr(args, name) for name in OPTIONS}
+    options["outputs"] = outputs
     return separator, options, results
 
 
 def _separate(args):
-    """Runs ``trackformer separate``."""
     from tqdm import tqdm
-
-    from trackformer_sb import __version__
-    from trackformer_sb.inference.files import (
-        add_record,
-        describe,
-        read_record,
-    )
 
     separator, options, results = _prepare(args)
     model = {"version": __version__, "model": _fingerprint(separator)}
@@ -223,8 +228,8 @@ def _separate(args):
     for path, paths in tqdm(
         results.items(), unit="file", disable=not shown or len(results) < 2
     ):
-        folder = paths[0].parent
-        place = os.path.relpath(folder / Path(path).stem, args.out)
+        folder = paths[0].parents[1 if args.song_folders else 0]
+        place = os.path.relpath(folder / shortened(Path(path).stem), args.out)
         message = ""
         try:
             known = args.skip_existing and read_record(args.out).get(place)

@@ -3,10 +3,12 @@
 Made without pyplot, which keeps every figure and may want a display.
 """
 
+import os
 from itertools import chain, pairwise
 
 import matplotlib.image
 import numpy as np
+import soundfile
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -16,12 +18,11 @@ COLUMNS = 600
 WINDOWS = 8
 WINDOW_SECONDS = 0.046
 LOWEST_HZ = 40.0
+BLOCK_FRAMES = 2**18  # of a file that are read at once
 TICKS_HZ = {100: "100", 1000: "1k", 10000: "10k"}
 
 # Spectrograms show this range below the loudest point of the mixture.
 RANGE_DB = 70.0
-
-MAX_NAME = 24
 
 # Panels of the training curves: title, unit, keys of the history.
 CURVES = (
@@ -64,24 +65,10 @@ def band_edges(sample_rate):
 def spectrogram(blocks, frames, sample_rate):
     """The power of a signal of any length in a few bands and columns.
 
-    Channels are averaged in power, so that none hides another.
-
-    Arguments
-    ---------
-    blocks : iterable of numpy.ndarray
-        [time, channels] each. Memory does not depend on how many there are.
-    frames : int
-        Samples of all of them, at least 1.
-    sample_rate : int
-        In Hz.
-
-    Returns
-    -------
-    power : numpy.ndarray
-        [120, columns], at most 600 columns: mean power of a bin in logarithmic
-        bands, where a sine of amplitude 1 has 1/2 in a band of one bin.
-    mean_square : float
-        That of all samples.
+    ``blocks`` yields [time, channels], in all so many ``frames``. Channels are
+    averaged in power, so that none hides another. Returns the mean power of a
+    bin in logarithmic bands, [120, at most 600], where a sine of amplitude 1
+    has 1/2 in a band of one bin, and the mean square of all samples.
 
     Example
     -------
@@ -113,6 +100,13 @@ def spectrogram(blocks, frames, sample_rate):
         total = np.append(0, spectrum.mean((0, 2)).cumsum())
         power[:, column] = (total[last] - total[first]) / (last - first)
     return power * 2 / window.sum() ** 2, energy / frames
+
+
+def file_spectrogram(path):
+    """The ``spectrogram`` of a file that libsndfile reads."""
+    with soundfile.SoundFile(os.fsencode(path)) as file:
+        blocks = file.blocks(BLOCK_FRAMES, dtype="float32", always_2d=True)
+        return spectrogram(blocks, file.frames, file.samplerate)
 
 
 def _pieces(blocks, edges, n_fft):
@@ -171,23 +165,10 @@ def _show(axis, image, seconds, title, top=None, **style):
 def separation_figure(columns, seconds, sample_rate, masks=()):
     """Spectrograms of a mixture, of what is in it, and the masks.
 
-    Arguments
-    ---------
-    columns : list of dict
-        Columns of the figure: name -> what ``spectrogram`` returned. The first
-        of the first column is the mixture.
-    seconds : float
-        Length of all of them.
-    sample_rate : int
-        In Hz.
-    masks : numpy.ndarray
-        [sources, channels, frames] in [0, 1], for one more column.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        A row each. All spectrograms have the same colours, in dB below the
-        loudest point of the mixture.
+    Each of the ``columns`` is a dict: name -> what ``spectrogram`` returned;
+    the first of the first one is the mixture. ``masks``, [sources, channels,
+    frames] in [0, 1], are one more column. All spectrograms have the same
+    colours, in dB below the loudest point of the mixture.
 
     Example
     -------
@@ -218,7 +199,7 @@ def separation_figure(columns, seconds, sample_rate, masks=()):
     style = {"vmin": -RANGE_DB, "vmax": 0, "cmap": "magma"}
     for column, column_axes in zip(columns, axes):
         for axis, (name, (power, level)) in zip(column_axes, column.items()):
-            title = _short(name)
+            title = name.encode("utf-8", "replace").decode()
             if power is not mixture and level and total:
                 relative = 10 * np.log10(level / total)
                 title += f": {relative:.1f} dB of the mixture"
@@ -332,9 +313,3 @@ def training_curves(history, panels=CURVES):
         else:
             axis.text(0.5, 0.5, "not measured", ha="center", va="center")
     return figure
-
-
-def _short(name):
-    """A name that fits; what is no letter of any script becomes a mark."""
-    name = name.encode("utf-8", "replace").decode()
-    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"

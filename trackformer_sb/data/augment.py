@@ -11,6 +11,8 @@ or shorter or from elsewhere, and last its samples are changed:
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -59,6 +61,7 @@ class Change(NamedTuple):
         return self.speed * self.tempo
 
 
+@dataclass
 class Augmentation:
     """Draws and applies changes of mixtures; by default there are none.
 
@@ -102,28 +105,21 @@ class Augmentation:
     tensor([1., 1., 1.])
     """
 
-    def __init__(
-        self,
-        polarity_share=0.0,
-        time_shift_seconds=0.0,
-        speed_percent=0.0,
-        time_stretch_percent=0.0,
-        pitch_shift_semitones=0.0,
-        transform=None,
-    ):
-        self.polarity_share = polarity_share
-        self.time_shift_seconds = time_shift_seconds
-        self.speed_percent = speed_percent
-        self.time_stretch_percent = time_stretch_percent
-        self.pitch_shift_semitones = pitch_shift_semitones
-        self.transform = transform
+    polarity_share: float = 0.0
+    time_shift_seconds: float = 0.0
+    speed_percent: float = 0.0
+    time_stretch_percent: float = 0.0
+    pitch_shift_semitones: float = 0.0
+    transform: Callable | None = None
+
+    def __post_init__(self):
         for key, largest in LARGEST.items():
             value = getattr(self, key)
             if not 0 <= value <= largest:
                 raise ValueError(
                     f"expected {key} from 0 to {largest}, got {value}"
                 )
-        self.is_off = transform is None and not any(
+        self.is_off = self.transform is None and not any(
             getattr(self, key) for key in LARGEST
         )
 

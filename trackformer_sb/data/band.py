@@ -94,7 +94,6 @@ def make_song(seed, seconds=24.0, sample_rate=44100):
     >>> print(f"{abs(sum(stems.values())).max():.2f}")
     0.90
     """
-    _check_settings(seed, seconds, sample_rate)
     samples = max(1, round(seconds * sample_rate))
     # A generator for each part: a change in one leaves the others as they are.
     rngs = [np.random.default_rng([seed, part]) for part in range(5)]
@@ -113,44 +112,15 @@ def make_song(seed, seconds=24.0, sample_rate=44100):
     return {name: stem * gain for name, stem in stems.items()}
 
 
-def make_band(
-    folder,
-    num_songs=60,
-    seconds=24.0,
-    seed=0,
-    sample_rate=44100,
-    progress=False,
-):
+def make_band(folder, num_songs=60, seconds=24.0, seed=0, sample_rate=44100):
     """Writes a folder of songs, each a folder of four 16-bit wav stems.
 
     `band.json` holds the settings. A complete band is kept as it is, an
-    interrupted one is completed.
-
-    Arguments
-    ---------
-    folder : str or pathlib.Path
-        Where to write; made if missing.
-    num_songs : int
-        Number of songs, 1 or more. Song i depends on `seed` and i alone.
-    seconds : float
-        Length of each song, above 0.
-    seed : int
-        Non-negative; another seed is another band.
-    sample_rate : int
-        Samples per second, 8000 or more.
-    progress : bool
-        Whether to show a progress bar.
-
-    Returns
-    -------
-    folder : pathlib.Path
-        The folder, with `song_000/drums.wav` and so on.
-
-    Raises
-    ------
-    ValueError
-        If an argument is outside its range, or the folder holds a band with
-        other settings, or files that are no band.
+    interrupted one is completed. Song i depends on `seed`, 0 or more, and i
+    alone. `num_songs` is 1 or more, `seconds`, of each song, above 0,
+    `sample_rate` 8000 Hz or more. Returns the folder [pathlib.Path]. Arguments
+    out of range, a band of other settings in the folder, or files that are no
+    band, are a ValueError.
 
     Example
     -------
@@ -159,8 +129,15 @@ def make_band(
     >>> sorted(path.name for path in folder.iterdir())
     ['band.json', 'song_000', 'song_001']
     """
-    _check_settings(seed, seconds, sample_rate, num_songs)
-    num_songs, sample_rate, seed = int(num_songs), int(sample_rate), int(seed)
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"expected seconds above 0, got {seconds}")
+    least = {"seed": 0, "sample_rate": 8000, "num_songs": 1}
+    for name, value in zip(least, (seed, sample_rate, num_songs), strict=True):
+        if not isinstance(value, int) or value < least[name]:
+            raise ValueError(
+                f"expected {name} to be an integer of {least[name]} or more, "
+                f"got {value}"
+            )
     settings = {"num_songs": num_songs, "seconds": float(seconds), "seed": seed}
     settings |= {"sample_rate": sample_rate, "version": VERSION}
     folder = Path(folder)
@@ -177,37 +154,21 @@ def make_band(
         )
     else:
         write_json(marker, settings)
-    for index in tqdm(range(num_songs), "demo band", disable=not progress):
+    for index in tqdm(range(num_songs), "demo band", disable=None):
         song = folder / f"song_{index:03d}"
         if all((song / f"{name}.wav").exists() for name in STEMS):
             continue
-        state = np.random.SeedSequence([seed, index]).generate_state(
-            1, "uint64"
-        )
-        stems = make_song(int(state[0]), seconds, sample_rate)
+        state = np.random.SeedSequence([seed, index])
+        (song_seed,) = state.generate_state(1, "uint64")
+        stems = make_song(int(song_seed), seconds, sample_rate)
         with tempfile.TemporaryDirectory(prefix=".song_", dir=folder) as new:
-            # Not called wav before the rename: what a killed run leaves behind
-            # must not be taken for music.
             for name, sig in stems.items():
-                path = os.path.join(new, name)
-                soundfile.write(path, sig, sample_rate, "PCM_16", format="WAV")
+                soundfile.write(f"{new}/{name}.wav", sig, sample_rate, "PCM_16")
             # One by one, for some of them may be there.
             song.mkdir(exist_ok=True)
             for name in STEMS:
-                os.replace(os.path.join(new, name), song / f"{name}.wav")
+                os.replace(f"{new}/{name}.wav", song / f"{name}.wav")
     return folder
-
-
-def _check_settings(seed, seconds, sample_rate, num_songs=1):
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"expected seconds above 0, got {seconds}")
-    least = {"seed": 0, "sample_rate": 8000, "num_songs": 1}
-    for name, value in zip(least, (seed, sample_rate, num_songs), strict=True):
-        if value != int(value) or value < least[name]:
-            raise ValueError(
-                f"expected {name} to be an integer of {least[name]} or more, "
-                f"got {value}"
-            )
 
 
 def check_same(settings, path):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from trackformer_sb.audio import (
     AUDIO_EXTENSIONS,
+    UNREAD_MUSIC,
     AudioInfo,
     UnreadableAudio,
     audio_info,
@@ -47,19 +48,19 @@ POWERS[0] = 0.0
 MANY_FILES = 500
 
 
-def list_audio(folder, findings):
+def list_audio(folder, findings, with_unread=True):
     """Lists the audio files below a folder: absolute path -> ``file_stat``.
 
     Links are followed, hidden files are not listed. `findings` takes folders
-    that cannot be read, and files of other formats. No folder is a
-    FileNotFoundError, one without audio a ValueError.
+    that cannot be read and, `with_unread`, music of other formats. No folder is
+    a FileNotFoundError, one without audio a ValueError.
     """
     if not folder or not os.path.isdir(folder):
         raise FileNotFoundError(
             f"folder={folder} is not a folder, expected one with music (or "
             "dataset: demo, which needs none)"
         )
-    listing, visited = {}, {}
+    listing, visited, unread = {}, {}, defaultdict(list)
     for parent, folders, files in os.walk(
         os.path.abspath(folder),
         followlinks=True,
@@ -79,6 +80,10 @@ def list_audio(folder, findings):
             path = os.path.join(parent, file)
             if extension in AUDIO_EXTENSIONS:
                 listing[path] = file_stat(path)
+            elif with_unread and extension in UNREAD_MUSIC:
+                unread[UNREAD_MUSIC[extension]].append(path)
+    for reason, paths in unread.items():
+        findings.skip(sorted(paths), reason)
     if not listing:
         raise ValueError(
             f"no audio files under {folder}, expected "
@@ -103,16 +108,6 @@ class FileCache:
     kept: what could not be read is tried again. Each folder with music has a
     cache of its own, in `cache_folder`, by default
     ``$XDG_CACHE_HOME/trackformer_sb`` or ``~/.cache/trackformer_sb``.
-
-    Example
-    -------
-    >>> import tempfile, soundfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = f"{folder}/song.wav"
-    ...     soundfile.write(path, np.zeros(4000), 8000)
-    ...     cache = FileCache(folder, {path: file_stat(path)}, folder)
-    ...     cache.headers([path])[path].duration
-    0.5
     """
 
     def __init__(self, folder, listing, cache_folder=None):
@@ -224,22 +219,11 @@ def measure_levels(path):
     Returns codes of levels, uint8 [windows]; what the last window lacks counts
     as silence. Raises UnreadableAudio for a file that is damaged, cut, or holds
     NaN or infinite samples.
-
-    Example
-    -------
-    >>> import tempfile, soundfile
-    >>> sine = np.sin(2 * np.pi * 440 * np.arange(4410) / 44100)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = f"{folder}/sine.wav"
-    ...     soundfile.write(path, np.append(0.5 * sine, 0 * sine), 44100)
-    ...     decibels(measure_levels(path))
-    array([  -9., -100.])
     """
     with open_audio(path) as audio:
         edges = np.arange(WINDOWS_PER_SECOND + 1) * audio.samplerate
         edges //= WINDOWS_PER_SECOND
-        # below 10 Hz some windows have no sample, and take the one before
-        sizes = np.maximum(1, np.diff(edges))
+        sizes = np.diff(edges)
         mean_squares = []
         while len(block := read_on(audio, audio.samplerate)):
             squares = np.square(block.mean(axis=1, dtype=np.float64))

@@ -60,48 +60,14 @@ def make_music(
     classes=("bass",),
     seed=0,
     jobs=1,
-    report=print,
 ):
     """Makes what is not there yet, and ``music.json``, which names sources.
 
-    Arguments
-    ---------
-    out : str or pathlib.Path
-        Where to write; made if missing.
-    midi : sequence of str or pathlib.Path
-        Folders with General MIDI files.
-    soundfonts, drum_soundfonts : sequence of str or pathlib.Path
-        Files that play them; the latter, now and then, their drums.
-    drumkits : sequence of str or pathlib.Path
-        Folders with Hydrogen drum kits.
-    drums, voices : int
-        Number of clips of each.
-    electronic : int
-        Number of pieces that synthesisers play, see ``band.make_song``.
-    renders : int
-        How often each MIDI file is played, by one soundfont after the other.
-    seconds : float
-        Length of a piece at most.
-    classes : sequence of str
-        See ``midi.midi_class``.
-    seed : int
-        Non-negative.
-    jobs : int
-        Number of processes.
-    report : callable
-        Takes a line for each song that is made and for all that is left out.
-
-    Returns
-    -------
-    dict
-        Names of songs as "made" and "kept", and reasons as "left_out".
-
-    Raises
-    ------
-    ImportError
-        If the packages of the extra `music` are not installed.
-    ValueError
-        If there is nothing to make, or `out` holds music of other settings.
+    Prints a line for each song that is made and for all that is left out. The
+    arguments are those of ``trackformer make-music``. Returns names of songs as
+    "made" and "kept", and reasons as "left_out". Raises an ImportError without
+    the packages of the extra `music`, and a ValueError if there is nothing to
+    make, or `out` holds music of other settings.
     """
     settings = {"seed": seed, "seconds": seconds, "classes": list(classes)}
     settings["version"] = VERSION
@@ -119,7 +85,7 @@ def make_music(
         # the renders of a piece fail alike
         if reason not in left_out:
             left_out.append(reason)
-            report(f"left out: {reason}")
+            print(f"left out: {reason}")
 
     def usable(paths, load, *args):
         for path in paths:
@@ -170,7 +136,10 @@ def make_music(
     sources += [kit / "drumkit.xml" for kit in kits]
     content = settings | {
         "packages": packages,
-        "sources": {str(path): _sha256(path) for path in sources},
+        "sources": {
+            str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            for path in sources
+        },
     }
     write_json(out / "music.json", content)
     kept = [name for name in tasks if (out / name).is_dir()]
@@ -180,7 +149,7 @@ def make_music(
             leave_out(reason)
         else:
             made.append(name)
-            report(f"{len(made) + len(kept)}/{len(tasks)} {name}")
+            print(f"{len(made) + len(kept)}/{len(tasks)} {name}")
     return {"made": made, "kept": kept, "left_out": left_out}
 
 
@@ -295,7 +264,3 @@ def _named(paths):
             name += "_"
         names[name] = path
     return names
-
-
-def _sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -20,10 +20,7 @@ import numpy as np
 class Manifest(Mapping):
     """Segments in memory: segment id -> row, in the order of songs and ids.
 
-    Arguments
-    ---------
-    rows : Mapping
-        Segment id -> row with at least "song".
+    A row has at least "song".
 
     Example
     -------
@@ -185,20 +182,18 @@ def write_manifest(folder, split, songs):
 
     `songs` yields the line of a song, a dict with "song", "tracks", "duration"
     and "hop" (of its segments, in seconds), "song_seconds" and "has_stems", and
-    the numbers of its segments, sorted by "song". Songs without segments are
-    left out. `folder` is there already, `split` the name of the files.
+    the numbers of its segments, one or more, sorted by "song". `folder` is
+    there already, `split` the name of the files.
     """
     base = Path(folder) / split
     columns, offset = [np.empty((3, 0), np.int64)], 0
     unfinished = Path(folder) / f".{split}.{os.getpid()}"
     with open(unfinished, "wb") as file:
         for line, numbers in songs:
-            if len(numbers):
-                part = np.empty((3, len(numbers)), np.int64)
-                part[0], part[1], part[2] = len(columns) - 1, numbers, offset
-                columns.append(part)
-                text = json.dumps(line).encode() + b"\n"
-                offset += file.write(text)
+            part = np.empty((3, len(numbers)), np.int64)
+            part[0], part[1], part[2] = len(columns) - 1, numbers, offset
+            columns.append(part)
+            offset += file.write(json.dumps(line).encode() + b"\n")
     os.replace(unfinished, f"{base}.jsonl")
     with open(unfinished, "wb") as file:
         np.save(file, np.concatenate(columns, axis=1))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy.signal import butter, sosfilt
 
-from trackformer_sb.data.drumkits import SAMPLE_RATE, reverb
+from trackformer_sb.data.drumkits import HATS, SAMPLE_RATE, reverb
 
 PEAK = 0.98
 # Programs from 0, first and last. Drums are channel 10, all else is other:
@@ -19,7 +19,6 @@ PEAK = 0.98
 CLASSES = {"piano": (0, 7), "guitar": (24, 31), "bass": (32, 39)}
 CENTRED = ("drums", "bass")
 QUALITY = 2  # of the interpolation: 4 takes 6 times as long, 0 and 1 alias
-HATS = (42, 44, 46)
 RING = 2.0  # seconds that a drum sounds at most
 HIGH_PASS = butter(2, 15, "high", fs=SAMPLE_RATE, output="sos")
 AUDIBLE = 1e-3  # of the peak of all stems

@@ -46,6 +46,7 @@ from trackformer_sb.data.songs import (
     skipped_table,
     stem_songs,
 )
+from trackformer_sb.paths import expanded
 
 logger = get_logger(__name__)
 
@@ -149,21 +150,30 @@ class Music:
     test_dataset: str = "stems"
     split: str = "auto"
     split_file: str | Path | None = None
-    split_ratio: tuple = (80, 10, 10)
+    split_ratio: tuple | list = (80, 10, 10)
     seed: int = 0
     stem_groups: dict | None = None
     max_stems: int | None = None
     audio_check: str = "header"
-    min_active_share: float = 0.0
-    min_level_db: float | None = None
+    min_active_share: float | int = 0.0
+    min_level_db: float | int | None = None
     cache_folder: str | Path | None = None
     sample_rate: int = 44100
-    segment_hop_seconds: float | None = None
-    shard_urls: str | list | None = None
+    segment_hop_seconds: float | int | None = None
+    shard_urls: str | None = None
     demo_songs: int = 60
-    demo_seconds: float = 24.0
+    demo_seconds: float | int = 24.0
 
     def __post_init__(self):
+        for name in ("folder", "test_folder", "split_file", "cache_folder"):
+            setattr(self, name, expanded(getattr(self, name)))
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type
+            if not isinstance(value, kind):
+                kind = getattr(kind, "__name__", kind)
+                raise ValueError(
+                    f"{field.name}: expected {kind}, got {value!r}"
+                )
         for name, known in (
             ("dataset", ("demo", *FINDERS, "shards")),
             ("test_dataset", FINDERS),
@@ -250,7 +260,6 @@ class Music:
                 num_songs=self.demo_songs,
                 seconds=self.demo_seconds,
                 sample_rate=self.sample_rate,
-                progress=True,
             )
         self._list(self._sources)
         hop = self.segment_hop_seconds or segment_seconds
@@ -322,7 +331,9 @@ class Music:
             )
         self.findings = Findings()
         self._listings = {
-            folder: list_audio(folder, self.findings) for folder, _ in sources
+            # the known datasets have notes beside their audio
+            folder: list_audio(folder, self.findings, dataset not in LAYOUTS)
+            for folder, dataset in sources
         }
         files = {k: v for x in self._listings.values() for k, v in x.items()}
         self._cache = FileCache(self.folder, files, self.cache_folder)
@@ -437,10 +448,11 @@ class Music:
     def _alike(self, songs):
         """Path -> what is equal for files that sound alike; "" for silence.
 
-        Only files of equal length, rate and channels are read.
+        Only files are read whose length, rate and channels are those of a file
+        of another song.
         """
         headers = {k: v for song in songs for k, v in song.headers.items()}
-        count = Counter(headers.values())
+        count = Counter(x for song in songs for x in set(song.headers.values()))
         alike = {path: path for path in headers}
         read = self._cache.fingerprints(
             path for path, info in headers.items() if count[info] > 1
@@ -583,14 +595,6 @@ def split_songs(songs, split_ratio, seed):
     alone. Numbers below the share of test are tested on, from there to that of
     valid validated on. A split that has fewer than two songs then gets those
     of the next numbers. Returns split -> list of Song sorted by name.
-
-    Example
-    -------
-    >>> from trackformer_sb.data.songs import Song
-    >>> songs = [Song(f"song_{i}", {}, has_stems=True) for i in range(1000)]
-    >>> splits = split_songs(songs, (80, 10, 10), seed=0)
-    >>> {split: len(part) for split, part in splits.items()}
-    {'train': 787, 'valid': 97, 'test': 116}
     """
     names = SPLITS[: len(split_ratio)]
     songs = sorted(songs, key=lambda song: _number(song, seed))
@@ -628,7 +632,10 @@ def _read_split_file(path, songs):
     found = {}
     for split, names in lists.items():
         for name in map(_composed, names):
-            fits = [name] if name in known else fnmatch.filter(known, name)
+            fits = [name]
+            if name not in known:
+                # brackets are part of a name
+                fits = fnmatch.filter(known, name.replace("[", "[[]"))
             if not fits:
                 raise ValueError(f"{path}: no song {name!r} ({split})")
             for match in set().union(*(known[x] for x in fits)):

@@ -80,11 +80,6 @@ def play_at(sig, ratio, num_samples):
     """Plays a signal faster or slower, by linear interpolation.
 
     From [channels, time] of at least ``num_samples * ratio + 2`` samples.
-
-    Example
-    -------
-    >>> play_at(np.array([[0.0, 1.0, 2.0, 3.0, 4.0]]), 1.5, 2)
-    array([[0. , 1.5]])
     """
     if ratio == 1.0:
         return sig[:, :num_samples]

@@ -36,7 +36,7 @@ import torch
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
-from trackformer_sb.audio import UnreadableAudio
+from trackformer_sb.audio import UnreadableAudio, naming
 from trackformer_sb.data.files import write_json
 from trackformer_sb.data.manifest import (
     MappedManifest,
@@ -137,11 +137,8 @@ def _write_shards(out_folder, index, music):
 
     rows = MappedManifest(out_folder / MANIFESTS, "train")
     rate = music.sample_rate
-    samples = sum(
-        row["duration"] * rate * (len(row["tracks"]) if row["has_stems"] else 1)
-        for row in rows.values()
-    )
-    num_shards = math.ceil(samples * 2 / 1e6 / index["made_of"][1])
+    seconds = sum(row["duration"] * len(row["tracks"]) for row in rows.values())
+    num_shards = math.ceil(seconds * rate * 2 / 1e6 / index["made_of"][1])
     shuffled = np.random.default_rng(music.seed).permutation(len(rows))
     parts = np.array_split(shuffled, min(num_shards, len(rows)))
     with ThreadPoolExecutor() as pool:
@@ -170,8 +167,6 @@ def _encode(rows, place, sample_rate):
     """The files of a segment, as a sample of WebDataset."""
     segment_id, row = rows.ids[place], rows.row(place)
     tracks, names = read_tracks(row, sample_rate).numpy(), list(row["tracks"])
-    if not row["has_stems"]:
-        tracks, names = tracks.sum(axis=0, keepdims=True), ["mixture"]
     # beyond full scale it is halved until it fits, which rounds nothing
     peak = max(1.0, float(np.abs(tracks).max()))
     gain = 0.5 ** math.ceil(math.log2(peak))
@@ -447,20 +442,15 @@ class _PackedPairs(MixtureOfMixtures):
         first, count = (
             round(source[x] * self.sample_rate) for x in ("start", "duration")
         )
-        try:
+        with naming(row["path"], "damaged, "):
             tracks = [
                 soundfile.read(
                     io.BytesIO(flac),
                     count,
                     first,
                     dtype="float32",
-                    always_2d=True,
                     fill_value=0.0,
-                )[0].T
+                )[0]
                 for flac in row["flacs"]
             ]
-        except soundfile.SoundFileError as error:
-            damaged = UnreadableAudio(f"{row['path']}: damaged")
-            damaged.path = row["path"]
-            raise damaged from error
-        return torch.from_numpy(np.concatenate(tracks) / row["gain"])
+        return torch.from_numpy(np.stack(tracks) / row["gain"])

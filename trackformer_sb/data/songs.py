@@ -18,36 +18,16 @@ STEM_NAMES = {"bass", "drums", "other", "vocals"}
 
 
 class Song(NamedTuple):
-    """A song on disk, and what is known of it.
+    """A song on disk, and what is known of it."""
 
-    Arguments
-    ---------
-    name : str
-        Path below the folder of the music.
-    tracks : dict
-        Track name -> tuple of absolute paths, whose sum is the track.
-    has_stems : bool
-        Whether the tracks are stems, or the one track is the whole mixture.
-    split : str
-        train, valid or test where the dataset itself says so, otherwise "".
-    mixture : str
-        Path of a finished mixture beside the stems, or "".
-    seconds : float
-        Length of the longest track; 0 until its files are read.
-    headers : dict, optional
-        Path of each file -> AudioInfo, once they are read.
-    levels : dict, optional
-        Path of each file of a track -> codes of ``files.measure_levels``, once
-        they are decoded.
-    """
-
-    name: str
-    tracks: dict
-    has_stems: bool
-    split: str = ""
-    mixture: str = ""
-    seconds: float = 0.0
-    headers: dict | None = None
+    name: str  # path below the folder of the music
+    tracks: dict  # name -> tuple of absolute paths, whose sum is the track
+    has_stems: bool  # or the one track is the whole mixture
+    split: str = ""  # train, valid or test, where the dataset itself says so
+    mixture: str = ""  # path of a finished mixture beside the stems
+    seconds: float = 0.0  # of the longest track; 0 until its files are read
+    headers: dict | None = None  # path -> AudioInfo, once they are read
+    # path of a track -> codes of `measure_levels`, once they are decoded
     levels: dict | None = None
 
     @property
@@ -83,15 +63,6 @@ class Findings:
 
     Attributes `skipped`, a list of {"file", "reason"}, and `warnings`, a list
     of messages, go into the data report.
-
-    Example
-    -------
-    >>> findings = Findings()
-    >>> findings.skip(["/music/a.wav"], "truncated after 3.2 s")
-    >>> findings.skip(["/music/b.wav"], "truncated after 0.1 s")
-    >>> print(skipped_table(findings.skipped))
-    2 left out
-        2  truncated after ... s, first /music/a.wav
     """
 
     def __init__(self):

@@ -17,14 +17,7 @@ TABLE_ROWS = 8
 
 
 def pick(rng, options):
-    """Draws one of several options, or of the words of a string.
-
-    Example
-    -------
-    >>> rng = np.random.default_rng(0)
-    >>> [pick(rng, "kick snare hat") for _ in range(4)]
-    ['snare', 'kick', 'kick', 'kick']
-    """
+    """Draws one of several options, or of the words of a string."""
     # `random` and `uniform` alone are drawn from: of numpy's streams these are
     # the least likely to change with its version.
     options = options.split(" ") if isinstance(options, str) else options
@@ -35,16 +28,6 @@ class Player:
     """One stem and the notes of one timbre that are mixed into it.
 
     The ``time(step)`` of the score is the second at which a sixteenth sounds.
-
-    Example
-    -------
-    >>> from types import SimpleNamespace
-    >>> score = SimpleNamespace(time=lambda step: 0.125 * step)
-    >>> rng = np.random.default_rng(0)
-    >>> player = Player("bass", score, rng, samples=8000, sample_rate=8000)
-    >>> player.play(step=4, length=2, midi=40)
-    >>> print(np.flatnonzero(player.stem)[0] > 0.5 * 8000)
-    True
     """
 
     def __init__(self, name, score, rng, samples, sample_rate):
@@ -167,12 +150,6 @@ def make_tables(timbre, freq, sample_rate):
     Float32 [rows, size + 1] without partials above 0.42 of the sample rate; the
     last column repeats the first. The first row, the start of a note, has an
     RMS of 1.
-
-    Example
-    -------
-    >>> tables = make_tables(Timbre("sine"), 440.0, 44100)
-    >>> tables.shape, float(np.sqrt(np.mean(tables[0, 1:] ** 2)).round(3))
-    ((8, 2049), 1.0)
     """
     # 3 semitones above 0.42, where a slide begins, are 0.5.
     count = min(int(0.42 * sample_rate / freq), TABLE_SIZE // 5)
@@ -212,13 +189,6 @@ def read_tables(tables, cycles, row):
     """The tables at a phase and a row [time], both interpolated linearly.
 
     The phase is in cycles, the row from 0, the start of a note, to rows - 1.
-
-    Example
-    -------
-    >>> tables = np.zeros((TABLE_ROWS, TABLE_SIZE + 1), np.float32)
-    >>> tables[1] = 1.0
-    >>> read_tables(tables, np.zeros(3), np.array([0.0, 0.25, 1.0]))
-    array([0.  , 0.25, 1.  ], dtype=float32)
     """
     column = (cycles - np.floor(cycles)) * TABLE_SIZE
     left = np.minimum(column.astype(np.int32), TABLE_SIZE - 1)
@@ -233,14 +203,7 @@ def read_tables(tables, cycles, row):
 
 
 def make_kit(rng, sample_rate):
-    """Each drum in several takes [time], for no two hits are alike.
-
-    Example
-    -------
-    >>> kit = make_kit(np.random.default_rng(0), 16000)
-    >>> len(kit["snare"]), float(np.abs(kit["kick"][0]).max())
-    (3, 1.0)
-    """
+    """Each drum in several takes [time], for no two hits are alike."""
 
     def noise(seconds, low, high):
         t = np.arange(max(64, round(6 * seconds * sample_rate))) / sample_rate

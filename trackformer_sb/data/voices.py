@@ -15,10 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.signal import butter, medfilt, resample_poly, sosfilt
 
-from trackformer_sb.data.drumkits import SAMPLE_RATE, reverb
+from trackformer_sb.data.drumkits import PEAK, SAMPLE_RATE, SECONDS, reverb
 
-SECONDS = 45.0
-PEAK = 0.8
 SPEECH_RATE = 22050  # espeak-ng's, in Hz
 FRAME = 0.005  # seconds
 DOUBLE_DELAY = 0.02  # seconds
@@ -122,13 +120,6 @@ def make_melody(singer, rng, num_frames):
     """Pitch that walks on a scale, with glides, vibrato and drift.
 
     In Hz [frames], a frame each 5 ms.
-
-    Example
-    -------
-    >>> rng = np.random.default_rng(0)
-    >>> pitch = make_melody(Singer.draw(rng), rng, num_frames=1000)
-    >>> print(pitch.shape, 60 < pitch.min(), pitch.max() < 1000)
-    (1000,) True True
     """
     notes, degree, length = [], int(rng.integers(7)), 0
     while length < num_frames:

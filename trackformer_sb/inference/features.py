@@ -89,21 +89,10 @@ class PerformerFeatures(
 
     @classmethod
     def from_pretrained(cls, source, freeze_params=True, **hub):
-        """Loads an encoder strictly; no code is run and no pickle is read.
+        """Loads an encoder, see ``HubModel``.
 
-        Arguments
-        ---------
-        source : str or Path
-            Folder as pre-training leaves it, or id on the hub.
-        freeze_params : bool
-            Whether its weights stay as they are in the training of a recipe.
-        **hub : dict
-            As of ``Separator.from_pretrained``, as are the errors.
-
-        Returns
-        -------
-        PerformerFeatures
-            On the CPU, in evaluation mode.
+        With ``freeze_params`` its weights stay as they are, and its dropout
+        off, in the training of a recipe.
         """
         features = super().from_pretrained(source, **hub)
         features.frozen = freeze_params
@@ -172,29 +161,13 @@ def encoder_of(masknet):
 
 
 def load_pretrained_encoder(masknet, source, settings=None):
-    """Initialises a masknet's embedding and encoder, strictly.
+    """Initialises a masknet's embedding and encoder in place, strictly.
 
-    Arguments
-    ---------
-    masknet : PerformerMaskNet
-        The masknet to initialise in place.
-    source : str or Path
-        Folder of a pre-trained encoder, or its id on the hub.
-    settings : dict, optional
-        Of the separator. Those that the encoder has as well, such as
-        ``sample_rate`` and ``nhead``, must be equal; ``dropout`` may differ.
-
-    Returns
-    -------
-    PerformerFeatures
-        What was loaded.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As of ``Separator.from_pretrained``; naming all settings that differ.
-    RuntimeError
-        Naming all missing, extra and misshapen weights.
+    Those ``settings`` of the separator that the encoder has as well, such as
+    ``sample_rate`` and ``nhead``, must be equal; ``dropout`` may differ.
+    Returns the PerformerFeatures. Raises as ``from_pretrained`` does,
+    ValueError for settings and RuntimeError for weights that do not fit, all
+    of them named.
     """
     # without touching the random state of a training
     with torch.random.fork_rng(devices=[]):

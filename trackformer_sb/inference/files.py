@@ -1,10 +1,11 @@
 """Which files a separation reads, where its results go, and how they came."""
 
-import glob
 import json
 import os
 from collections import Counter
 from pathlib import Path
+
+from trackformer_sb.paths import matching
 
 # In the folder of the results: what each of them was made of, and how.
 RECORD = "trackformer.json"
@@ -17,17 +18,12 @@ def find_files(arguments, out, endings):
     stays as it is. Below folders only files of some endings (a tuple, in lower
     case) are music, and nothing in the folder of the results, ``out``, is. A
     folder without audio is returned itself.
-
-    Example
-    -------
-    >>> find_files(["song.wav", "./song.wav"], "sources", (".wav",))
-    ['song.wav']
     """
     found = {}
     for argument in arguments:
         paths = [argument]
         if not os.path.exists(argument):
-            paths = sorted(glob.glob(argument, recursive=True)) or paths
+            paths = matching(argument) or paths
         for path in paths:
             below = _below(path, out, endings) if os.path.isdir(path) else []
             for one in below or [path]:
@@ -88,22 +84,11 @@ def place_files(files):
 
 
 def check_overwriting(planned):
-    """Refuses file -> results in the place of an input or of other results.
-
-    Example
-    -------
-    >>> check_overwriting({"a.wav": ["a_source0.wav"], "b.wav": ["a.wav"]})
-    Traceback (most recent call last):
-        ...
-    ValueError: b.wav: its result a.wav would overwrite a.wav or a result \
-of it; expected another --out
-    """
+    """Refuses file -> results in the place of an input or of other results."""
     taken = {os.path.realpath(path): path for path in planned}
     for path, results in planned.items():
         for result in results:
             place = os.path.realpath(result)
-            if os.path.isdir(place):
-                raise ValueError(f"{result}: expected no folder there")
             if place in taken:
                 raise ValueError(
                     f"{path}: its result {result} would overwrite "
@@ -140,16 +125,7 @@ def read_record(out):
 
 
 def add_record(out, place, description):
-    """Records the results at a place, whatever else was recorded meanwhile.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as out:
-    ...     add_record(out, "a/song", {"file": "song.mp3"})
-    ...     read_record(out)
-    {'a/song': {'file': 'song.mp3'}}
-    """
+    """Records the results at a place, whatever else was recorded meanwhile."""
     record = {**read_record(out), place: description}
     growing = Path(out, f".{RECORD}.partial")
     growing.write_text(json.dumps(record, indent=1), "ascii")

@@ -5,23 +5,33 @@ weights, README.md says what it is. No code is run and no pickle is read.
 """
 
 import json
-import os
 import re
 from pathlib import Path
 
 import yaml
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-)
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from trackformer_sb.paths import expanded
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+# What a config may name. Of these classes no argument runs code.
+KNOWN_CLASSES = {
+    "trackformer_sb.nnet.stft.STFTEncoder",
+    "trackformer_sb.nnet.stft.STFTDecoder",
+    "trackformer_sb.nnet.masknet.PerformerMaskNet",
+    "trackformer_sb.nnet.fusion.FusionMaskNet",
+    "trackformer_sb.asteroid.AsteroidMaskNet",
+    "asteroid.masknn.convolutional.TDConvNet",
+    "speechbrain.lobes.models.dual_path.Encoder",
+    "speechbrain.lobes.models.dual_path.Decoder",
+    "speechbrain.lobes.models.conv_tasnet.MaskNet",
+}
 
 # Jinja, as huggingface_hub's model cards are.
 CARD = """\
@@ -47,13 +57,18 @@ CARD = """\
 def model_folder(source, **hub):
     """The local folder of a model; that of one on the hub is in the cache.
 
+    Of the folder of a run it is ``separator`` or ``encoder`` in there.
     ``hub`` goes to ``huggingface_hub.hf_hub_download``. A FileNotFoundError
     says why it cannot be had.
     """
+    if source == "default":
+        return Path(__file__).parents[1] / "pretrained"
+    source = expanded(source)
     folder = Path(source)
     if folder.is_dir():
-        return folder
-    source = os.fspath(source)
+        inner = (folder / "separator", folder / "encoder")
+        there = (x for x in (folder, *inner) if (x / CONFIG_FILE).is_file())
+        return next(there, folder)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise FileNotFoundError(
             f"{source} not found: expected a folder, or the owner/name of a "
@@ -62,7 +77,7 @@ def model_folder(source, **hub):
     try:
         hf_hub_download(source, CONFIG_FILE, **hub)
         path = hf_hub_download(source, WEIGHTS_FILE, **hub)
-    except (HTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, OSError) as error:
         reason = error
         if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
             reason = error.__cause__  # it would blame the connection
@@ -116,6 +131,25 @@ def plain_values(text):
     return yaml.load(text, _PlainLoader)
 
 
+def is_part(value):
+    """Whether a value describes an object, by its "class" and arguments."""
+    return isinstance(value, dict) and "class" in value
+
+
+def _check_known(value):
+    """Refuses what might run code; that of a recipe is the user's own."""
+    if not is_part(value):
+        return
+    if value["class"] not in KNOWN_CLASSES:
+        raise ValueError(
+            f"{value['class']} is not among the classes that are known to run "
+            "no code; PerformerSeparation.from_hparams loads the yaml of a "
+            "folder that you trust"
+        )
+    for inner in value.values():
+        _check_known(inner)
+
+
 class HubModel(
     nn.Module,
     PyTorchModelHubMixin,
@@ -130,20 +164,36 @@ class HubModel(
     """
 
     @classmethod
-    def check_config(cls, config):
-        """Refuses a ``config.json`` that is not to be built."""
+    def from_pretrained(cls, source="default", **hub):
+        """Loads a model strictly; no code is run and no pickle is read.
 
-    @classmethod
-    def from_pretrained(cls, source, **hub):
-        """Loads a model strictly, in evaluation mode.
+        Arguments
+        ---------
+        source : str or Path
+            Folder of a model or of a run that made it; id on the hub; or
+            "default": the separator in the package.
+        **hub : dict
+            ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
+            ``force_download``.
 
-        No code is run and no pickle is read. A FileNotFoundError says why the
-        model cannot be had, a ValueError what does not fit or is damaged.
+        Returns
+        -------
+        HubModel
+            On the CPU, in evaluation mode.
+
+        Raises
+        ------
+        FileNotFoundError
+            If it cannot be had: there is no such folder, model or file, or the
+            hub refuses or cannot be reached.
+        ValueError
+            If config or weights are damaged or do not fit.
         """
         folder = model_folder(source, **hub)
         try:
             config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-            cls.check_config(config)
+            for value in config.values():
+                _check_known(value)
             model = cls(**config)
             load_weights(model, folder / WEIGHTS_FILE)
         except (
@@ -173,19 +223,10 @@ class HubModel(
     def export(self, folder, metadata=None):
         """``save_pretrained`` with a new card in place of an earlier one.
 
-        Arguments
-        ---------
-        folder : str or Path
-            Where to; a model that is there is replaced.
-        metadata : dict, optional
-            Sections of the card: title -> text, or a dict as a table.
-
-        Returns
-        -------
-        Path
-            The folder.
+        ``metadata`` are sections of the card: title -> text, or a dict as a
+        table. Returns the folder [Path].
         """
-        folder = Path(folder)
+        folder = Path(expanded(folder))
         (folder / "README.md").unlink(missing_ok=True)
         self.save_pretrained(folder, model_card_kwargs={"metadata": metadata})
         return folder

@@ -8,11 +8,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard
 
-from trackformer_sb.inference.separator import (
-    DEFAULT,
-    default_folder,
-    load_separator,
-)
+from trackformer_sb.inference.hub import model_folder
+from trackformer_sb.inference.separator import load_separator
 
 
 def peak_memory_mb(device):
@@ -51,13 +48,7 @@ def measure_speed(separator, seconds=10.0):
 
 
 def card_tables(card):
-    """The tables of a model card by the titles of their sections.
-
-    Example
-    -------
-    >>> card_tables("## Test\\n\\n| | |\\n|---|---|\\n| sdr | 5.1 |\\n")
-    {'Test': {'sdr': '5.1'}}
-    """
+    """Title -> key -> value of the tables in a model card's sections."""
     tables, title = {}, ""
     for line in card.splitlines():
         if line.startswith("## "):
@@ -76,11 +67,10 @@ def describe_model(source, device=None, seconds=10.0):
     """
     separator = load_separator(source, device)
     state = separator.state_dict().values()
-    folder = default_folder() if source == DEFAULT else Path(source)
-    card, text = folder / "README.md", ""
+    card, text = model_folder(source) / "README.md", ""
     if card.is_file():
         text = card.read_text("utf-8")
-    elif not folder.is_dir():
+    elif not Path(source).is_dir():
         text = ModelCard.load(str(source)).text
     return {
         "model": str(source),

@@ -7,23 +7,30 @@ import numpy as np
 NONE = "none"
 REMIX = "remix"
 
+# What a part of a text may be: name=0+1 or 0, and name:-3 or 0:-inf.
+OUTPUTS = re.compile(
+    r"\s*(?:([^=\s][^=]*?)\s*=\s*(\d+(?:\s*\+\s*\d+)*)|(\d+))\s*"
+)
+GAINS = re.compile(r"\s*(\S.*?)\s*:\s*([+-]?\d+\.?\d*|-inf)\s*")
+
+
+def _parsed(text, form, expected):
+    """What a form finds in each part of a text between commas."""
+    matches = [form.fullmatch(part) for part in text.split(",")]
+    if not all(matches):
+        raise ValueError(f"expected {expected}, got {text!r}")
+    return [match.groups() for match in matches]
+
 
 def _parse_outputs(text):
     """Pairs of name and numbers of outputs."""
-    pairs = []
     if text.strip().lower() == NONE:
-        return pairs
-    for part in text.split(","):
-        form = r"\s*(?:([^=]*\S)\s*=)?\s*(\d+(?:\s*\+\s*\d+)*)\s*"
-        match = re.fullmatch(form, part)
-        if not match or (match[1] is None and "+" in part):
-            raise ValueError(
-                "expected outputs as in 0,2 or drums=0+3,rest=1+2 or none, "
-                f"got {text!r}"
-            )
-        indices = tuple(map(int, match[2].split("+")))
-        name = match[1] or f"source{indices[0]}"
-        pairs.append((name.strip(), indices))
+        return []
+    pairs = []
+    expected = "outputs as in 0,2 or drums=0+3,rest=1+2 or none"
+    for name, several, one in _parsed(text, OUTPUTS, expected):
+        indices = tuple(map(int, (several or one).split("+")))
+        pairs.append((name or f"source{indices[0]}", indices))
     return pairs
 
 
@@ -92,18 +99,11 @@ def chosen_stems(text, groups):
 
 def _parse_remix(text):
     """Pairs of output, a number or a name, and gain in dB."""
-    pairs = []
-    for part in text.split(","):
-        form = r"\s*(\S.*?)\s*:\s*([+-]?\d+\.?\d*|-inf)\s*"
-        match = re.fullmatch(form, part)
-        if not match:
-            raise ValueError(
-                "expected outputs and gains in dB, as in 0:-inf,3:+3, got "
-                f"{text!r}"
-            )
-        key = int(match[1]) if match[1].isdecimal() else match[1]
-        pairs.append((key, float(match[2])))
-    return pairs
+    expected = "outputs and gains in dB, as in 0:-inf,3:+3"
+    return [
+        (int(key) if key.isdecimal() else key, float(gain))
+        for key, gain in _parsed(text, GAINS, expected)
+    ]
 
 
 def _remix_gains(remix, outputs, num_spks):
@@ -128,12 +128,6 @@ def mix_gains(outputs, remix, num_spks):
     number or by a name among the outputs, -> gains in dB, or text as in
     ``0:-inf,drums:+3``; outputs it does not name stay as they are. Returns
     names, "remix" last, and gains, float32 [names, num_spks].
-
-    Example
-    -------
-    >>> names, gains = mix_gains({"voice": (1, 2)}, "voice:-inf", num_spks=3)
-    >>> dict(zip(names, gains.tolist()))
-    {'voice': [0.0, 1.0, 1.0], 'remix': [1.0, 0.0, 0.0]}
     """
     rows = {
         name: [float(i in indices) for i in range(num_spks)]

@@ -35,30 +35,12 @@ def _measured(run, last):
 
 
 def separator_of_run(run, checkpoint=None):
-    """The separator of a run, and what its card says.
+    """The separator of a run, and the sections of its card.
 
-    Arguments
-    ---------
-    run : str or Path
-        Folder of the run: ``hyperparams.yaml``, ``save`` and, for the card,
-        ``metrics.json``.
-    checkpoint : str or Path, optional
-        One of its checkpoints, of which the name counts; by default the best
-        one. Only that was tested: the card of another has no test results.
-
-    Returns
-    -------
-    Separator
-        On the CPU, in evaluation mode.
-    dict
-        Sections of the card.
-
-    Raises
-    ------
-    FileNotFoundError
-        If it is no folder of a run, or there is no such checkpoint.
-    ValueError, RuntimeError
-        If yaml and weights do not fit.
+    ``checkpoint`` is one of the run, by its name or folder; by default the best
+    one. Only that was tested: the card of another has no test results. Raises
+    FileNotFoundError if there is no such run or checkpoint, ValueError or
+    RuntimeError if yaml and weights do not fit.
     """
     hparams_file = Path(run) / "hyperparams.yaml"
     separator = Separator.of_recipe(hparams_file)

@@ -1,14 +1,8 @@
 """Encode, mask, decode: the one path from a mixture to its sources."""
 
 import torch
-from torch.nn import functional as F
 
-
-def _fit_length(sig, length):
-    """Cuts or zero-pads the last dimension."""
-    if sig.shape[-1] < length:
-        return F.pad(sig, (0, length - sig.shape[-1]))
-    return sig[..., :length]
+from trackformer_sb.nnet.stft import fit_length
 
 
 def apply_masks(mix_w, est_mask):
@@ -102,7 +96,7 @@ def separate(
         sep_w = apply_masks(mix_w.unsqueeze(0), est_mask.unsqueeze(2))
         sep_w = sep_w.flatten(1, 2)
     est_source = decoder(sep_w.flatten(0, 1))
-    est_source = _fit_length(est_source.view(*sep_w.shape[:2], -1), length)
+    est_source = fit_length(est_source.view(*sep_w.shape[:2], -1), length)
     est_source = est_source.transpose(0, 1)
     if mix.dim() == 3:
         est_source = est_source.unflatten(0, (batch, num_channels))

@@ -13,30 +13,19 @@ from tqdm import tqdm
 
 import trackformer_sb
 from trackformer_sb.audio import name_of, open_audio
-from trackformer_sb.inference.hub import HubModel, plain_values
+from trackformer_sb.inference.hub import HubModel, is_part, plain_values
 from trackformer_sb.inference.overlap_add import separate_stream
 from trackformer_sb.inference.remix import check_outputs, mix_gains
 from trackformer_sb.inference.separation import separate
 from trackformer_sb.inference.writing import write_sources
 from trackformer_sb.nnet.stft import STFTEncoder
+from trackformer_sb.paths import expanded, shortened
 
 ALL = "all"
-DEFAULT = "default"
 PARTS = {"encoder": "Encoder", "masknet": "MaskNet", "decoder": "Decoder"}
 PROGRESS = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
 
-# What a config may name. Of these classes no argument runs code.
-KNOWN_CLASSES = {
-    "trackformer_sb.nnet.stft.STFTEncoder",
-    "trackformer_sb.nnet.stft.STFTDecoder",
-    "trackformer_sb.nnet.masknet.PerformerMaskNet",
-    "trackformer_sb.nnet.fusion.FusionMaskNet",
-    "trackformer_sb.asteroid.AsteroidMaskNet",
-    "asteroid.masknn.convolutional.TDConvNet",
-    "speechbrain.lobes.models.dual_path.Encoder",
-    "speechbrain.lobes.models.dual_path.Decoder",
-    "speechbrain.lobes.models.conv_tasnet.MaskNet",
-}
+MAX_CHANNELS = 64  # more are samples
 
 YAML_FILE = "hyperparams.yaml"
 
@@ -112,15 +101,6 @@ UNNAMED = """\
 """
 
 
-def default_folder():
-    """The folder of the separator that the package brings."""
-    return Path(trackformer_sb.__file__).parent / "pretrained"
-
-
-def _is_part(value):
-    return isinstance(value, dict) and "class" in value
-
-
 def _class_of(part):
     module, _, name = part["class"].rpartition(".")
     return getattr(importlib.import_module(module), name)
@@ -128,7 +108,7 @@ def _class_of(part):
 
 def _complete(value):
     """A part with the defaults of its class; plain values as they are."""
-    if not _is_part(value):
+    if not is_part(value):
         return value
     parameters = inspect.signature(_class_of(value)).parameters.values()
     defaults = {
@@ -140,29 +120,15 @@ def _complete(value):
 
 def _built(value):
     """The module that a part describes; plain values as they are."""
-    if not _is_part(value):
+    if not is_part(value):
         return value
     cls = _class_of(value)
     return cls(**{k: _built(v) for k, v in value.items() if k != "class"})
 
 
-def _check_known(value):
-    """Refuses what might run code; that of a recipe is the user's own."""
-    if not _is_part(value):
-        return
-    if value["class"] not in KNOWN_CLASSES:
-        raise ValueError(
-            f"{value['class']} is not among the classes that are known to run "
-            "no code; PerformerSeparation.from_hparams loads the yaml of a "
-            "folder that you trust"
-        )
-    for inner in value.values():
-        _check_known(inner)
-
-
 def _yaml_node(value):
     """A part as yaml, of which JSON is a kind."""
-    if not _is_part(value):
+    if not is_part(value):
         return json.dumps(value)
     arguments = [
         f'"{name}": {_yaml_node(inner)}'
@@ -175,32 +141,17 @@ def _yaml_node(value):
 def unwrapped(module):
     """The module inside of DDP, DataParallel and torch.compile."""
     wrappers = nn.parallel.DistributedDataParallel, nn.DataParallel
-    while True:
-        if isinstance(module, wrappers):
-            module = module.module
-        elif hasattr(module, "_orig_mod"):
-            module = module._orig_mod
-        else:
-            return module
+    if isinstance(module, wrappers):
+        return unwrapped(module.module)
+    if hasattr(module, "_orig_mod"):
+        return unwrapped(module._orig_mod)
+    return module
 
 
 class StemMaskNet(nn.Module):
     """A masknet with one mask per stem, the sum of its slots.
 
-    Arguments
-    ---------
-    masknet : torch.nn.Module
-        [batch, channels, frames] -> [num_spks, batch, channels, frames].
-    num_stems : int
-        Number of stems, each of as many slots, which follow each other.
-
-    Example
-    -------
-    >>> from trackformer_sb.nnet.masknet import PerformerMaskNet
-    >>> masknet = PerformerMaskNet(65, 6, d_model=16, num_layers=1)
-    >>> mix_w = torch.randn(1, 65, 9, dtype=torch.cfloat)
-    >>> StemMaskNet(masknet, num_stems=3)(mix_w).shape
-    torch.Size([3, 1, 65, 9])
+    For the yaml of a folder: SpeechBrain knows no groups of outputs.
     """
 
     def __init__(self, masknet, num_stems):
@@ -322,20 +273,15 @@ class Separator(
     @property
     def title(self):
         """The first line of card and yaml."""
-        names = f"{self.num_spks} outputs"
-        if self.groups is not None:
-            names = ", ".join(self.groups)
+        names = ", ".join(self.groups or [f"{self.num_spks} outputs"])
         return f"Separator of {names} at {self.sample_rate} Hz"
 
     @property
     def text(self):
         """What the card says of all separators."""
-        named = self.groups is not None
-        stems = f"{self.num_spks} waveforms"
-        return TEXT.format(
-            stems=", ".join(self.groups) if named else stems,
-            sample_rate=self.sample_rate,
-        ) + ("" if named else UNNAMED)
+        stems = ", ".join(self.groups or [f"{self.num_spks} waveforms"])
+        text = TEXT.format(stems=stems, sample_rate=self.sample_rate)
+        return text if self.groups else text + UNNAMED
 
     @property
     def device(self):
@@ -343,28 +289,43 @@ class Separator(
         return next(self.parameters()).device
 
     def _separated(self, mix, groups):
+        if isinstance(mix, np.ndarray):
+            mix = torch.from_numpy(np.ascontiguousarray(mix))
+        if not mix.is_floating_point():
+            raise TypeError(
+                f"expected floating-point samples in [-1, 1], got {mix.dtype}"
+            )
+        if mix.dim() == 3 and mix.shape[1] > MAX_CHANNELS:
+            raise ValueError(
+                f"expected [batch, channels, time], got {list(mix.shape)}"
+            )
+        # only a learned encoder wants the type of its weights
+        weight = next(self.encoder.parameters(), mix)
         est_source, _ = separate(
-            mix.to(self.device),
+            mix.to(self.device, weight.dtype),
             self.encoder,
             self.masknet,
             self.decoder,
             self.mixture_consistency,
             groups,
         )
-        return est_source
+        return est_source.to(mix.dtype)
 
     def forward(self, mix):
         """Separates mixtures at the rate of the model.
 
+        In ``half()`` or ``bfloat16()`` too: the STFT stays in float32.
+
         Arguments
         ---------
-        mix : torch.Tensor
+        mix : torch.Tensor or numpy.ndarray
             [batch, time] or [batch, channels, time].
 
         Returns
         -------
         torch.Tensor
-            [batch, stems, time] or [batch, stems, channels, time].
+            [batch, stems, time] or [batch, stems, channels, time], of the type
+            of ``mix``, on the device of the model.
         """
         return self._separated(mix, self.groups and self.groups.values())
 
@@ -374,9 +335,9 @@ class Separator(
 
         Arguments
         ---------
-        waveform : torch.Tensor
-            [channels, time]. For files, and for songs of any length, see
-            ``separate_file``.
+        waveform : torch.Tensor or numpy.ndarray
+            [channels, time], in numpy too. For files, and for songs of any
+            length, see ``separate_file``.
 
         Returns
         -------
@@ -385,7 +346,7 @@ class Separator(
             classes, names are source0, source1 and so on.
         """
         names = check_outputs(self.groups, self.num_spks)
-        return dict(zip(names, self(waveform.unsqueeze(0))[0]))
+        return dict(zip(names, self(waveform[None])[0]))
 
     def mixes(self, outputs=None, remix=None):
         """What ``separate_file`` writes: names and gains, see ``mix_gains``."""
@@ -410,6 +371,7 @@ class Separator(
         ranked=False,
         remix=None,
         figure=False,
+        song_folders=False,
     ):
         """Separates a file of any length at its own rate and channels.
 
@@ -434,9 +396,11 @@ class Separator(
         batch_size : int
             How many chunks go through the model at once.
         file_format : str
-            wav (32-bit float), flac (24 bit) or ogg (Vorbis). What exceeds
-            full scale is kept by wav; in flac and ogg, all outputs of the file
-            are turned down alike, with a warning.
+            wav (32-bit float), flac (24 bit), ogg (Vorbis), mp3 or m4a (AAC).
+            What exceeds full scale is kept by wav; in the others, all outputs
+            of the file are turned down alike, with a warning. Title (with the
+            output's name), artist, album and so on are those of the file; mp3,
+            m4a and flac have its cover.
         outputs : str or dict, optional
             Which outputs to keep, or to sum into groups: ``"0,2"`` or
             ``"drums=0+3,rest=1+2"``; ``"none"`` for no output, only a remix or
@@ -450,6 +414,8 @@ class Separator(
         figure : bool
             Whether to write ``song_figure.png``: spectrograms of the mixture
             and of the outputs.
+        song_folders : bool
+            Whether to write ``song/drums.wav`` in place of ``song_drums.wav``.
 
         Returns
         -------
@@ -463,13 +429,14 @@ class Separator(
         FileNotFoundError
             If there is no such file.
         ValueError
-            If an argument is out of its range.
+            If an argument is out of its range, or the format has not the rate
+            or the channels of the file.
         UnreadableAudio
             If the file is no audio, empty, truncated or holds NaN or infinite
             samples.
         """
         names, gains = self.mixes(outputs, remix)
-        path = Path(path)
+        path = Path(expanded(path))
         if not path.is_file():
             what = "no such audio file"
             if path.is_dir():
@@ -496,55 +463,20 @@ class Separator(
                 return write_sources(
                     blocks,
                     reader,
-                    Path(out_folder),
-                    path.stem,
+                    Path(expanded(out_folder)),
+                    shortened(path.stem),
                     names,
                     gains,
                     file_format,
                     ranked,
                     figure,
+                    song_folders,
                 )
             est_source = torch.cat(list(blocks), dim=-1)
         if ranked:
             energies = est_source.double().square().sum((1, 2))
             est_source = est_source[energies.argsort(descending=True)]
         return torch.tensordot(torch.from_numpy(gains), est_source, 1)
-
-    @classmethod
-    def check_config(cls, config):
-        """Refuses classes that are not known to run no code."""
-        for name in PARTS:
-            _check_known(config[name])
-
-    @classmethod
-    def from_pretrained(cls, source=DEFAULT, **hub):
-        """Loads a separator strictly; no code is run and no pickle is read.
-
-        Arguments
-        ---------
-        source : str or Path
-            Folder as training leaves it, id on the hub, or "default": the one
-            in the package.
-        **hub : dict
-            ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
-            ``force_download``.
-
-        Returns
-        -------
-        Separator
-            On the CPU, in evaluation mode.
-
-        Raises
-        ------
-        FileNotFoundError
-            If it cannot be had: there is no such folder, model or file, or the
-            hub refuses or cannot be reached.
-        ValueError
-            If config or weights are damaged or do not fit.
-        """
-        if source == DEFAULT:
-            source = default_folder()
-        return super().from_pretrained(source, **hub)
 
     @classmethod
     def of_recipe(cls, hparams_file, modules=None):
@@ -573,7 +505,7 @@ class Separator(
         """
         hparams = plain_values(Path(hparams_file).read_text("utf-8"))
         parts = {name: hparams.get(key) for name, key in PARTS.items()}
-        if not all(map(_is_part, parts.values())):
+        if not all(map(is_part, parts.values())):
             raise ValueError(
                 f"{hparams_file}: expected {', '.join(PARTS.values())} as "
                 "!new: with arguments by name"
@@ -628,13 +560,23 @@ def _counted(blocks, reader, progressbar):
             tell(frames / rate, seconds)
 
 
-def load_separator(source=DEFAULT, device=None):
-    """A separator on a device, by default a GPU if there is one.
+def find_device(device=None):
+    """The device asked for, by default the fastest: CUDA, else MPS, else CPU.
 
-    See ``Separator.from_pretrained``; a ValueError for a GPU that is not there.
+    If it is not there, a ValueError says what there is.
     """
-    cuda = torch.cuda.is_available()
-    device = device or ("cuda" if cuda else "cpu")
-    if str(device).startswith("cuda") and not cuda:
-        raise ValueError(f"device {device}: torch finds no CUDA device")
-    return Separator.from_pretrained(source).to(device)
+    there = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    there.append("cpu")
+    name = str(device or there[0])
+    if name not in there and not (name == "cuda" and "cuda:0" in there):
+        raise ValueError(
+            f"device {name}: expected what this machine has, {', '.join(there)}"
+        )
+    return name
+
+
+def load_separator(source="default", device=None):
+    """A separator on a device, see ``from_pretrained`` and ``find_device``."""
+    return Separator.from_pretrained(source).to(find_device(device))

@@ -160,7 +160,8 @@ class SpectrogramEncoder(nn.Module):
 
     def encode(self, mix_w, key_padding_mask=None):
         """Features [batch, frames, d_model], arguments as ``spectrogram``."""
-        x = self.embedding(self.spectrogram(mix_w, key_padding_mask))
+        x = self.spectrogram(mix_w, key_padding_mask)
+        x = self.embedding(x.to(self.embedding.weight.dtype))
         return self.encoder(x, key_padding_mask)
 
     def forward(self, mix_w, key_padding_mask=None):

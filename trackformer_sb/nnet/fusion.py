@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from trackformer_sb.nnet.features import log_magnitude, normalise_spectrogram
 from trackformer_sb.nnet.performer import PerformerEncoder
+from trackformer_sb.nnet.stft import fit_length
 
 NUM_FEATURES = 5
 LOCAL_FRAMES = LOCAL_BINS = 17  # of the means that features are compared with
@@ -23,21 +24,24 @@ UPSAMPLINGS = ("transposed", "nearest")
 
 
 def local_mean(x, size, dim):
-    """Mean over an odd window that is cut at the edges, by running sums.
+    """Mean over an odd window that is cut at the edges.
+
+    Of [batch, freq, frames], along one of the last two.
 
     Example
     -------
-    >>> local_mean(torch.tensor([1.0, 2.0, 6.0]), 3, 0)
-    tensor([1.5000, 3.0000, 4.0000])
+    >>> local_mean(torch.tensor([[[1.0, 2.0, 6.0]]]), 3, -1)
+    tensor([[[1.5000, 3.0000, 4.0000]]])
     """
-    length, half = x.shape[dim], size // 2
-    # in double precision: a sum over an hour must not lose a frame
-    sums = x.movedim(dim, -1).double().cumsum(-1)
-    sums = F.pad(sums, (1, 0))
-    place = torch.arange(length, device=x.device)
-    end, start = (place + half + 1).clamp(max=length), (place - half).clamp(0)
-    mean = (sums[..., end] - sums[..., start]) / (end - start)
-    return mean.to(x.dtype).movedim(-1, dim)
+    # along the last dimension it is three times as fast as along the others
+    x = F.avg_pool2d(
+        x.movedim(dim, -1),
+        (1, size),
+        stride=1,
+        padding=(0, size // 2),
+        count_include_pad=False,
+    )
+    return x.movedim(-1, dim)
 
 
 def fusion_features(mix_w):
@@ -185,21 +189,6 @@ class FusionMaskNet(nn.Module):
                 f"upsampling must be one of {', '.join(UPSAMPLINGS)}, got "
                 f"{upsampling!r}"
             )
-        # of a config, but for in_channels
-        self.arguments = {
-            "num_spks": num_spks,
-            "channels": list(channels),
-            "patch_frames": patch_frames,
-            "d_model": d_model,
-            "nhead": nhead,
-            "num_layers": num_layers,
-            "d_ffn": d_ffn,
-            "n_features": n_features,
-            "dropout": dropout,
-            "attention": attention,
-            "skips": skips,
-            "upsampling": upsampling,
-        }
         self.in_channels, self.num_spks = in_channels, num_spks
         self.skips, self.patch_frames = skips, patch_frames
         fine, middle, coarse = channels
@@ -282,8 +271,34 @@ class FusionMaskNet(nn.Module):
 
     def masks(self, features):
         """Masks from ``fusion_features``, see ``forward``."""
-        frames = features.shape[-1]
-        x = F.pad(features, (0, -frames % (4 * self.patch_frames)))
+        fine, middle, coarse = self.encode(features)
+        x = self.from_coarse(self.up_coarse(coarse))
+        x = self.up_middle(x + middle if self.skips else x)
+        x = self.from_middle(x)
+        x = self.up_fine(x + fine if self.skips else x)
+        logits = [
+            head(part)
+            .unflatten(1, (self.num_spks, -1, self.patch_frames))
+            # [batch, sources, bins, frames of a patch, patches, time]
+            .permute(0, 1, 4, 2, 5, 3)
+            .flatten(4)
+            .flatten(2, 3)
+            for head, part in zip(self.heads, x.split(self.patches, 2))
+        ]
+        logits = torch.cat([*logits, logits[-1][:, :, -1:]], 2)
+        logits = fit_length(logits, features.shape[-1])
+        # in bfloat16 the masks would sum to one within 0.4 % only
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        logits = logits.to(dtype) + self.bin_bias
+        return logits.softmax(1).transpose(0, 1)
+
+    def encode(self, features):
+        """Three levels [batch, channels, positions, frames], finest first.
+
+        Of ``fusion_features``, whose frames are padded to whole patches.
+        """
+        x = features.to(self.position.dtype)  # of a module in half precision
+        x = F.pad(x, (0, -x.shape[-1] % (4 * self.patch_frames)))
         device = x.device.type
         if device == "cuda" or torch.is_autocast_enabled(device):
             # in float32 on a CPU the backward pass would take twice the time
@@ -302,24 +317,7 @@ class FusionMaskNet(nn.Module):
         coarse = self.down_coarse(self.to_coarse(middle))
         if self.performer is not None:
             coarse = coarse + self.attend(coarse)
-        x = self.from_coarse(self.up_coarse(coarse))
-        x = self.up_middle(x + middle if self.skips else x)
-        x = self.from_middle(x)
-        x = self.up_fine(x + fine if self.skips else x)
-        logits = [
-            head(part)
-            .unflatten(1, (self.num_spks, -1, self.patch_frames))
-            # [batch, sources, bins, frames of a patch, patches, time]
-            .permute(0, 1, 4, 2, 5, 3)
-            .flatten(4)
-            .flatten(2, 3)
-            for head, part in zip(self.heads, x.split(self.patches, 2))
-        ]
-        logits = torch.cat([*logits, logits[-1][:, :, -1:]], 2)[..., :frames]
-        # in bfloat16 the masks would sum to one within 0.4 % only
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        logits = logits.to(dtype) + self.bin_bias
-        return logits.softmax(1).transpose(0, 1)
+        return fine, middle, coarse
 
     def attend(self, x):
         """All positions of a frame as one token; the Performer along time."""

@@ -75,6 +75,14 @@ class _OverlapAdd(torch.autograd.Function):
         return frames * window, None, None
 
 
+def fit_length(sig, length):
+    """Cuts or zero-pads the last dimension."""
+    # torch.export would let a view be one of some lengths only
+    if sig.shape[-1] < length or torch.compiler.is_exporting():
+        return F.pad(sig, (0, length - sig.shape[-1]))
+    return sig[..., :length]
+
+
 class STFTEncoder(nn.Module):
     """Short-time Fourier transform with a periodic Hann window.
 
@@ -111,9 +119,6 @@ class STFTEncoder(nn.Module):
         _check_sizes(n_fft, hop_length)
         self.n_fft = n_fft
         self.hop_length = hop_length
-        self.register_buffer(
-            "window", torch.hann_window(n_fft), persistent=False
-        )
 
     def extra_repr(self):
         """Sizes, for ``print``."""
@@ -144,7 +149,7 @@ class STFTEncoder(nn.Module):
             padded,
             self.n_fft,
             self.hop_length,
-            window=self.window,
+            window=torch.hann_window(self.n_fft, device=sig.device),
             center=False,
             return_complex=True,
         )
@@ -185,9 +190,6 @@ class STFTDecoder(nn.Module):
         _check_sizes(n_fft, hop_length)
         self.n_fft = n_fft
         self.hop_length = hop_length
-        self.register_buffer(
-            "window", torch.hann_window(n_fft), persistent=False
-        )
 
     def extra_repr(self):
         """Sizes, for ``print``."""
@@ -216,11 +218,13 @@ class STFTDecoder(nn.Module):
             )
         frames = spectrum.shape[-1]
         blocks = torch.fft.irfft(spectrum.transpose(-1, -2), n=self.n_fft)
-        tracing = torch.jit.is_tracing()
+        window = torch.hann_window(self.n_fft, device=blocks.device)
+        window = window.to(blocks.dtype)
+        tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()
         overlap_add = _overlap_add if tracing else _OverlapAdd.apply
-        sig = overlap_add(blocks, self.window, self.hop_length)
-        squares = self.window.expand(frames, -1)
-        squares = _overlap_add(squares, self.window, self.hop_length)
+        sig = overlap_add(blocks, window, self.hop_length)
+        squares = window.expand(frames, -1)
+        squares = _overlap_add(squares, window, self.hop_length)
         before, _ = _edges(self.n_fft, self.hop_length)
         inside = slice(before, before + frames * self.hop_length)
         sig = sig[..., inside] / squares[inside]

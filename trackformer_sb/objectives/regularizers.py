@@ -13,8 +13,7 @@ def mask_gram(masks):
     transposed view that a masknet leaves.
     """
     with torch.autocast(masks.device.type, enabled=False):
-        if masks.dtype.itemsize < 4:
-            masks = masks.float()
+        masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
         if masks.dim() == 4 and masks.stride(3) != 1:
             # frames before freq in memory: this way flattening is a view
             masks = masks.transpose(2, 3)
@@ -144,10 +143,7 @@ def mask_count_loss(masks):
     >>> mask_count_loss(masks)
     tensor([2.0000])
     """
-    norm = torch.linalg.vector_norm(
-        masks, dim=tuple(range(2, masks.dim())), dtype=_accumulate(masks)
-    )
-    energy = norm.square()
+    energy = _energy(masks, tuple(range(2, masks.dim())))
     # the slope of the entropy has no end where a mask is zero
     floor = 1e-8 * energy.sum(1, keepdim=True) + torch.finfo(energy.dtype).tiny
     return effective_number(energy + floor)
@@ -155,13 +151,13 @@ def mask_count_loss(masks):
 
 def _level(sig):
     """Root mean square over time, [..., time] -> [...]."""
-    norm = torch.linalg.vector_norm(sig, dim=-1, dtype=_accumulate(sig))
-    return (norm.square() / sig.shape[-1] + SILENCE).sqrt()
+    return (_energy(sig, -1) / sig.shape[-1] + SILENCE).sqrt()
 
 
-def _accumulate(sig):
-    """The type to sum up in."""
-    return torch.float32 if sig.dtype.itemsize < 4 else sig.dtype
+def _energy(x, dim):
+    """Sum of squares, at least in float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=dim, dtype=dtype).square()
 
 
 class RegularizedLoss:

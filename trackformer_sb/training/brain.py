@@ -13,34 +13,66 @@ import speechbrain as sb
 import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.sampler import ReproducibleRandomSampler
-from speechbrain.utils.distributed import ddp_broadcast, if_main_process
+from speechbrain.utils.distributed import (
+    ddp_broadcast,
+    get_rank,
+    if_main_process,
+)
 from speechbrain.utils.logger import get_logger
 
 from trackformer_sb import plots
 from trackformer_sb.inference.measure import peak_memory_mb
-from trackformer_sb.objectives.metrics import SILENT_ENERGY
-from trackformer_sb.training.dataio import dataio_prep
+from trackformer_sb.training.dataio import dataio_prep, share_batches
 from trackformer_sb.training.optimization import clip_all_groups
 
 logger = get_logger(__name__)
 
 
-def of_all_ranks(brain, value):
-    """List of a value of each rank; all ranks have to call it."""
-    values = [value]
-    if brain.distributed_launch:
-        values *= torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(values, value)
-    return values
+class ExperimentBrain(sb.Brain):
+    """A Brain of an ``Experiment``, and its place among other processes."""
+
+    def __init__(self, experiment):
+        hparams = experiment.hparams
+        super().__init__(
+            modules=hparams["modules"],
+            opt_class=hparams["optimizer"],
+            hparams=hparams,
+            run_opts=experiment.run_opts,
+            checkpointer=hparams["checkpointer"],
+        )
+        self.rank, self.num_processes = get_rank() or 0, 1
+        if self.distributed_launch:
+            self.num_processes = torch.distributed.get_world_size()
+        if self.debug and not self.debug_persistently:
+            # of SpeechBrain's temporary folders all ranks need the same
+            self.checkpointer.checkpoints_dir = pathlib.Path(
+                ddp_broadcast(str(self.checkpointer.checkpoints_dir))
+            )
+        self.folder = pathlib.Path(hparams["output_folder"])
+        # none beside the main process
+        self.tensorboard = hparams["tensorboard_logger"]().writer
+
+    def init_optimizers(self):
+        """Clips all groups together: SpeechBrain clips the first one only."""
+        super().init_optimizers()
+        clip_all_groups(self.optimizer, self.max_grad_norm)
+        self.max_grad_norm = math.inf
+
+    def of_all_ranks(self, value):
+        """List of a value of each rank; all ranks have to call it."""
+        values = [value] * self.num_processes
+        if self.distributed_launch:
+            torch.distributed.all_gather_object(values, value)
+        return values
 
 
-class MusicBrain(sb.Brain):
+class MusicBrain(ExperimentBrain):
     """Training on pairs of mixtures, see ``trackformer_sb.data.mixtures``.
 
     A recipe adds ``compute_forward``, ``compute_objectives``, which sets
-    ``losses`` in training and adds to ``rows``, and the methods below that
-    raise NotImplementedError. The folder of the experiment and the manifests
-    of its music are there already.
+    ``losses`` in training and adds to ``rows``, ``log_picture(epoch)`` for
+    TensorBoard and ``write_figures(folder)`` of a test item. The folder of the
+    experiment and the manifests of its music are there already.
     """
 
     # of test_results.csv, and what else is averaged
@@ -53,39 +85,21 @@ class MusicBrain(sb.Brain):
     pretrained = ()
 
     def __init__(self, experiment):
-        hparams = experiment.hparams
-        super().__init__(
-            modules=hparams["modules"],
-            opt_class=hparams["optimizer"],
-            hparams=hparams,
-            run_opts=experiment.run_opts,
-            checkpointer=hparams["checkpointer"],
-        )
-        self.num_processes, rank = 1, 0
-        if self.distributed_launch:
-            self.num_processes = torch.distributed.get_world_size()
-            rank = self.rank
-        self.skipped, self.sounds = {}, False
-        self.folder = pathlib.Path(hparams["output_folder"])
-        if self.debug and not self.debug_persistently:
-            # of SpeechBrain's temporary folders all ranks need the same
-            self.checkpointer.checkpoints_dir = pathlib.Path(
-                ddp_broadcast(str(self.checkpointer.checkpoints_dir))
-            )
-        # none beside the main process
-        self.tensorboard = hparams["tensorboard_logger"]().writer
+        super().__init__(experiment)
+        hparams, self.skipped = experiment.hparams, {}
         self.train_options = dict(hparams["train_loader_options"])
         self.eval_options = dict(hparams["eval_loader_options"])
         for options in (self.train_options, self.eval_options):
+            options["worker_init_fn"] = share_batches
             # copied to a GPU faster and without a wait
             options["pin_memory"] = self.device_type == "cuda"
         self.datasets, self.pairs = dataio_prep(
-            hparams, rank, self.num_processes
+            hparams, self.rank, self.num_processes
         )
         segments = self._sample_segments(hparams)
         self.num_batches, self.num_steps = self._count_steps(segments)
         # ranks start from equal weights but draw their own dropout
-        torch.manual_seed(hparams["seed"] + rank)
+        torch.manual_seed(hparams["seed"] + self.rank)
 
     def _sample_segments(self, hparams):
         """Chooses the order of an epoch; returns how many segments it has."""
@@ -135,24 +149,12 @@ class MusicBrain(sb.Brain):
             test_loader_kwargs=dict(self.eval_options),
         )
 
-    def log_picture(self, epoch):
-        """Shows one validation item in TensorBoard."""
-        raise NotImplementedError
-
-    def write_figures(self, folder):
-        """Draws a test item."""
-        raise NotImplementedError
-
     def more_results(self):
         """What else belongs in metrics.json."""
         return {}
 
-    def prepare_stage(self):
-        """Resets what is measured."""
-        self.rows, self.picture = [], None
-
     def note_input(self, batch):
-        """Names each unreadable file once, counts; hears if anything sounds."""
+        """Names each unreadable file once, and counts them."""
         # a rank trains on segments of its own, but evaluates all
         counts = self.modules.training or if_main_process()
         for path, reason in itertools.chain(*batch.skipped) if counts else ():
@@ -160,8 +162,6 @@ class MusicBrain(sb.Brain):
                 words = f"segments are skipped: {reason}"
                 logger.warning(words, main_process_only=False)
             self.skipped[path] = self.skipped.get(path, 0) + 1
-        energy = batch.mixtures.data[:, 0].var(-1, correction=0)
-        self.sounds |= bool((energy > SILENT_ENERGY).any())
 
     def on_fit_start(self):
         """Recovers, and judges anew whether training stops early."""
@@ -177,8 +177,7 @@ class MusicBrain(sb.Brain):
     def on_stage_start(self, stage, epoch=None):
         """Resets what is measured."""
         self.started = time.monotonic()
-        self.prepare_stage()
-        self.not_finite = 0
+        self.rows, self.picture, self.not_finite = [], None, 0
         if stage == sb.Stage.TRAIN:
             self.pairs.set_epoch(epoch, self.step)
             self.resumed = self.step > 0
@@ -215,8 +214,8 @@ class MusicBrain(sb.Brain):
     def on_fit_batch_start(self, batch, should_step):
         """Adds up the wait for data; seeds dropout, to go on with its own."""
         self.waiting += time.monotonic() - self.last_batch_end
-        place = getattr(self, "rank", 0), self.hparams.epoch_counter.current
-        torch.manual_seed(self.draw_seed(*place, self.step))
+        epoch = self.hparams.epoch_counter.current
+        torch.manual_seed(self.draw_seed(self.rank, epoch, self.step))
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Steps the schedule, redraws random features, logs the losses."""
@@ -247,34 +246,15 @@ class MusicBrain(sb.Brain):
         super().init_optimizers()
         if self.pretrained:
             self.hparams.fine_tuning(self.optimizer, self.pretrained)
-        groups = self.optimizer.param_groups
-        if len(groups) > 1:
-            # SpeechBrain clips the first group only
-            clip_all_groups(self.optimizer, self.max_grad_norm)
-            self.max_grad_norm = math.inf
         self.lr_scheduler = self.hparams.lr_scheduler(
             self.optimizer, num_steps=self.num_steps
         )
         self.checkpointer.add_recoverable("lr_scheduler", self.lr_scheduler)
-        # early stopping does not count while layers are frozen
-        frozen = max(group.get("freeze_steps", 0) for group in groups)
-        epoch_steps = self.num_batches // self.grad_accumulation_factor
-        counter = self.hparams.epoch_counter
-        counter.limit_warmup = max(
-            counter.limit_warmup, math.ceil(frozen / epoch_steps)
-        )
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Logs, saves, and after the test writes all results."""
         seconds = time.monotonic() - self.started
         if stage == sb.Stage.TRAIN:
-            # all ranks must come to the same end; a few segments may be rests
-            sounds = any(of_all_ranks(self, self.sounds))
-            if not sounds and not self.debug and not self.resumed:
-                raise ValueError(
-                    "data_folder: expected music, but all training segments "
-                    "of the epoch are silent"
-                )
             # the first batch waits for the workers to start
             steps = self.step_seconds[1:] or self.step_seconds
             self.train_averages = {
@@ -370,7 +350,7 @@ class MusicBrain(sb.Brain):
             {"epochs": len(self.hparams.history.epochs)},
             test_stats={"loss": test_loss, **self.averages()},
         )
-        skipped = of_all_ranks(self, self.skipped)
+        skipped = self.of_all_ranks(self.skipped)
         self.unreadable_segments = sum(sum(x.values()) for x in skipped)
         if if_main_process():
             self.write_results(test_loss)

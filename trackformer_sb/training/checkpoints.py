@@ -1,24 +1,17 @@
 """Checkpoints that are whole or not there, and the history of a training."""
 
 import json
-import logging
-import os
 import pathlib
 import shutil
 
 from speechbrain.utils.checkpoints import (
-    Checkpoint,
+    METAFNAME,
     Checkpointer,
     mark_as_loader,
     mark_as_saver,
     register_checkpoint_hooks,
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
-from speechbrain.utils.logger import get_logger
-
-logger = get_logger(__name__)
-
-_UNFINISHED = "unfinished-"
 
 
 class AtomicCheckpointer(Checkpointer):
@@ -26,7 +19,7 @@ class AtomicCheckpointer(Checkpointer):
 
     The stock class writes the file that makes a folder a checkpoint before
     the weights: killed in between, it recovers from the torso ever after.
-    Here a checkpoint is written under another name and renamed when whole.
+    Here that file gets its name when all others are whole.
 
     Arguments are those of ``speechbrain.utils.checkpoints.Checkpointer``.
 
@@ -38,26 +31,14 @@ class AtomicCheckpointer(Checkpointer):
         If a checkpoint is damaged, or of another architecture.
     """
 
-    def _new_checkpoint_dirpath(self):
-        return self._unfinished(super()._new_checkpoint_dirpath())
+    def _save_checkpoint_metafile(self, fpath, *args):
+        part = fpath.with_suffix(".part")
+        return super()._save_checkpoint_metafile(part, *args)
 
-    def _custom_checkpoint_dirpath(self, name):
-        return self._unfinished(super()._custom_checkpoint_dirpath(name))
-
-    def _unfinished(self, path):
-        for leftover in path.parent.glob(_UNFINISHED + "*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        return path.with_name(_UNFINISHED + path.name)
-
-    def save_checkpoint(
-        self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO
-    ):
+    def save_checkpoint(self, *args, **options):
         """Saves a checkpoint, see ``Checkpointer.save_checkpoint``."""
         try:
-            # it would tell of the unfinished folder
-            saved = super().save_checkpoint(
-                meta or {}, end_of_epoch, name, logging.DEBUG
-            )
+            saved = super().save_checkpoint(*args, **options)
         except (OSError, RuntimeError) as error:  # the latter is torch's
             free = shutil.disk_usage(self.checkpoints_dir).free / 1e6
             raise OSError(
@@ -66,18 +47,12 @@ class AtomicCheckpointer(Checkpointer):
                 "are whole; the same command resumes from them."
             ) from error
         if if_main_process():
-            path = saved.path.with_name(
-                saved.path.name.removeprefix(_UNFINISHED)
-            )
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(saved.path, path)
-            files = {
-                name: path / file.name
-                for name, file in saved.paramfiles.items()
-            }
-            saved = Checkpoint(path, saved.meta, files)
-            logger.log(verbosity, f"Saved a checkpoint in {path}")
+            metafile = saved.path / METAFNAME
+            metafile.with_suffix(".part").replace(metafile)
+            # what a kill or a full disk has left
+            for path in self.checkpoints_dir.glob("CKPT+*"):
+                if not self._is_checkpoint_dir(path):
+                    shutil.rmtree(path, ignore_errors=True)
         ddp_barrier()
         return saved
 

@@ -2,15 +2,24 @@
 
 import functools
 import json
+import os
 import pathlib
+from multiprocessing.reduction import DupFd, ForkingPickler
 
+import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.data_pipeline import DataPipeline
-from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.distributed import main_process_only, run_on_main
+from torch.multiprocessing.reductions import rebuild_storage_fd, reduce_storage
+from torch.utils.data._utils.collate import default_collate_fn_map
 
+from trackformer_sb.data.files import write_json
 from trackformer_sb.data.manifest import MappedManifest
 from trackformer_sb.data.mixtures import MixtureOfMixtures
 from trackformer_sb.data.music import REPORT
+from trackformer_sb.training.experiment import must_be_same
+
+SONGS = "songs.json"
 
 
 class SegmentDataset(DynamicItemDataset):
@@ -25,15 +34,70 @@ class SegmentDataset(DynamicItemDataset):
         self.set_output_keys([])
 
 
+def share_batches(worker_id):
+    """Lets a loader worker share batches that /dev/shm does not hold.
+
+    For ``worker_init_fn``. A container has 64 MB there by default, of which
+    one batch of the paper's 30 s takes 42; a worker whose batch does not fit
+    would lose it, and the training wait for it.
+    """
+    ForkingPickler.register(torch.UntypedStorage, _share_storage)
+    # torch's own stacks in /dev/shm
+    default_collate_fn_map[torch.Tensor] = _stack
+
+
+def _share_storage(storage):
+    """As torch, or where /dev/shm is full in memory that has no name there."""
+    try:
+        return reduce_storage(storage)
+    except RuntimeError:
+        content = torch.empty(0, dtype=torch.uint8).set_(storage)
+        with open(os.memfd_create("batch"), "wb") as file:
+            file.write(content.numpy())
+            file.flush()
+            shared = DupFd(file.fileno()), storage.nbytes()
+        return rebuild_storage_fd, (type(storage), *shared)
+
+
+def _stack(batch, *, collate_fn_map=None):
+    return torch.stack(batch)
+
+
 def prepare_data(hparams):
     """Makes the manifests of the music in a yaml, on the main process."""
     if hparams["dataset"] == "shards":
         _check_packed(hparams)
-        return
-    run_on_main(
-        hparams["music"].prepare,
-        args=[manifest_folder(hparams), hparams["segment_seconds"]],
-    )
+    else:
+        run_on_main(
+            hparams["music"].prepare,
+            args=[manifest_folder(hparams), hparams["segment_seconds"]],
+        )
+    splits = data_report(hparams)["splits"]
+    check_songs(hparams, {x: splits[x]["song_names"] for x in splits})
+
+
+@main_process_only
+def check_songs(hparams, parts):
+    """Keeps the songs of a run, part -> names; goes on only where all are.
+
+    Names are below the folder of the music, wherever that lies now; new songs
+    may have joined.
+    """
+    folder = pathlib.Path(hparams["output_folder"])
+    if (folder / SONGS).is_file() and must_be_same(hparams):
+        begun = json.loads((folder / SONGS).read_text("utf-8"))
+        gone = [
+            name
+            for part, names in begun.items()
+            for name in sorted({*names}.difference(parts.get(part, ())))
+        ]
+        if gone:
+            raise ValueError(
+                f"{folder} has checkpoints of a training with other songs: "
+                f"{len(gone)} are gone, {', '.join(gone[:3])}; expected the "
+                "same music, another output_folder, or --allow_changes=True"
+            )
+    write_json(folder / SONGS, parts)
 
 
 def manifest_folder(hparams):

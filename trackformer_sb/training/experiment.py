@@ -8,23 +8,30 @@ way to switch a flag off. Here run options count by their full name only.
 import dataclasses
 import difflib
 import gc
+import inspect
 import io
 import os
 import pathlib
+import pydoc
 import re
 import signal
 import sys
+import time
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml, resolve_references
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML, Loader, YAMLError
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 
 from trackformer_sb.audio import UnreadableAudio
 from trackformer_sb.inference.hub import plain_values
+from trackformer_sb.inference.separator import find_device
+from trackformer_sb.paths import expanded
+from trackformer_sb.training.lock import locked
 
 logger = get_logger(__name__)
 
@@ -34,8 +41,15 @@ OUT_OF_MEMORY = re.compile(
     "|bad_alloc|MemoryError",
     re.IGNORECASE,
 )
+# What torch says of a loader worker that was killed, by its number.
+LOST_WORKER = "DataLoader worker (pid"
 # some fields of RunOptions are no options of its command line
 _OPTIONS = HELP_TEXTS.keys() | {"jit_module_keys", "compile_module_keys"}
+# Where things lie, and how long it goes on, makes no other run of it.
+_NO_SETTINGS = re.compile(
+    r".*(folders?|file|dir)|number_of_epochs|.*\bepoch_counter\.limit"
+    "|allow_changes"
+)
 _FLAGS = {name for name in _OPTIONS if RunOptions()[name] is False}
 
 
@@ -50,29 +64,11 @@ def _read_value(key, text):
 
 
 def parse_arguments(argv):
-    """Splits a command line into hyperparameter file, options and overrides.
+    """Splits a command line into yaml file, run options and overrides.
 
-    Arguments
-    ---------
-    argv : list of str
-        ``FILE.yaml [--key=value | --key value] ...`` with keys of the yaml or
-        run options of SpeechBrain (``--device``, ``--precision``, ...).
-
-    Returns
-    -------
-    hparams_file : str
-        The yaml file.
-    run_opts : RunOptions
-        SpeechBrain's run options.
-    overrides : dict
-        Key -> value for ``load_hparams``; with the run options that the yaml
-        has as keys.
-
-    Raises
-    ------
-    ValueError
-        For a missing file name or value, a second file name, or a flag with a
-        value other than True or False.
+    It has keys of the yaml and run options of SpeechBrain (``--device``,
+    ``--precision``, ...), as ``--key=value`` or ``--key value``. Those run
+    options that the yaml has as keys are among the overrides as well.
 
     Example
     -------
@@ -94,7 +90,7 @@ def parse_arguments(argv):
                     f"unexpected argument {word!r}: expected one yaml file, "
                     f"then --key=value, got {hparams_file!r} before"
                 )
-            hparams_file = word
+            hparams_file = expanded(word)
         elif key in _FLAGS:
             if value.lower() not in ("", "true", "false"):
                 raise ValueError(
@@ -120,6 +116,8 @@ def parse_arguments(argv):
     for key, value in options.items():
         if value is not False:
             given += [f"--{key}"] if value is True else [f"--{key}", value]
+    if "device" in options:
+        find_device(options["device"])
     _, run_opts, _ = RunOptions.from_command_line_args(given)
     if run_opts.optimizer_step_limit is not None:
         # the one number that SpeechBrain's parser leaves a text
@@ -150,24 +148,48 @@ def check_keys(hparams_file, keys):
         raise ValueError(f"unknown key {key!r} for {hparams_file}: {hint}")
 
 
+def _check_arguments(text, overrides):
+    """Raises ValueError for an argument that what a yaml builds has not."""
+    built = re.findall(r"^(\w+): *!(?:new|name):([\w.]+)", text, re.MULTILINE)
+    for key, place in built:
+        if not isinstance(overrides.get(key), dict):
+            continue
+        known = inspect.signature(pydoc.locate(place)).parameters
+        open_ended = any(x.kind is x.VAR_KEYWORD for x in known.values())
+        unknown = sorted(overrides[key].keys() - known.keys())
+        if unknown and not open_ended:
+            raise ValueError(
+                f"--{key}: {place} has no argument {unknown[0]!r}, expected "
+                f"one of {', '.join(known)}"
+            )
+
+
+class _Loader(Loader):
+    """Puts ~ and environment variables into all text."""
+
+
+_Loader.add_constructor(
+    "tag:yaml.org,2002:str",
+    lambda loader, node: expanded(loader.construct_scalar(node)),
+)
+
+
 def load_hparams(hparams_file, overrides=None):
     """Loads a HyperPyYAML file with overrides, key -> value.
 
+    In text, ~ and environment variables are replaced by their values.
     Mappings are merged into what is built there: ``{"music": {"max_stems":
     4}}`` adds an argument. Raises FileNotFoundError or ValueError where there
     is no such file or key, or what is built does not take an argument.
     """
     path, overrides = pathlib.Path(hparams_file), overrides or {}
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no hyperparameter file {hparams_file}, expected a yaml such as "
-            "hparams/performer_mixit.yaml"
-        )
+    text = path.read_text(encoding="utf-8")
     check_keys(path, overrides.keys())
+    _check_arguments(text, overrides)
     try:
-        return load_hyperpyyaml(path.read_text(encoding="utf-8"), overrides)
+        return load_hyperpyyaml(text, overrides, loader=_Loader)
     except TypeError as error:
-        # of an argument that a class does not have
+        # of an argument that a class cannot take
         words = ": ".join(map(str, error.args))
         raise ValueError(f"{hparams_file}: {words}") from error
 
@@ -176,14 +198,17 @@ class Experiment(NamedTuple):
     """What a command line asks for."""
 
     hparams: dict
+    # the same without what it builds, see plain_values
+    values: dict
     run_opts: RunOptions
     # arguments of create_experiment_directory, which also keeps a copy of the
     # file that calls it
     directory: dict
 
 
+@contextmanager
 def load_experiment(argv, selection_metrics):
-    """Reads the command line and the yaml; writes no file.
+    """Reads the command line and the yaml; keeps other runs out meanwhile.
 
     Arguments
     ---------
@@ -192,13 +217,15 @@ def load_experiment(argv, selection_metrics):
     selection_metrics : sequence of str
         Valid values of the key ``selection_metric``.
 
-    Returns
-    -------
+    Yields
+    ------
     Experiment
         The loaded yaml, and what it was loaded from.
 
     Raises
     ------
+    FileExistsError
+        If another run is at work in the output folder, see ``lock.locked``.
     FileNotFoundError, ValueError
         For settings that cannot work, or an output folder with checkpoints of
         other settings.
@@ -216,11 +243,6 @@ def load_experiment(argv, selection_metrics):
             f"selection_metric must be one of {', '.join(selection_metrics)}, "
             f"got {metric!r}"
         )
-    begun = hparams["checkpointer"].find_checkpoint() is not None
-    # a yaml of the user's own may not have the key
-    if begun and not hparams.get("allow_changes"):
-        _check_same(hparams_file, overrides, hparams["output_folder"])
-    sb.utils.distributed.ddp_init_group(run_opts)
     directory = {
         "experiment_directory": hparams["output_folder"],
         "hyperparams_to_save": hparams_file,
@@ -228,23 +250,32 @@ def load_experiment(argv, selection_metrics):
         # a list of packages, which takes seconds
         "save_env_desc": not run_opts.debug,
     }
-    return Experiment(hparams, run_opts, directory)
+    text = pathlib.Path(hparams_file).read_text(encoding="utf-8")
+    text = resolve_references(io.StringIO(text), overrides).getvalue()
+    values = plain_values(text)
+    # one for all ranks, of which the first alone writes
+    first = not sb.utils.distributed.get_rank()
+    with locked(hparams["output_folder"]) if first else nullcontext():
+        if must_be_same(hparams):
+            _check_same(values, hparams["output_folder"])
+        sb.utils.distributed.ddp_init_group(run_opts)
+        yield Experiment(hparams, values, run_opts, directory)
 
 
-def _check_same(hparams_file, overrides, output_folder):
+def must_be_same(hparams):
+    """Whether a run goes on that may not be changed."""
+    begun = hparams["checkpointer"].find_checkpoint() is not None
+    # a yaml of the user's own may not have the key
+    return begun and not hparams.get("allow_changes")
+
+
+def _check_same(values, output_folder):
     """Refuses to train with other settings under the name of the first ones."""
     path = pathlib.Path(output_folder) / "hyperparams.yaml"
-    if not path.is_file():
-        return
-    text = pathlib.Path(hparams_file).read_text(encoding="utf-8")
-    asked = resolve_references(io.StringIO(text), overrides).getvalue()
-    asked, begun = (
-        dict(_flat(plain_values(x)))
-        for x in (asked, path.read_text(encoding="utf-8"))
-    )
+    begun = dict(_flat(plain_values(path.read_text(encoding="utf-8"))))
     different = {}
-    for key, value in asked.items():
-        if key != "allow_changes" and begun.get(key) != value:
+    for key, value in _flat(values):
+        if not _NO_SETTINGS.fullmatch(key) and begun.get(key) != value:
             # what refers to a key changes with it
             change = f"was {begun.get(key)!r}, now {value!r}"
             different.setdefault(change, f"{key} {change}")
@@ -275,8 +306,15 @@ def run(main):
     SystemExit
         If the recipe fails in a way that is known, or is interrupted.
     """
+    # what ends a run on a cluster is told as what ends it by hand
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        except ConnectionError:
+            # a loader worker died: torch says so as soon as it is told
+            time.sleep(1)
+            raise
         if torch.distributed.is_initialized():
             # ranks that just exit abort now and then; what DDP holds goes first
             gc.collect()
@@ -300,6 +338,13 @@ def run(main):
             message = (
                 "out of memory: expected a smaller batch_size or "
                 f"segment_seconds, or more memory ({message.splitlines()[0]})"
+            )
+        elif LOST_WORKER in message or isinstance(error, ConnectionError):
+            message = (
+                "a loader worker died, as a system short of memory ends it: "
+                "expected fewer num_workers, a smaller batch_size or "
+                "segment_seconds, or more memory; the same command goes on "
+                f"from its last checkpoint ({message})"
             )
         elif isinstance(error, RuntimeError) and not isinstance(
             error, UnreadableAudio

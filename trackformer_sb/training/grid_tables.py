@@ -155,16 +155,7 @@ def paper_table(cells, columns, paper):
 
 
 def markdown(columns, rows):
-    """A table in Markdown, with numbers as short as they can be read.
-
-    Example
-    -------
-    >>> print(markdown(("model", "dB"), [("a", 1.234), ("b", None)]))
-    | model | dB |
-    |---|---|
-    | a | 1.23 |
-    | b | - |
-    """
+    """A table in Markdown, with numbers as short as they can be read."""
 
     def show(value, column):
         if value is None:

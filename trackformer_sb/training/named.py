@@ -1,7 +1,6 @@
 """Training of separators with named stems."""
 
 import csv
-import math
 import pathlib
 import time
 
@@ -14,6 +13,7 @@ from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from trackformer_sb.data.music import Music
 from trackformer_sb.data.remix import NamedWindows
 from trackformer_sb.inference.separation import apply_masks
+from trackformer_sb.inference.separator import Separator
 from trackformer_sb.objectives.mixit import mixit_loss
 from trackformer_sb.objectives.named import (
     absent_loss,
@@ -23,15 +23,15 @@ from trackformer_sb.objectives.named import (
     pair_by_class,
     time_averaged_masks,
 )
-from trackformer_sb.training.brain import of_all_ranks
-from trackformer_sb.training.optimization import clip_all_groups
+from trackformer_sb.training.brain import ExperimentBrain
+from trackformer_sb.training.dataio import check_songs, share_batches
 
 # MixIT's loss is in dB, that of named stems a distance of about 1
 MIXIT_SHARE = 0.1
 PROBES = 10  # steps of those between two lines of the log that are measured
 
 
-class NamedSeparation(sb.Brain):
+class NamedSeparation(ExperimentBrain):
     """Named stems where items have them, MixIT over all slots elsewhere.
 
     Made by ``train``, which gives it its datasets.
@@ -41,13 +41,6 @@ class NamedSeparation(sb.Brain):
         """[..., time] -> complex [..., freq, frames]."""
         mix_w = self.modules.encoder(sig.flatten(0, -2))
         return mix_w.unflatten(0, sig.shape[:-1])
-
-    def decode(self, est_mask, mix_w):
-        """Masks of any sources and mixtures -> [batch, sources, 2, time]."""
-        sep_w = apply_masks(
-            mix_w.unsqueeze(1), est_mask.transpose(0, 1)[:, :, None]
-        )
-        return self.modules.decoder(sep_w)
 
     def compute_forward(self, batch, stage):
         """Masks [num_spks, batch, freq, frames] and spectra of the mixtures."""
@@ -76,12 +69,13 @@ class NamedSeparation(sb.Brain):
                 self.hparams.sample_rate,
             )
         if not named.all():
-            length = stems.shape[-1]
-            sources = self.decode(est_mask[:, ~named], mix_w[~named])
-            losses["mixit"], _ = mixit_loss(
-                sources[..., :length].flatten(2), stems[~named, :2].flatten(2)
-            )
-            losses["mixit"] = MIXIT_SHARE * losses["mixit"]
+            masks = est_mask[:, ~named].transpose(0, 1).unsqueeze(2)
+            sep_w = apply_masks(mix_w[~named].unsqueeze(1), masks)
+            # [batch, sources, 2, time]
+            sources = self.modules.decoder(sep_w)[..., : stems.shape[-1]]
+            mixtures = stems[~named, :2].flatten(2)
+            loss, _ = mixit_loss(sources.flatten(2), mixtures)
+            losses["mixit"] = MIXIT_SHARE * loss
             absent = batch[2].to(self.device)[~named]
             if absent.any():
                 losses["absent"] = absent_loss(
@@ -107,11 +101,8 @@ class NamedSeparation(sb.Brain):
             name: stem.mean(0, keepdim=True) for name, stem in stems.items()
         }
         mix = sum(stems.values())
-        found = []
-        for each in (
-            masks,
-            time_averaged_masks(masks, mix_w[0].abs().square()),
-        ):
+        static, found = time_averaged_masks(masks, mix_w[0].abs().square()), []
+        for each in (masks, static):
             slots = decode_masks(
                 each, mix_w, self.modules.decoder, mix.shape[-1]
             )
@@ -134,12 +125,6 @@ class NamedSeparation(sb.Brain):
         self.decay_began = self.begun = time.monotonic()
         _, hours = self.hparams.history.series("hours")
         self.hours_before = hours[-1] if hours else 0.0
-
-    def init_optimizers(self):
-        """Clips all groups: SpeechBrain clips the first alone."""
-        super().init_optimizers()
-        clip_all_groups(self.optimizer, self.max_grad_norm)
-        self.max_grad_norm = math.inf
 
     def rate(self):
         """Share of the learning rate: warm-up, constant, decay on demand."""
@@ -181,7 +166,7 @@ class NamedSeparation(sb.Brain):
 
     def log_steps(self, step, interval):
         """Losses and probes of the last steps; a call of all ranks."""
-        losses, probes = zip(*of_all_ranks(self, (self.sums, self.probes)))
+        losses, probes = zip(*self.of_all_ranks((self.sums, self.probes)))
         stats = {}
         for name in sorted(set().union(*losses)):
             values = [x for rank in losses for x in rank.get(name, ())]
@@ -245,12 +230,12 @@ class NamedSeparation(sb.Brain):
         return {
             name: np.nanmean(values, axis=0)
             for name, values in found.items()
-            if len(values) and not np.isnan(values).all()
+            if not np.isnan(values).all()
         }
 
     def figures(self):
         """Means over the windows of all ranks, by group and class."""
-        rows = [row for part in of_all_ranks(self, self.rows) for row in part]
+        rows = [row for part in self.of_all_ranks(self.rows) for row in part]
         found = {}
         for group in self.groups:
             means = self.means([row for name, row in rows if name == group])
@@ -266,7 +251,7 @@ class NamedSeparation(sb.Brain):
         """The history as curve.csv."""
         rows = self.hparams.history.epochs
         names = list(dict.fromkeys(name for row in rows for name in row))
-        path = pathlib.Path(self.hparams.output_folder) / "curve.csv"
+        path = self.folder / "curve.csv"
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
@@ -276,45 +261,39 @@ class NamedSeparation(sb.Brain):
 
     def export(self):
         """The averaged weights as a separator folder."""
-        # Imported here: training needs no hub.
-        from trackformer_sb.inference.separator import Separator
-
-        hparams = self.hparams
-        folder = pathlib.Path(hparams.output_folder)
         separator = Separator.of_recipe(
-            folder / "hyperparams.yaml", {"masknet": hparams.ema.module}
+            self.folder / "hyperparams.yaml",
+            {"masknet": self.hparams.ema.module},
         )
-        separator.bfloat16().save_pretrained(folder / "separator")
+        separator.bfloat16().save_pretrained(self.folder / "separator")
 
 
-def initialise(hparams):
+def initialise(experiment):
     """Loads the pre-trained separator, if a new run is to start with one.
 
     Raises a ValueError that names the keys in which it differs, with both
     values.
     """
+    hparams = experiment.hparams
     source = hparams["pretrained_separator"]
     if not source or hparams["checkpointer"].find_checkpoint() is not None:
         return
-    # Imported here: training needs no hub.
-    from trackformer_sb.inference.separator import Separator
-
     separator = Separator.from_pretrained(source)
-    masknet, config = hparams["MaskNet"], separator.config
-    keys = "classes", "sample_rate", "n_fft", "hop_length"
-    asked = {key: hparams[key] for key in keys} | masknet.arguments
-    known = config["encoder"] | config["masknet"] | config
+    config, values = separator.config, experiment.values
+    known = config | config["encoder"] | config["masknet"]
+    asked = {key: values[key] for key in ("classes", "sample_rate")}
+    asked |= values["Encoder"] | values["MaskNet"]
     different = [
-        f"{key} is {known.get(key)}, this training has {value}"
+        f"{key} is {known[key]}, this training has {value}"
         for key, value in asked.items()
-        if known.get(key) != value
+        if known.get(key, value) != value
     ]
     if different:
         raise ValueError(
             f"pretrained_separator: the separator in {source} does not fit: "
             + "; ".join(different)
         )
-    for net in (masknet, hparams["ema"].module):
+    for net in (hparams["MaskNet"], hparams["ema"].module):
         net.load_state_dict(separator.masknet.state_dict())
 
 
@@ -337,19 +316,10 @@ def train(experiment):
     """Trains, validates and exports a separator of named stems."""
     hparams = experiment.hparams
     # before anything of an earlier run is written over
-    initialise(hparams)
+    initialise(experiment)
     sb.create_experiment_directory(**experiment.directory)
-    brain = NamedSeparation(
-        modules=hparams["modules"],
-        opt_class=hparams["optimizer"],
-        hparams=hparams,
-        run_opts=experiment.run_opts,
-        checkpointer=hparams["checkpointer"],
-    )
+    brain = NamedSeparation(experiment)
     hparams["ema"].to(brain.device).eval()
-    rank, world = 0, 1
-    if brain.distributed_launch:
-        rank, world = brain.rank, torch.distributed.get_world_size()
     songs = []
     for music in (hparams["music"], hparams["mixtures"]):
         if music.folder:
@@ -358,28 +328,31 @@ def train(experiment):
         [song for song in songs if song.split in ("", "train")]
     )
     valid_songs = _valid_songs(hparams)
+    parts = {"train": songs, **valid_songs}
+    check_songs(hparams, {x: [s.name for s in parts[x]] for x in parts})
     brain.groups = list(valid_songs)
     valid = NamedWindows(
         valid_songs,
         hparams["sample_rate"],
         per_song=hparams["valid_windows"],
-        rank=rank,
-        world_size=world,
+        rank=brain.rank,
+        world_size=brain.num_processes,
     )
     slots = hparams["num_spks"] // len(hparams["classes"])
     brain.slot_classes = [
         name for name in hparams["classes"] for _ in range(slots)
     ]
-    brain.items_per_step = (
-        hparams["batch_size"] * world * brain.grad_accumulation_factor
-    )
-    brain.tensorboard = hparams["tensorboard_logger"]().writer
+    brain.items_per_step = hparams["batch_size"] * brain.num_processes
+    brain.items_per_step *= brain.grad_accumulation_factor
     brain.fit(
         hparams["epoch_counter"],
         brain.items,
         SaveableDataLoader(valid, batch_size=1, collate_fn=list)
         if brain.groups
         else None,
-        train_loader_kwargs=hparams["train_loader_options"],
+        train_loader_kwargs={
+            **hparams["train_loader_options"],
+            "worker_init_fn": share_batches,
+        },
         progressbar=False,
     )

@@ -10,26 +10,25 @@ import shutil
 import tempfile
 import zipfile
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
-import soundfile
-
 from trackformer_sb import plots
+from trackformer_sb.paths import shortened
 
-BLOCK_FRAMES = 2**18
+BYTES_PER_MINUTE = 50e6  # at most: float samples in stereo at 96 kHz
 
 
 def import_gradio():
     """Gradio, with its statistics off; an ImportError names its extra."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio
-    except ImportError as error:
+    if find_spec("gradio") is None:
         raise ImportError(
-            "the page needs gradio: pip install 'trackformer_sb[demo]' "
-            f"({error})"
-        ) from error
+            "the page needs gradio: pip install 'trackformer_sb[demo]'"
+        )
+    import gradio
+
     return gradio
 
 
@@ -44,20 +43,19 @@ def separate_upload(separator, path, folder, max_minutes, progress):
     """
 
     def separated(done, total):
-        if max(done, total or 0) > 60 * max_minutes:
+        if total > 60 * max_minutes:
             raise ValueError(
                 f"{path.name} is too long: expected at most {max_minutes:g} "
                 "minutes"
             )
         if not folder.exists():
             raise ValueError("the page was closed")
-        total = total or done or 1
         text = f"Separated {done:.0f} of {total:.0f} s"
         progress(0.9 * done / total, desc=text)
 
     wavs = separator.separate_file(path, folder, progressbar=separated)
     progress(0.9, desc="Drawing spectrograms")
-    powers = [_spectrogram(wav) for wav in wavs]
+    powers = [plots.file_spectrogram(wav)[0] for wav in wavs]
     loudest = max(power.max() for power in powers)
     names = separator.groups or [f"source {i}" for i in range(len(wavs))]
     stems = []
@@ -72,18 +70,12 @@ def separate_upload(separator, path, folder, max_minutes, progress):
                 "picture": _address(picture),
             }
         )
-    archive = folder / f"{path.stem}_stems.zip"
+    archive = folder / f"{shortened(path.stem)}_stems.zip"
     # sound does not get smaller
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as packed:
         for wav in wavs:
             packed.write(wav, wav.name)
     return {"stems": stems, "archive": _address(archive)}
-
-
-def _spectrogram(path):
-    with soundfile.SoundFile(path) as file:
-        blocks = file.blocks(BLOCK_FRAMES, dtype="float32", always_2d=True)
-        return plots.spectrogram(blocks, file.frames, file.samplerate)[0]
 
 
 def _address(path):
@@ -126,7 +118,7 @@ def build_page(separator, root, title, max_minutes):
     ) as page:
         gr.HTML(f"<h1>trackformer</h1><p>{html.escape(title)}</p>")
         file = gr.File(
-            label="Music: wav, flac, ogg, mp3 or aiff, at most "
+            label="Music (wav, flac, mp3, m4a, films, ...), at most "
             f"{max_minutes:g} minutes",
             height=140,
         )
@@ -144,7 +136,7 @@ def build_page(separator, root, title, max_minutes):
 
 
 @contextlib.contextmanager
-def running_page(separator, title, host, port, max_megabytes, max_minutes):
+def running_page(separator, title, host, port, max_minutes):
     """Serves the page as long as the context lasts; yields its address.
 
     All files that visitors leave lie in one temporary folder, which goes with
@@ -155,7 +147,6 @@ def running_page(separator, title, host, port, max_megabytes, max_minutes):
     gr = import_gradio()
     with tempfile.TemporaryDirectory(prefix="trackformer-") as root:
         root = Path(root).resolve()
-        before = os.environ.get("GRADIO_TEMP_DIR", "")  # "" is the default
         os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")
         stems = root / "stems"
         stems.mkdir()
@@ -165,13 +156,12 @@ def running_page(separator, title, host, port, max_megabytes, max_minutes):
                 server_name=host,
                 server_port=port,
                 share=False,
-                inbrowser=False,
                 prevent_thread_lock=True,
                 quiet=True,
                 ssr_mode=False,
                 footer_links=[],
                 allowed_paths=[str(stems)],
-                max_file_size=round(max_megabytes * 2**20),
+                max_file_size=round(max_minutes * BYTES_PER_MINUTE),
                 theme=gr.themes.Base(
                     font=["system-ui", "sans-serif"],
                     font_mono=["ui-monospace", "monospace"],
@@ -180,4 +170,4 @@ def running_page(separator, title, host, port, max_megabytes, max_minutes):
             yield url
         finally:
             page.close(verbose=False)
-            os.environ["GRADIO_TEMP_DIR"] = before
+            del os.environ["GRADIO_TEMP_DIR"]
