@@ -11,9 +11,11 @@ pages of mapped files that no other process happens to have touched. Beside
 ours, SpeechBrain's DynamicItemDataset of the same rows in a dict, as
 `from_json` makes it. Each in a fresh process.
 
-Catalogue. `Music.prepare` on --files files of a quarter of a second, wav: into
-an empty folder, for another experiment, and after one file in a hundred was
-written anew, with the size of what it leaves. All reads come from the system's
+Catalogue. `Music.prepare` on --files wav files of a quarter of a second and
+more: into an empty folder, for another experiment, and after one file in a
+hundred was written anew, with the size of what it leaves. Songs differ in
+length, as songs do; then with a library of clips of one length, of which each
+has to be listened to, for it might be a copy. All reads come from the system's
 cache.
 """
 
@@ -135,23 +137,27 @@ def memory_rows(sizes):
     return rows
 
 
-def write_files(folder, count, step=1, seed=0):
-    """Short files in folders of a hundred, each with its own content."""
+def write_files(folder, count, longer, step=1, seed=0):
+    """Short files in folders of a hundred, each with its own content.
+
+    Every one is `longer` samples longer than the one before.
+    """
     rng = np.random.default_rng(seed)
     for i in range(0, count, step):
         path = folder / f"album {i // 100:05d}" / f"song {i:07d}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, rng.uniform(-1, 1, RATE // 4), RATE)
+        sig = rng.integers(-9999, 9999, RATE // 4 + i * longer, np.int16)
+        soundfile.write(path, sig, RATE, "PCM_U8")
 
 
-def catalogue_rows(count):
+def catalogue_rows(count, longer):
     """Rows of the table of catalogues."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         say("writing", count, "files")
-        write_files(folder / "music", count)
+        write_files(folder / "music", count, longer)
         for name, out in (
             ("first time", "a"),
             ("another experiment", "b"),
@@ -159,7 +165,7 @@ def catalogue_rows(count):
             ("nothing changed", "b"),
         ):
             if "1 %" in name:
-                write_files(folder / "music", count, step=100, seed=1)
+                write_files(folder / "music", count, longer, 100, seed=1)
             start = time.perf_counter()
             music = Music(folder / "music", "mixtures")
             report = music.prepare(folder / out, segment_seconds=0.25)
@@ -205,13 +211,17 @@ def main():
         ),
     ]
     record.write(*blocks)
-    blocks += [
-        f"## Catalogue of {args.files:,} files",
-        table(
-            ["run", "seconds", "files/s", "bytes left a file"],
-            catalogue_rows(args.files),
-        ),
-    ]
+    for longer, lengths in (
+        (1, "each of its own length"),
+        (0, "of one length"),
+    ):
+        blocks += [
+            f"## Catalogue of {args.files:,} files, {lengths}",
+            table(
+                ["run", "seconds", "files/s", "bytes left a file"],
+                catalogue_rows(args.files, longer),
+            ),
+        ]
     record.write(*blocks)
     say(args.output.read_text(encoding="utf-8"))
 
