@@ -429,8 +429,8 @@ class Separator(
         FileNotFoundError
             If there is no such file.
         ValueError
-            If an argument is out of its range, or the format has not the rate
-            or the channels of the file.
+            If an argument is out of its range, or the format cannot hold the
+            channels of the file or, as ogg, its rate.
         UnreadableAudio
             If the file is no audio, empty, truncated or holds NaN or infinite
             samples.
