@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     package_data={
-        "trackformer_sb": ["pretrained/*"],
+        "trackformer_sb": ["pretrained/*", "pretrained_live/*"],
         "trackformer_sb.web": ["*.css", "*.js"],
     },
     packages=find_packages(include=["trackformer_sb", "trackformer_sb.*"]),
@@ -50,6 +50,8 @@ setup(
         "asteroid": ["asteroid>=0.7,<0.8"],
         "shards": ["webdataset>=1.0"],
         "demo": ["gradio>=6.10,<7"],
+        "live": ["sounddevice"],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
         # make-music; later symusic renders silence
         "music": ["symusic==0.5.8", "espeakng-loader", "pyworld-prebuilt"],
         # the peers of benchmarks/
@@ -68,6 +70,9 @@ setup(
             "symusic==0.5.8",
             "espeakng-loader",
             "pyworld-prebuilt",
+            "onnx",
+            "onnxscript",
+            "onnxruntime",
             "hypothesis",
             "ruff",
             "yamllint",

@@ -36,9 +36,11 @@ the music. The measures, in dB:
 
 Where a song has no stem for the bass, bass and "other" of the outputs are
 compared with "other" together. Methods without names and songs of one class
-have the oracles only. Seconds are of one processor core, for a minute of
-music. Hydrogen and Resonate_house are for choices; the other songs of
-../shared/data/stems are looked at once for each model that is released.
+have the oracles only. With --spatial on, the named stems of models are told
+apart by their places too (inference.spatial.wiener). Seconds are of one
+processor core, for a minute of music. Hydrogen and Resonate_house are for
+choices; the other songs of ../shared/data/stems are looked at once for each
+model that is released.
 """
 
 import argparse
@@ -59,6 +61,7 @@ from torchaudio.functional import resample
 
 from trackformer_sb.data.remix import STEM_CLASSES
 from trackformer_sb.inference.separator import Separator
+from trackformer_sb.inference.spatial import wiener
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
 from trackformer_sb.objectives import metrics
 from trackformer_sb.objectives.named import (
@@ -278,11 +281,15 @@ class Method:
         [batch, time] -> complex [batch, freq, frames], and back.
     sample_rate : int
         In Hz.
+    spatial : bool
+        Whether channels are separated by ``wiener``.
     """
 
-    def __init__(self, masks, encoder, decoder, sample_rate=44100):
+    def __init__(
+        self, masks, encoder, decoder, sample_rate=44100, spatial=False
+    ):
         self.masks, self.encoder, self.decoder = masks, encoder, decoder
-        self.sample_rate = sample_rate
+        self.sample_rate, self.spatial = sample_rate, spatial
 
     def __call__(self, mix, stems):
         """mix [channels, time] -> dict of slots, masks, classes, spectrum."""
@@ -292,7 +299,7 @@ class Method:
         else:
             true = None
         masks, classes = self.masks(spectrum, true)
-        slots = decode_masks(masks, spectrum, self.decoder, mix.shape[-1])
+        slots = self.decode(masks, spectrum, mix.shape[-1])
         return {
             "slots": slots,
             "masks": masks,
@@ -300,15 +307,28 @@ class Method:
             "spectrum": spectrum,
         }
 
+    def decode(self, masks, spectrum, length):
+        """masks [slots, freq, frames] -> slots [slots, channels, time]."""
+        if not self.spatial:
+            return decode_masks(masks, spectrum, self.decoder, length)
+        separated = wiener(masks.unsqueeze(1), spectrum.unsqueeze(0))[:, 0]
+        sig = self.decoder(separated.flatten(0, 1))[:, :length]
+        return sig.unflatten(0, separated.shape[:2])
 
-def load_method(name):
-    """A method by its name, or the model of a folder or of the hub."""
+
+def load_method(name, spatial=False):
+    """A method by its name, or the model of a folder or of the hub.
+
+    With ``spatial`` a model's named stems are filtered by their places.
+    """
     if name in METHODS:
         stft = STFTEncoder(2048, 1024), STFTDecoder(2048, 1024)
         return Method(METHODS[name], *stft)
     model = Separator.from_pretrained(name)
-    classes = None
-    if model.groups is not None:
+    classes, spatial = None, spatial and model.groups is not None
+    if spatial:
+        classes = list(model.groups)
+    elif model.groups is not None:
         classes = [name for name in model.groups for _ in model.groups[name]]
 
     def masks(spectrum, stems):
@@ -319,9 +339,15 @@ def load_method(name):
         masks = model.masknet(spectrum)[:, 0]
         if model.mixture_consistency:
             masks = masks + (1 - masks.sum(0)) / len(masks)
+        if spatial:
+            masks = masks.unflatten(0, (len(classes), -1)).sum(1)
         return masks, classes
 
-    return Method(masks, model.encoder, model.decoder, model.sample_rate)
+    method = Method(
+        masks, model.encoder, model.decoder, model.sample_rate, spatial
+    )
+    method.masknet = model.masknet
+    return method
 
 
 # -- measures
@@ -418,9 +444,7 @@ def measure_song(method, song, seconds):
         clock, number = clock + time.process_time() - start, number + 1
         power = out["spectrum"].abs().square().mean(0)
         masks = time_averaged_masks(out["masks"], power)
-        averaged = decode_masks(
-            masks, out["spectrum"], method.decoder, mix.shape[-1]
-        )
+        averaged = method.decode(masks, out["spectrum"], mix.shape[-1])
         for found, slots in zip(kinds.values(), (out["slots"], averaged)):
             names = measure_window(
                 slots, out["classes"], files, stems, rate, found
@@ -506,6 +530,12 @@ def main():
     parser.add_argument("--data", nargs="+", type=pathlib.Path, required=True)
     parser.add_argument("--songs", nargs="+", default=["*"], help="patterns")
     parser.add_argument("--seconds", type=float, default=3.0, help="a window")
+    parser.add_argument(
+        "--spatial",
+        choices=("on", "off"),
+        default="off",
+        help="the spatial filter of models (default: %(default)s)",
+    )
     parser.add_argument("--out", default="quality", help="name of the record")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -518,7 +548,9 @@ def main():
         if path.is_dir()
         and any(fnmatch.fnmatch(path.name, name) for name in args.songs)
     ]
-    methods = {name: load_method(name) for name in args.methods}
+    methods = {
+        name: load_method(name, args.spatial == "on") for name in args.methods
+    }
     rows = []
     for folder, path in songs:
         for name, method in methods.items():

@@ -9,14 +9,18 @@ import itertools
 import torch
 
 
-def softmax_attention(query, key, value, key_padding_mask=None, causal=False):
+def softmax_attention(
+    query, key, value, key_padding_mask=None, causal=False, log_decay=None
+):
     """Attention frame by frame, [batch, heads, frames, dim]."""
+    if log_decay is None:
+        log_decay = torch.zeros(query.shape[1])
     output = torch.zeros_like(value)
     batch, heads, frames, _ = query.shape
     for b, h, t in itertools.product(*map(range, (batch, heads, frames))):
         seen = range(t + 1) if causal else range(key.shape[2])
         weights = {
-            s: (query[b, h, t] @ key[b, h, s]).exp()
+            s: (query[b, h, t] @ key[b, h, s] + (t - s) * log_decay[h]).exp()
             for s in seen
             if key_padding_mask is None or not key_padding_mask[b, s]
         }

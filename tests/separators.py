@@ -114,9 +114,9 @@ def performer(num_spks=3, **more):
     return separator
 
 
-def named(classes=CLASSES, **more):
+def named(classes=CLASSES, hop_length=256, **more):
     """A separator of named stems, of two outputs each."""
-    stft = {"n_fft": 512, "hop_length": 256}
+    stft = {"n_fft": 512, "hop_length": hop_length}
     sizes = {"channels": [8, 8, 8], "d_model": 16, "num_layers": 1, **more}
     num_spks = 2 * len(classes)
     return _separator(
@@ -140,3 +140,8 @@ def read(path):
 
 def mixtures(frames=5000):
     return torch.randn(2, frames, generator=torch.Generator().manual_seed(1))
+
+
+def close(found, expected, atol=1e-4):
+    """Requires that no sample is farther away."""
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)

@@ -275,14 +275,14 @@ from trackformer_sb.inference.separator import Separator
 whole = Separator._separated
 calls = []
 
-def interrupted(self, mix, groups):
-    calls.append(mix)
+def interrupted(self, *mix_and_options):
+    calls.append(mix_and_options)
     if len(calls) == 5:
         out = sys.argv[sys.argv.index("--out") + 1]
         hidden = [x for x in os.listdir(out) if x.endswith(".partial")]
         print(len(hidden), "growing", flush=True)
         os.kill(os.getpid(), signal.{signal})
-    return whole(self, mix, groups)
+    return whole(self, *mix_and_options)
 
 Separator._separated = interrupted
 sys.exit(main(sys.argv[1:]))

@@ -21,6 +21,8 @@ from trackformer_sb.nnet.favor import (
 )
 
 HEAD_DIM = 64
+# of two heads, which forget all but 1/e in 4 and in 50 frames
+DECAY = -torch.tensor([1 / 4, 1 / 50])
 
 
 def clustered_frames(generator, temperature=1.0, frames=160, groups=8):
@@ -81,19 +83,22 @@ def favor(causal):
 # -- exact attention
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("log_decay", [None, 0 * DECAY, DECAY])
 @pytest.mark.parametrize("padded", [False, True])
-def test_softmax_attention_equals_the_loop(causal, padded, device):
+def test_softmax_attention_equals_the_loop(log_decay, padded, device):
+    causal = log_decay is not None
     query, key, value, _ = random_frames(frames=9)
     mask = None
     if padded:
         mask = torch.zeros(2, 9, dtype=torch.bool)
         mask[0, 6:] = mask[1, 4] = True
-    expected = references.softmax_attention(query, key, value, mask, causal)
+    expected = references.softmax_attention(
+        *(query, key, value, mask, causal, log_decay)
+    )
     result = softmax_attention(
         *(x.to(device) for x in (query, key, value)),
         None if mask is None else mask.to(device),
-        causal,
+        None if log_decay is None else log_decay.to(device),
     )
     torch.testing.assert_close(result.cpu(), expected, atol=1e-5, rtol=1e-5)
 
@@ -130,8 +135,10 @@ def test_orthogonal_directions_beat_independent_ones():
     assert independent == pytest.approx(0.134, rel=0.15)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_favor_equals_its_own_quadratic_form(causal, device):
+@pytest.mark.parametrize(
+    ("causal", "log_decay"), [(False, None), (True, None), (True, DECAY)]
+)
+def test_favor_equals_its_own_quadratic_form(causal, log_decay, device):
     inputs = random_frames(frames=300)
     query, key, value, projection = inputs
     weights = (
@@ -139,8 +146,14 @@ def test_favor_equals_its_own_quadratic_form(causal, device):
         @ positive_features(key, projection).mT
     )
     weights = weights.tril() if causal else weights
+    more = {}
+    if log_decay is not None:
+        frames = torch.arange(300)
+        age = (frames[:, None] - frames).clamp(min=0)
+        weights = weights * (log_decay[:, None, None] * age).exp()
+        more = {"log_decay": log_decay.to(device)}
     expected = weights @ value / weights.sum(-1, keepdim=True)
-    result = favor(causal)(*(x.to(device) for x in inputs))
+    result = favor(causal)(*(x.to(device) for x in inputs), **more)
     torch.testing.assert_close(result.cpu(), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -216,7 +229,7 @@ def test_gradients_equal_difference_quotients(
     frames = 3 if with_directions else 5
     inputs, projection, mask = padded_frames(frames, n_features=5)
     projection.requires_grad_(with_directions)
-    more = {"chunk_size": 3} if causal else {}
+    more = {"chunk_size": 3, "log_decay": DECAY} if causal else {}
     assert torch.autograd.gradcheck(
         lambda *inputs: favor(causal)(*inputs, mask, **more),
         [*inputs, projection],
@@ -242,11 +255,14 @@ def test_kernel_is_single_precision_under_autocast(causal, device):
 @given(
     cuts=st.lists(st.integers(0, 70), max_size=5),
     chunk_size=st.integers(1, 80),
+    log_decay=st.sampled_from([None, DECAY]),
 )
-def test_a_stream_in_any_pieces_equals_one_call(cuts, chunk_size):
+def test_a_stream_in_any_pieces_equals_one_call(cuts, chunk_size, log_decay):
     torch.manual_seed(0)
     query, key, value, projection = random_frames(frames=70)
-    expected, final = causal_favor_attention(query, key, value, projection)
+    expected, final = causal_favor_attention(
+        query, key, value, projection, log_decay=log_decay
+    )
     pieces, state = [], None
     bounds = [0, *sorted(cuts), 70]
     for start, end in itertools.pairwise(bounds):
@@ -255,6 +271,7 @@ def test_a_stream_in_any_pieces_equals_one_call(cuts, chunk_size):
             projection,
             state=state,
             chunk_size=chunk_size,
+            log_decay=log_decay,
         )
         pieces.append(piece)
     torch.testing.assert_close(

@@ -33,8 +33,9 @@ MAY_IMPORT = {
     },
     "inference": {"audio", "ffmpeg", "nnet", "paths", "plots"},
     "asteroid": {"inference", "nnet"},
-    "cli": {"cli_data", "cli_model", "cli_separate", "paths"},
+    "cli": {"cli_data", "cli_live", "cli_model", "cli_separate", "paths"},
     "cli_data": {"data"},
+    "cli_live": {"cli_data", "cli_model", "inference"},
     "cli_model": {"cli_data", "inference", "web"},
     "cli_separate": {"audio", "cli_data", "cli_model", "inference", "paths"},
 }

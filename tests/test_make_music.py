@@ -18,7 +18,11 @@ from symusic import ControlChange, Note, Score, Tempo, Track
 from trackformer_sb.cli import main
 from trackformer_sb.data import make_music
 from trackformer_sb.data.drumkits import Hit, make_drums
-from trackformer_sb.data.midi import load_midi, make_piece
+from trackformer_sb.data.midi import (
+    count_instruments,
+    load_midi,
+    make_piece,
+)
 from trackformer_sb.data.voices import make_voice
 
 SAMPLE_RATE = 44100
@@ -114,6 +118,22 @@ def test_volume_and_pan_are_heard(soundfont, tmp_path):
     assert abs(stems["drums"][:, 1]).max() > 0.1
 
 
+def test_instruments_are_counted_while_they_play(tmp_path):
+    # two tracks of one program are one instrument; strings enter after 1 s
+    parts = ((0, False), (0, False), (48, False), (33, False), (0, True))
+    path = write_midi(tmp_path / "a.mid", parts=parts)
+    score = Score(path)
+    for note in score.tracks[2].notes:
+        note.time += 960
+    score.dump_midi(path)
+    counts = count_instruments(load_midi(path, 2.0), 2.0, ("bass",))
+    assert {name: list(count[[5, 15]]) for name, count in counts.items()} == {
+        "other": [1, 2],
+        "bass": [1, 1],
+        "drums": [1, 1],
+    }
+
+
 def test_a_note_that_never_ends_is_closed(soundfont, tmp_path):
     path = write_midi(tmp_path / "a.mid")
     score = Score(path)
@@ -196,7 +216,7 @@ def made(soundfont, tmp_path_factory):
 
 def test_command_writes_a_folder_of_stems(made):
     out, _ = made
-    files = {str(path.relative_to(out)) for path in out.rglob("*.*")}
+    files = {str(path.relative_to(out)) for path in out.rglob("*.wav")}
     assert files == {
         "midi_a_0/bass.wav",
         "midi_a_0/drums.wav",
@@ -206,8 +226,13 @@ def test_command_writes_a_folder_of_stems(made):
         "electronic_000/bass.wav",
         "electronic_000/drums.wav",
         "electronic_000/other.wav",
-        "music.json",
     }
+    for path in out.glob("*/counts.json"):
+        counts = json.loads(path.read_text())
+        assert {*counts} == {wav.stem for wav in path.parent.glob("*.wav")}
+        # chords and lead are two of the synthesisers
+        most = 2 if path.parent.name == "electronic_000" else 1
+        assert max(map(max, counts.values())) == most
     for path in out.rglob("*.wav"):
         info = soundfile.info(path)
         assert (info.samplerate, info.channels) == (44100, 2)
@@ -255,7 +280,7 @@ def test_nothing_to_make_is_an_error(tmp_path, capsys):
 
 def make_noise(rng, settings, seconds):
     sleep(seconds)
-    return {"other": rng.normal(0, 0.1, (100, 2))}
+    return {"other": rng.normal(0, 0.1, (100, 2))}, {}
 
 
 def test_a_song_without_end_is_left_out(tmp_path):

@@ -461,6 +461,7 @@ def test_stems_slots_and_remixes(named_folder, tmp_path, capsys):
     slots = written("--slots")
     assert list(slots) == [f"source{k}" for k in range(6)]
     vocals = slots["source2"] + slots["source3"]
+    both = written("--stems=vocals", "--no-spatial")
     torch.testing.assert_close(vocals, both["vocals"], atol=1e-5, rtol=0)
     remixed = written("--remix=vocals:-inf")
     karaoke = remixed["remix"] + remixed["vocals"]
@@ -591,11 +592,12 @@ def test_a_wheel_brings_the_separator(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "unpacked")
-    folder = tmp_path / "unpacked" / "trackformer_sb" / "pretrained"
-    assert sorted(os.listdir(folder)) == NAMES
-    assert (folder / "model.safetensors").stat().st_size <= 12e6
-    separator = Separator.from_pretrained(folder)
-    assert list(separator.groups) == ["drums", "bass", "vocals", "other"]
+    for name, largest in (("pretrained", 12e6), ("pretrained_live", 4e6)):
+        folder = tmp_path / "unpacked" / "trackformer_sb" / name
+        assert sorted(os.listdir(folder)) == NAMES
+        assert (folder / "model.safetensors").stat().st_size <= largest
+        separator = Separator.from_pretrained(folder)
+        assert list(separator.groups) == ["drums", "bass", "vocals", "other"]
 
 
 def test_the_model_in_the_box_keeps_its_sound():

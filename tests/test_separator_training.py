@@ -7,13 +7,25 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from recipe_runs import RATE, ROOT, interrupted, load_recipe, torchrun
+from recipe_runs import (
+    RATE,
+    ROOT,
+    interrupted,
+    load_recipe,
+    torchrun,
+    unused_keys,
+)
 from separators import named
 
 from trackformer_sb.cli import main
 from trackformer_sb.inference.separator import Separator
+from trackformer_sb.inference.streaming import StreamingSeparator
 from trackformer_sb.training import named as training
-from trackformer_sb.training.named import NamedSeparation
+from trackformer_sb.training.named import (
+    RETIRED,
+    NamedSeparation,
+    use_slots,
+)
 
 STEMS = ["drums", "bass", "vocals", "other"]
 recipe = load_recipe("train")
@@ -36,7 +48,7 @@ def music(tmp_path_factory):
     return folder
 
 
-def command(music, out, **more):
+def command(music, out, yaml_name="separator.yaml", **more):
     keys = {
         "data_folder": music / "stems",
         "mixtures_folder": music / "songs",
@@ -59,7 +71,7 @@ def command(music, out, **more):
         **more,
     }
     return [
-        str(ROOT / "hparams" / "separator.yaml"),
+        str(ROOT / "hparams" / yaml_name),
         *(f"--{key}={value}" for key, value in keys.items()),
     ]
 
@@ -71,6 +83,11 @@ def curve(out):
 
 def weights(out):
     return Separator.from_pretrained(out / "separator").state_dict()
+
+
+@pytest.mark.parametrize("yaml_name", ["separator.yaml", "separator_live.yaml"])
+def test_every_key_is_used(yaml_name):
+    assert unused_keys(yaml_name, "trackformer_sb/training/named.py") == []
 
 
 def test_a_run_leaves_its_curve_and_separator(music, tmp_path):
@@ -143,6 +160,36 @@ def test_learning_rate_falls_and_the_run_ends(music, tmp_path, monkeypatch):
     assert (tmp_path / "separator" / "model.safetensors").is_file()
 
 
+def test_a_retired_slot_is_silent_and_comes_back():
+    separator = named(STEMS)
+    masknet, mix_w = separator.masknet, separator.encoder(torch.randn(1, RATE))
+    active = torch.tensor([[True, True], [True, False]] * 2)
+    use_slots([masknet], active)
+    masks = masknet(mix_w)
+    assert (masks[[3, 7]] == 0).all()
+    torch.testing.assert_close(masks.sum(0), torch.ones_like(masks[0]))
+    use_slots([masknet], torch.ones(4, 2, dtype=torch.bool))
+    assert (masknet(mix_w)[[3, 7]] > 0).all()
+
+
+def test_slots_adapt_in_training_and_after_a_resume(music, tmp_path):
+    separator = named(STEMS)
+    with torch.no_grad():
+        separator.masknet.bin_bias[1::2] = -20  # hardly used
+    start = separator.export(tmp_path / "pretrained")
+    keys = {"pretrained_separator": start, "adapt_slots": 2, "lr": 1e-9}
+    out = tmp_path / "run"
+    recipe.main(command(music, out, **keys, number_of_epochs=1))
+    bias = Separator.from_pretrained(out / "separator").masknet.bin_bias
+    retired = bias[:, 0, 0] < RETIRED / 2
+    assert retired.tolist() == [False, True] * 4
+    # what is left of each class is busy, and another one is there
+    recipe.main(command(music, out, **keys, number_of_epochs=2))
+    for name in STEMS:
+        counts = [row[f"slots_{name}"] for row in curve(out)]
+        assert counts == ["1.0", "2.0"]
+
+
 def unlabelled(music, **more):
     songs = {"data_folder": music / "songs", "dataset": "mixtures"}
     return songs | {"mixtures_folder": "null", "number_of_epochs": 1, **more}
@@ -192,6 +239,26 @@ def test_a_separator_that_does_not_fit_is_refused(music, tmp_path, pretrained):
         "d_model is 16, this training has 32",
     ):
         assert difference in str(error.value)
+
+
+def test_a_live_separator_learns_from_a_teacher(music, tmp_path, pretrained):
+    run, other = tmp_path / "run", tmp_path / "other"
+    named(["vocals", "other"]).export(other)
+
+    def live(teacher):
+        options = {"epoch_items": 4, "log_steps": 2, "teacher": teacher}
+        options = unlabelled(music, **options)
+        return command(music, run, "separator_live.yaml", **options)
+
+    message = r"teacher: expected .*'bass', .* are \(\['vocals', 'other'\], 80"
+    with pytest.raises(ValueError, match=message):
+        recipe.main(live(other))
+    recipe.main(live(pretrained))
+    assert "train teacher" in (run / "train_log.txt").read_text()
+    (row,) = curve(run)
+    assert row["step"] == "2.0"
+    streaming = StreamingSeparator(str(run / "separator"))
+    assert streaming.names == STEMS
 
 
 @pytest.mark.slow

@@ -37,6 +37,12 @@ def add_export(commands):
         help="folder to write; a separator that is there is replaced",
     )
     parser.add_argument(
+        "--onnx",
+        action="store_true",
+        help="OUT is a file for onnxruntime: the network of a causal separator "
+        "(live for the package's own), frame by frame, its state in and out",
+    )
+    parser.add_argument(
         "--checkpoint",
         metavar="DIR",
         help="another checkpoint than the best: RUN/save/CKPT+... or its name",
@@ -57,6 +63,17 @@ def add_export(commands):
 
 
 def _export(args):
+    if args.onnx:
+        if args.checkpoint or args.push:
+            raise ValueError(
+                "--onnx: expected no --checkpoint and no --push; export the "
+                "checkpoint first, then its folder"
+            )
+        from trackformer_sb.inference.streaming import export_onnx
+
+        export_onnx(args.experiment, args.out)
+        print(args.out)
+        return
     from trackformer_sb.inference.runs import separator_of_run
 
     separator, metadata = separator_of_run(args.experiment, args.checkpoint)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from trackformer_sb import __version__
@@ -31,6 +32,7 @@ EPILOG = """\
 examples:
   trackformer separate song.mp3
   trackformer separate song.mp3 --stems vocals
+  trackformer separate song.mp3 --stems auto --figure
   trackformer separate music/ --out stems --skip-existing
   trackformer separate *.mp3 --format mp3 --song_folders
   trackformer separate song.mp3 --outputs none --remix vocals:-inf,drums:+3
@@ -46,7 +48,7 @@ line, errors to the standard error.
 # Of ``Separator.separate_file``, which make results what they are
 OPTIONS = (
     *("outputs", "remix", "ranked", "figure", "file_format", "song_folders"),
-    *("chunk_seconds", "overlap"),
+    *("chunk_seconds", "overlap", "spatial"),
 )
 
 
@@ -103,7 +105,7 @@ def add_separate(commands):
         "--stems",
         metavar="NAMES",
         help="named stems to write, as vocals or drums,bass, and the rest as "
-        "one (default: all)",
+        "one; auto for those that sound in the song (default: all)",
     )
     which.add_argument(
         "--slots",
@@ -161,6 +163,13 @@ def add_separate(commands):
         "for the crossfade (default: %(default)s)",
     )
     model.add_argument(
+        "--spatial",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="tell named stems apart by their places between the channels too; "
+        "without effect on --slots",
+    )
+    model.add_argument(
         "--batch",
         type=int,
         default=1,
@@ -185,7 +194,7 @@ def _prepare(args):
     """The separator, options of ``separate_file``, and file -> its results."""
     from trackformer_sb.audio import AUDIO_EXTENSIONS, UNREAD_MUSIC
     from trackformer_sb.inference.remix import chosen_stems
-    from trackformer_sb.inference.separator import load_separator
+    from trackformer_sb.inference.separator import AUTO, load_separator
     from trackformer_sb.inference.writing import output_paths
 
     files = find_files(args.files, args.out, AUDIO_EXTENSIONS)
@@ -195,7 +204,9 @@ def _prepare(args):
             complain(args, f"{path}: left out: {reason}")
     separator = load_separator(args.model, args.device)
     outputs = args.outputs
-    if args.stems is not None:
+    if args.stems == AUTO:
+        outputs = AUTO
+    elif args.stems is not None:
         outputs = chosen_stems(args.stems, separator.groups)
     names, _ = separator.mixes(outputs, args.remix)
     results = {
@@ -233,19 +244,26 @@ def _separate(args):
         message = ""
         try:
             known = args.skip_existing and read_record(args.out).get(place)
-            if known and known == describe(path, paths, made):
+            # what was counted is beside it
+            if known and known | describe(path, paths, made) == known:
                 message = f"{path}: skipped, its results are there"
             else:
-                separator.separate_file(
+                counts = {}
+                written = separator.separate_file(
                     path,
                     folder,
                     batch_size=args.batch,
                     progressbar=shown,
+                    on_count=partial(counts.__setitem__, "count"),
                     **options,
                 )
-                add_record(args.out, place, describe(path, paths, made))
+                for stale in {*paths} - {*written}:
+                    # of a separation in which more stems sounded
+                    stale.unlink(missing_ok=True)
+                description = describe(path, paths, made) | counts
+                add_record(args.out, place, description)
                 with tqdm.external_write_mode():
-                    print(*paths, sep="\n", flush=True)
+                    print(*written, sep="\n", flush=True)
         except (OSError, ValueError, RuntimeError) as error:
             # soundfile's and torch's errors are RuntimeErrors
             message = str(error)

@@ -162,12 +162,13 @@ def _show(axis, image, seconds, title, top=None, **style):
     )
 
 
-def separation_figure(columns, seconds, sample_rate, masks=()):
+def separation_figure(columns, seconds, sample_rate, masks=(), count=()):
     """Spectrograms of a mixture, of what is in it, and the masks.
 
     Each of the ``columns`` is a dict: name -> what ``spectrogram`` returned;
     the first of the first one is the mixture. ``masks``, [sources, channels,
-    frames] in [0, 1], are one more column. All spectrograms have the same
+    frames] in [0, 1], are one more column; ``count``, how many instruments
+    sound over time, is drawn below the first. All spectrograms have the same
     colours, in dB below the loudest point of the mixture.
 
     Example
@@ -182,6 +183,7 @@ def separation_figure(columns, seconds, sample_rate, masks=()):
     ['mixture', 'drums: -3.0 dB of the mixture']
     """
     counts = [len(column) for column in columns]
+    counts[0] += len(count) > 0
     if len(masks):
         counts.append(len(masks))
     figure = Figure(
@@ -217,6 +219,11 @@ def separation_figure(columns, seconds, sample_rate, masks=()):
         pad=0.01,
     )
     axes[0, 0].set_ylabel("Hz", fontsize=9)
+    if len(count):
+        axis = axes[0, counts[0] - 1]
+        axis.set_title("instruments", loc="left", fontsize=9, pad=3)
+        axis.stairs(count, np.linspace(0, seconds, len(count) + 1))
+        axis.set_ylim(bottom=0)
     for number, (axis, mask) in enumerate(zip(axes[-1], masks)):
         shown = _show(axis, mask, seconds, f"mask {number}", vmin=0, vmax=1)
     if len(masks):

@@ -2,7 +2,8 @@
 
 Each song is a folder of 16-bit stereo wav files at 44.1 kHz, as `dataset:
 stems` reads them: pieces with drums, bass and other, played by soundfonts or by
-synthesisers, clips of drums alone, and clips of vocals alone. What a song is
+synthesisers, clips of drums alone, and clips of vocals alone. ``counts.json``
+says how many instruments of each stem sound, ten times a second. What a song is
 depends on the seed and its name alone.
 """
 
@@ -31,7 +32,9 @@ from trackformer_sb.data.drumkits import (
 )
 from trackformer_sb.data.files import write_json
 from trackformer_sb.data.midi import (
+    COUNT_RATE,
     PEAK,
+    count_instruments,
     load_midi,
     load_soundfont,
     make_piece,
@@ -42,6 +45,7 @@ PACKAGES = ("symusic", "espeakng-loader", "pyworld-prebuilt")
 VERSION = 2  # raise it when the songs change
 DRUM_SOUNDFONT_SHARE = 0.3
 DRIVEN_SHARE = 0.6  # of the synthesisers' basses
+AUDIBLE = 1e-4  # of the loudest tenth of a second of a recording
 TRACE = "trace"
 LIMIT = 600  # seconds that a song may take: some soundfonts never fall silent
 
@@ -160,8 +164,10 @@ def _piece(rng, settings, path, render, fonts, drum_fonts):
     drum_font = None
     if drum_fonts and rng.random() < DRUM_SOUNDFONT_SHARE:
         drum_font = drum_fonts[rng.integers(len(drum_fonts))]
-    what = settings["seconds"], settings["classes"], drum_font
-    return make_piece(path, font, rng, *what)
+    seconds, classes = settings["seconds"], settings["classes"]
+    stems = make_piece(path, font, rng, seconds, classes, drum_font)
+    counts = count_instruments(load_midi(path, seconds), seconds, classes)
+    return stems, {name: counts[name] for name in stems}
 
 
 def _drums(rng, settings, index, kits, files):
@@ -172,11 +178,13 @@ def _drums(rng, settings, index, kits, files):
         hits = midi_hits(load_midi(path, 600.0), rng)
     if len(hits) < 40:
         hits = make_pattern(rng)
-    return {"drums": make_drums(pair, hits, rng)}
+    sig = make_drums(pair, hits, rng)
+    return {"drums": sig}, {"drums": _sounds(sig)}
 
 
 def _voice(rng, settings):
-    return {"vocals": make_voice(rng)}
+    sig = make_voice(rng)
+    return {"vocals": sig}, {"vocals": _sounds(sig)}
 
 
 def _electronic(rng, settings):
@@ -184,6 +192,8 @@ def _electronic(rng, settings):
     parts = {
         name: sig[:, None].repeat(2, axis=1) for name, sig in parts.items()
     }
+    counts = {name: _sounds(sig) for name, sig in parts.items()}
+    counts["other"] = counts.pop("chords") + counts.pop("lead")
     if rng.random() < DRIVEN_SHARE:
         peak = np.abs(parts["bass"]).max()
         drive = rng.uniform(1, 6)
@@ -196,7 +206,15 @@ def _electronic(rng, settings):
     other = parts.pop("chords") + parts.pop("lead")
     stems = parts | {"other": other}
     loudest = np.abs([sum(stems.values()), *stems.values()]).max()
-    return {name: PEAK / loudest * sig for name, sig in stems.items()}
+    return {name: PEAK / loudest * sig for name, sig in stems.items()}, counts
+
+
+def _sounds(sig):
+    """1 in tenths of seconds in which a recording [time, 2] sounds, else 0."""
+    step = SAMPLE_RATE // COUNT_RATE
+    energy = np.square(sig[: len(sig) // step * step]).reshape(-1, 2 * step)
+    energy = energy.mean(1)
+    return (energy > AUDIBLE * energy.max()).astype(int)
 
 
 def _make(out, name, task, settings, limit):
@@ -211,13 +229,15 @@ def _make(out, name, task, settings, limit):
             # ends the process even where a library does not come back
             faulthandler.dump_traceback_later(limit, exit=True, file=trace)
             try:
-                stems = make(rng, settings, *args)
+                stems, counts = make(rng, settings, *args)
             except ValueError as error:
                 return name, str(error)
             finally:
                 faulthandler.cancel_dump_traceback_later()
         for stem, sig in stems.items():
             soundfile.write(song / f"{stem}.wav", sig, SAMPLE_RATE, "PCM_16")
+        counts = {stem: count.tolist() for stem, count in counts.items()}
+        write_json(song / "counts.json", counts)
         song.rename(out / name)
     return name, None
 

@@ -23,6 +23,7 @@ RING = 2.0  # seconds that a drum sounds at most
 HIGH_PASS = butter(2, 15, "high", fs=SAMPLE_RATE, output="sos")
 AUDIBLE = 1e-3  # of the peak of all stems
 FADE = 0.05  # seconds, where the limit cuts
+COUNT_RATE = 10  # counts a second
 
 
 def midi_class(track, classes):
@@ -61,6 +62,26 @@ def load_midi(path, seconds):
         for note in track.notes:
             note.duration = min(note.duration, seconds - note.time)
     return score
+
+
+def count_instruments(score, seconds, classes):
+    """How many instruments of each class play: name -> int [tenths of seconds].
+
+    A drum kit is one instrument, tracks of one program are one.
+    """
+    playing = {}
+    for track in score.tracks:
+        name = midi_class(track, classes)
+        program = "kit" if name == "drums" else track.program
+        silence = np.zeros(int(seconds * COUNT_RATE), bool)
+        plays = playing.setdefault((name, program), silence)
+        for note in track.notes:
+            end = np.ceil((note.time + note.duration) * COUNT_RATE)
+            plays[int(note.time * COUNT_RATE) : int(end)] = True
+    counts = {}
+    for (name, _), plays in playing.items():
+        counts[name] = counts.get(name, 0) + plays.astype(int)
+    return counts
 
 
 @lru_cache(4)

@@ -19,6 +19,8 @@ from trackformer_sb.paths import expanded
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+# Folders of the models in the package
+PACKAGED = {"default": "pretrained", "live": "pretrained_live"}
 
 # What a config may name. Of these classes no argument runs code.
 KNOWN_CLASSES = {
@@ -26,6 +28,7 @@ KNOWN_CLASSES = {
     "trackformer_sb.nnet.stft.STFTDecoder",
     "trackformer_sb.nnet.masknet.PerformerMaskNet",
     "trackformer_sb.nnet.fusion.FusionMaskNet",
+    "trackformer_sb.nnet.counting.Counter",
     "trackformer_sb.asteroid.AsteroidMaskNet",
     "asteroid.masknn.convolutional.TDConvNet",
     "speechbrain.lobes.models.dual_path.Encoder",
@@ -61,8 +64,8 @@ def model_folder(source, **hub):
     ``hub`` goes to ``huggingface_hub.hf_hub_download``. A FileNotFoundError
     says why it cannot be had.
     """
-    if source == "default":
-        return Path(__file__).parents[1] / "pretrained"
+    if source in PACKAGED:
+        return Path(__file__).parents[1] / PACKAGED[source]
     source = expanded(source)
     folder = Path(source)
     if folder.is_dir():
@@ -171,7 +174,7 @@ class HubModel(
         ---------
         source : str or Path
             Folder of a model or of a run that made it; id on the hub; or
-            "default": the separator in the package.
+            "default" or "live": the separators in the package.
         **hub : dict
             ``revision``, ``token``, ``cache_dir``, ``local_files_only``,
             ``force_download``.

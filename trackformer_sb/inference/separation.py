@@ -2,6 +2,13 @@
 
 import torch
 
+from trackformer_sb.inference.spatial import (
+    LFE,
+    SURROUND,
+    fold_down,
+    share_lfe,
+    wiener,
+)
 from trackformer_sb.nnet.stft import fit_length
 
 
@@ -13,15 +20,30 @@ def apply_masks(mix_w, est_mask):
     return torch.complex(mix_w.real * est_mask, mix_w.imag * est_mask)
 
 
+def group_masks(est_mask, groups):
+    """Masks of groups of sources, their sums; all masks without groups."""
+    if groups is None:
+        return est_mask
+    return torch.stack([est_mask[list(x)].sum(0) for x in groups])
+
+
 def separate(
-    mix, encoder, masknet, decoder, mixture_consistency=False, groups=None
+    mix,
+    encoder,
+    masknet,
+    decoder,
+    mixture_consistency=False,
+    groups=None,
+    lfe=None,
+    spatial=False,
 ):
     """Separates mixtures with any three-module separator of SpeechBrain.
 
     The encoded mixture is multiplied by one mask per source and decoded, all
     sources in one pass. Channels share the masks, so that each source keeps its
     place between them; they are predicted from the mean of the channels, or
-    from both of stereo by a masknet that says ``stereo = True``.
+    from both of stereo by a masknet that says ``stereo = True``. Surround sound
+    is folded down before.
 
     Arguments
     ---------
@@ -41,6 +63,12 @@ def separate(
     groups : iterable of tuples of int, optional
         Sources to add up, which then are the sources; their masks are added, so
         that fewer have to be decoded.
+    lfe : list of int, optional
+        Outputs of the masknet that share the low-frequency channel of 5.1 and
+        7.1; by default all.
+    spatial : bool
+        Whether channels are separated by ``spatial.wiener``, which needs an
+        STFT and sources that have places: named stems.
 
     Returns
     -------
@@ -72,35 +100,35 @@ def separate(
             "expected mix [batch, time] or [batch, channels, time], got "
             f"{list(mix.shape)}"
         )
-    length = mix.shape[-1]
-
-    def predict(mix_w):
-        est_mask = masknet(mix_w)
-        if groups is not None:
-            est_mask = torch.stack([est_mask[list(x)].sum(0) for x in groups])
-        return est_mask
-
-    if mix.dim() == 2:
-        mix_w = encoder(mix)
-        est_mask = predict(mix_w)
-        # [sources, batch, channels, frames]
-        sep_w = apply_masks(mix_w.unsqueeze(0), est_mask)
+    # [batch, channels, time]
+    sig = mix if mix.dim() == 3 else mix.unsqueeze(1)
+    batch, num_channels, length = sig.shape
+    mix_w = encoder(sig.flatten(0, 1)).unflatten(0, (batch, num_channels))
+    heard = fold_down(sig)
+    if num_channels == 1:
+        all_masks = masknet(mix_w[:, 0])
+    elif heard.shape[1] != 2 or not getattr(masknet, "stereo", False):
+        all_masks = masknet(encoder(heard.mean(1)))
+    elif num_channels == 2:
+        all_masks = masknet(mix_w)
     else:
-        batch, num_channels, _ = mix.shape
-        mix_w = encoder(mix.flatten(0, 1)).unflatten(0, (batch, num_channels))
-        if num_channels == 2 and getattr(masknet, "stereo", False):
-            est_mask = predict(mix_w)
-        else:
-            est_mask = predict(encoder(mix.mean(1)))
-        # [sources, batch * audio channels, channels, frames]
-        sep_w = apply_masks(mix_w.unsqueeze(0), est_mask.unsqueeze(2))
-        sep_w = sep_w.flatten(1, 2)
-    est_source = decoder(sep_w.flatten(0, 1))
-    est_source = fit_length(est_source.view(*sep_w.shape[:2], -1), length)
-    est_source = est_source.transpose(0, 1)
-    if mix.dim() == 3:
-        est_source = est_source.unflatten(0, (batch, num_channels))
-        est_source = est_source.transpose(1, 2)
+        heard = encoder(heard.flatten(0, 1)).unflatten(0, (batch, 2))
+        all_masks = masknet(heard)
+    est_mask = group_masks(all_masks, groups)
+    # [sources, batch, audio channels, channels, frames]
+    sep_w = apply_masks(mix_w.unsqueeze(0), est_mask.unsqueeze(2))
+    main = list(range(num_channels))
+    if num_channels in SURROUND:
+        del main[LFE]
+        if lfe is not None:
+            low = group_masks(share_lfe(all_masks, lfe), groups)
+            sep_w[:, :, LFE] = apply_masks(mix_w[:, LFE], low)
+    if spatial and num_channels > 1:
+        sep_w[:, :, main] = wiener(est_mask, mix_w[:, main])
+    est_source = fit_length(decoder(sep_w.flatten(0, 2)), length)
+    est_source = est_source.view(*sep_w.shape[:3], length).transpose(0, 1)
+    if mix.dim() == 2:
+        est_source = est_source.squeeze(2)
     if mixture_consistency:
         missing = mix - est_source.sum(1)
         est_source = est_source + missing.unsqueeze(1) / est_source.shape[1]

@@ -4,6 +4,8 @@ import importlib
 import inspect
 import json
 import os
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,11 @@ from tqdm import tqdm
 
 import trackformer_sb
 from trackformer_sb.audio import name_of, open_audio
+from trackformer_sb.inference.counting import (
+    Likeness,
+    SongCount,
+    sounding_mixes,
+)
 from trackformer_sb.inference.hub import HubModel, is_part, plain_values
 from trackformer_sb.inference.overlap_add import separate_stream
 from trackformer_sb.inference.remix import check_outputs, mix_gains
@@ -21,10 +28,11 @@ from trackformer_sb.inference.writing import write_sources
 from trackformer_sb.nnet.stft import STFTEncoder
 from trackformer_sb.paths import expanded, shortened
 
-ALL = "all"
+ALL, AUTO = "all", "auto"
 PARTS = {"encoder": "Encoder", "masknet": "MaskNet", "decoder": "Decoder"}
 PROGRESS = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
 
+LOW_CLASSES = ("drums", "bass")  # share the low-frequency channel of 5.1
 MAX_CHANNELS = 64  # more are samples
 
 YAML_FILE = "hyperparams.yaml"
@@ -89,7 +97,7 @@ order, and its `separate_file` scales each to a peak of one.
 
 - It works at {sample_rate} Hz. Files of other rates are resampled; what it
   cannot represent is distributed evenly over the outputs.
-- Channels share their masks.
+- Channels share their masks; a filter tells stems apart by their places too.
 - Long files are separated in chunks that overlap.
 """
 
@@ -238,9 +246,11 @@ class Separator(
         num_spks,
         classes=None,
         mixture_consistency=None,
+        counter=None,
     ):
         super().__init__()
         parts = {"encoder": encoder, "masknet": masknet, "decoder": decoder}
+        parts["counter"] = counter
         for name, part in parts.items():
             parts[name] = _complete(part)
             self.add_module(name, _built(parts[name]))
@@ -255,13 +265,15 @@ class Separator(
             mixture_consistency = not (on_stft and activation == "softmax")
         self.sample_rate, self.num_spks = sample_rate, num_spks
         self.mixture_consistency = mixture_consistency
-        self.groups = None
+        self.groups = self.lfe = None
         if classes is not None:
             slots = num_spks // len(classes)
             self.groups = {
                 name: tuple(range(k * slots, (k + 1) * slots))
                 for k, name in enumerate(classes)
             }
+            low = [self.groups[x] for x in LOW_CLASSES if x in self.groups]
+            self.lfe = [output for group in low for output in group] or None
         self.config = {
             "sample_rate": sample_rate,
             "num_spks": num_spks,
@@ -288,7 +300,7 @@ class Separator(
         """Where the weights are."""
         return next(self.parameters()).device
 
-    def _separated(self, mix, groups):
+    def _separated(self, mix, groups, spatial=False):
         if isinstance(mix, np.ndarray):
             mix = torch.from_numpy(np.ascontiguousarray(mix))
         if not mix.is_floating_point():
@@ -301,6 +313,7 @@ class Separator(
             )
         # only a learned encoder wants the type of its weights
         weight = next(self.encoder.parameters(), mix)
+        on_stft = isinstance(self.encoder, STFTEncoder)
         est_source, _ = separate(
             mix.to(self.device, weight.dtype),
             self.encoder,
@@ -308,6 +321,9 @@ class Separator(
             self.decoder,
             self.mixture_consistency,
             groups,
+            self.lfe,
+            # only stems have places, and only an STFT has their phases
+            spatial and groups is not None and on_stft,
         )
         return est_source.to(mix.dtype)
 
@@ -330,7 +346,7 @@ class Separator(
         return self._separated(mix, self.groups and self.groups.values())
 
     @torch.no_grad()
-    def separate(self, waveform):
+    def separate(self, waveform, spatial=True):
         """Separates a waveform at the rate of the model.
 
         Arguments
@@ -338,6 +354,9 @@ class Separator(
         waveform : torch.Tensor or numpy.ndarray
             [channels, time], in numpy too. For files, and for songs of any
             length, see ``separate_file``.
+        spatial : bool
+            Whether named stems are told apart by their places between the
+            channels too, see ``spatial.wiener``; else by masks alone.
 
         Returns
         -------
@@ -346,11 +365,17 @@ class Separator(
             classes, names are source0, source1 and so on.
         """
         names = check_outputs(self.groups, self.num_spks)
-        return dict(zip(names, self(waveform[None])[0]))
+        groups = self.groups and self.groups.values()
+        stems = self._separated(waveform[None], groups, spatial)
+        return dict(zip(names, stems[0]))
 
     def mixes(self, outputs=None, remix=None):
         """What ``separate_file`` writes: names and gains, see ``mix_gains``."""
-        if outputs is None:
+        if outputs == AUTO and self.groups and self.counter is None:
+            raise ValueError(
+                "auto: expected a model with a counter, see recipes/count.py"
+            )
+        if outputs in (None, AUTO):
             outputs = self.groups
         elif outputs == ALL:
             outputs = None
@@ -372,6 +397,8 @@ class Separator(
         remix=None,
         figure=False,
         song_folders=False,
+        spatial=True,
+        on_count=None,
     ):
         """Separates a file of any length at its own rate and channels.
 
@@ -404,7 +431,9 @@ class Separator(
         outputs : str or dict, optional
             Which outputs to keep, or to sum into groups: ``"0,2"`` or
             ``"drums=0+3,rest=1+2"``; ``"none"`` for no output, only a remix or
-            a figure; ``"all"``. By default the named stems, or all.
+            a figure; ``"all"``; ``"auto"``: those that sound, the loudest of
+            which takes in what the others hold, and one for outputs without
+            names that are one instrument. By default the named stems, or all.
         ranked : bool
             Whether the outputs are numbered by their energy in this file, 0
             the loudest; otherwise as the model numbers them.
@@ -413,9 +442,16 @@ class Separator(
             sum to ``song_remix.wav``. Outputs not named stay as they are.
         figure : bool
             Whether to write ``song_figure.png``: spectrograms of the mixture
-            and of the outputs.
+            and of the outputs, and how many instruments sound if the model
+            has a counter.
         song_folders : bool
             Whether to write ``song/drums.wav`` in place of ``song_drums.wav``.
+        spatial : bool
+            As of ``separate``; without effect where outputs or a remix tell
+            apart what belongs to one stem, and on ranked outputs.
+        on_count : callable, optional
+            Called at the end by a model with a counter, with how many
+            instruments sound: ``{"mean": 3.2, "curve": [of each second]}``.
 
         Returns
         -------
@@ -443,15 +479,22 @@ class Separator(
                 what = "a folder without audio files"
             raise FileNotFoundError(f"{path}: {what}")
         groups = None
-        each_once = remix is None and (gains.sum(0) == 1).all()
-        if self.groups is not None and each_once and not ranked:
-            # masks are added up, so that fewer have to be decoded
-            groups = [gain.nonzero()[0].tolist() for gain in gains]
-            gains = np.eye(len(gains), dtype="float32")
-        with open_audio(path) as reader:
+        if self.groups is not None and not ranked:
+            # of named stems all outputs have the same gain
+            slots = gains[:, list(self.groups.values())]
+            if (slots == slots[..., :1]).all():
+                groups, gains = self.groups.values(), slots[..., 0]
+        with ExitStack() as stack:
+            reader = stack.enter_context(open_audio(path))
+            count = choose = None
+            if self.counter is not None:
+                seconds = reader.frames / reader.samplerate
+                count = SongCount(self.counter, seconds, chunk_seconds, overlap)
+                hook = self.masknet.register_forward_hook(count)
+                stack.enter_context(hook)
             blocks = separate_stream(
                 reader,
-                lambda mix: self._separated(mix, groups),
+                lambda mix: self._separated(mix, groups, spatial),
                 self.sample_rate,
                 chunk_seconds,
                 overlap,
@@ -459,8 +502,16 @@ class Separator(
                 keep_order=self.groups is not None,
             )
             blocks = _counted(blocks, reader, progressbar)
+            if outputs == AUTO:
+                heard = count
+                if self.groups is None:
+                    heard = Likeness()
+                    blocks = heard.watch(blocks)
+                choose = partial(sounding_mixes, names, gains, heard)
+            elif ranked:
+                choose = partial(_loudest_first, names, gains)
             if out_folder is not None:
-                return write_sources(
+                results = write_sources(
                     blocks,
                     reader,
                     Path(expanded(out_folder)),
@@ -468,15 +519,21 @@ class Separator(
                     names,
                     gains,
                     file_format,
-                    ranked,
+                    choose,
                     figure,
                     song_folders,
+                    count,
                 )
-            est_source = torch.cat(list(blocks), dim=-1)
-        if ranked:
-            energies = est_source.double().square().sum((1, 2))
-            est_source = est_source[energies.argsort(descending=True)]
-        return torch.tensordot(torch.from_numpy(gains), est_source, 1)
+            else:
+                est_source = torch.cat(list(blocks), dim=-1)
+                if choose is not None:
+                    energies = est_source.double().square().sum((1, 2))
+                    _, gains = choose(energies.numpy())
+                gains = torch.from_numpy(gains)
+                results = torch.tensordot(gains, est_source, 1)
+        if count is not None and on_count is not None:
+            on_count(count.record())
+        return results
 
     @classmethod
     def of_recipe(cls, hparams_file, modules=None):
@@ -536,6 +593,12 @@ class Separator(
             **{name: _yaml_node(config[name]) for name in PARTS},
         )
         (Path(save_directory) / YAML_FILE).write_text(text, "utf-8")
+
+
+def _loudest_first(names, gains, energies):
+    """Names, and gains of sources that are numbered by their energy."""
+    rank = np.argsort(np.argsort(-energies, kind="stable"))
+    return names, gains[:, rank]
 
 
 def _counted(blocks, reader, progressbar):

@@ -50,9 +50,10 @@ def write_sources(
     names,
     gains,
     file_format="wav",
-    ranked=False,
+    choose=None,
     figure=False,
     song_folders=False,
+    count=None,
 ):
     """Writes mixes of a stream, in memory that does not depend on its length.
 
@@ -61,7 +62,9 @@ def write_sources(
 
     ``blocks`` are [sources, channels, time], as of ``separate_stream``, and
     ``reader`` is the file they come from, which gives rate, channels and tags;
-    the rest is as of ``mix_gains`` and ``Separator.separate_file``. Formats
+    the rest is as of ``mix_gains`` and ``Separator.separate_file``. ``choose``
+    gives other names and gains once the energies of the sources, [sources], are
+    known; ``count`` is a ``SongCount`` to draw in the figure. Formats
     other than wav end at full scale: outputs beyond it are turned down, all by
     the same factor, and a remix by itself, with a warning.
     """
@@ -71,10 +74,6 @@ def write_sources(
     tags = read_tags(name_of(reader))
     title = tags.metadata.get("title", stem)
     title = title.encode("utf-8", "replace").decode()  # a name may be no UTF-8
-    tags_of = [
-        tags._replace(metadata={**tags.metadata, "title": f"{title} ({name})"})
-        for name in names
-    ]
     if not _fits(file_format, reader, tags):
         raise ValueError(
             f"{name_of(reader)}: expected wav or flac for {reader.channels} "
@@ -84,11 +83,22 @@ def write_sources(
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
     try:
-        finished = [partial / path.name for path in paths]
-        if ranked:
+        if choose is not None:
             sources = range(gains.shape[1])
             pairs = [(partial / f".{i}.wav", tags) for i in sources]
-            blocks = _loudest_first(blocks, reader, pairs)
+            energies, _ = _write(blocks, np.eye(len(pairs)), reader, pairs)
+            names, gains = choose(energies)
+            paths = output_paths(
+                out_folder, stem, names, file_format, figure, song_folders
+            )
+            blocks = _together([wav for wav, _ in pairs])
+        finished = [partial / path.name for path in paths]
+        tags_of = [
+            tags._replace(
+                metadata={**tags.metadata, "title": f"{title} ({name})"}
+            )
+            for name in names
+        ]
         wavs = [path.with_suffix(".wav") for path in finished[: len(names)]]
         growing = list(zip(wavs, tags_of))
         mixture = partial / ".mixture.wav"
@@ -99,7 +109,8 @@ def write_sources(
         outputs = len(names) - (REMIX in names)  # the remix is the last
         if figure:
             drawn = {"mixture": mixture, **dict(zip(names[:outputs], wavs))}
-            _draw(drawn, reader, finished[-1])
+            curve = () if count is None else count.means()[0]
+            _draw(drawn, reader, finished[-1], curve)
         for group in (slice(outputs), slice(outputs, len(names))):
             if file_format != "wav":
                 pairs = list(zip(finished, tags_of))[group]
@@ -180,22 +191,22 @@ def _read(path):
     )
 
 
-def _loudest_first(blocks, reader, growing):
-    """The blocks again, their sources in the order of their energy."""
-    energies, _ = _write(blocks, np.eye(len(growing)), reader, growing)
-    order = np.argsort(-energies, kind="stable")
-    for block in zip(*(_read(growing[i][0]) for i in order)):
+def _together(wavs):
+    """The blocks [sources, channels, time] of files of a source each."""
+    for block in zip(*map(_read, wavs)):
         yield np.stack(block).transpose(0, 2, 1)
 
 
-def _draw(drawn, reader, path):
+def _draw(drawn, reader, path, count):
     """Draws spectrograms of files, the mixture first."""
     # Imported here: matplotlib is slow to import.
     from trackformer_sb import plots
 
     column = {name: plots.file_spectrogram(wav) for name, wav in drawn.items()}
     rate = reader.samplerate
-    figure = plots.separation_figure([column], reader.frames / rate, rate)
+    figure = plots.separation_figure(
+        [column], reader.frames / rate, rate, count=count
+    )
     plots.save_figure(figure, path)
 
 

@@ -182,29 +182,34 @@ def causal_favor_attention(
     key_padding_mask=None,
     state=None,
     chunk_size=128,
+    log_decay=None,
 ):
     """Causal FAVOR+ attention: a frame attends to itself and the past.
 
     Equation 5 of arXiv 2009.14794 in chunks: inside a chunk the weights are
     formed explicitly, all earlier frames are summed up in a state, which the
-    call returns so that a stream can go on.
+    call returns so that a stream can go on. It may fade, as in RetNet (arXiv
+    2307.08621, equation 5), so that it stays the same over hours.
 
     Arguments
     ---------
     query, key, value, projection, key_padding_mask
         As for ``favor_attention``.
-    state : tuple of torch.Tensor, optional
-        What an earlier call returned: summed outer products [batch, heads,
-        n_features, value_dim] and summed key features [batch, heads,
-        n_features].
+    state : torch.Tensor, optional
+        What an earlier call returned: summed outer products of key features
+        and values, the features themselves last, [batch, heads, n_features,
+        value_dim + 1].
     chunk_size : int
         Frames whose weights are formed explicitly.
+    log_decay : torch.Tensor, optional
+        [heads], at most 0: the weight of a key n frames ago is multiplied by
+        ``exp(n log_decay)``.
 
     Returns
     -------
     output : torch.Tensor
         [batch, heads, frames, value_dim].
-    state : tuple of torch.Tensor
+    state : torch.Tensor
         To be passed with the frames that follow.
 
     Example
@@ -227,16 +232,18 @@ def causal_favor_attention(
             x if x.dtype == torch.float64 else x.float()
             for x in (query, key, value, projection)
         )
+        # whose last channel sums up the weights
+        value = F.pad(value, (0, 1), value=1.0)
         if state is None:
-            sizes = *value.shape[:2], projection.shape[0]
-            context = value.new_zeros(*sizes, value.shape[-1])
-            weight = value.new_zeros(sizes)
-        else:
-            context, weight = state
+            sizes = *value.shape[:2], projection.shape[0], value.shape[-1]
+            state = value.new_zeros(sizes)
+        if log_decay is None:
+            log_decay = query.new_zeros(query.shape[1])
+        fixed = projection, log_decay.to(query.dtype)
         # the features of all chunks would be those of the whole: the backward
         # pass makes them again; while compiling, the compiler decides
         again = torch.is_grad_enabled() and any(
-            x.requires_grad for x in (query, key, value, context, weight)
+            x.requires_grad for x in (query, key, value, state)
         )
         again &= not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         outputs = []
@@ -246,47 +253,63 @@ def causal_favor_attention(
             if key_padding_mask is not None:
                 hidden = key_padding_mask[:, None, part, None]
             chunk = *(x[:, :, part] for x in (query, key, value)), hidden
-            output, context, weight = (
+            output, state = (
                 checkpoint(
-                    *(_causal_chunk, *chunk, projection, context, weight),
+                    *(_causal_chunk, *chunk, *fixed, state),
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
                 if again
-                else _causal_chunk(*chunk, projection, context, weight)
+                else _causal_chunk(*chunk, *fixed, state)
             )
             outputs.append(output)
-        return torch.cat(outputs, dim=-2).to(dtype), (context, weight)
+        return torch.cat(outputs, dim=-2).to(dtype), state
 
 
-def _causal_chunk(query, key, value, hidden, projection, context, weight):
+def _causal_chunk(query, key, value, hidden, projection, log_decay, state):
     """Output of a chunk, and the state after it."""
     query = positive_features(query, projection, "frame")
     # a stabiliser over the sequence would look into the future
     key = positive_features(key, projection)
     if hidden is not None:
         key = key.masked_fill(hidden, 0.0)
-    inside = (query @ key.transpose(-1, -2)).tril()
-    numerator = inside @ value + query @ context
-    past = (query @ weight.unsqueeze(-1)).squeeze(-1)
-    output = _normalise(numerator, inside.sum(-1) + past)
-    context = context + key.transpose(-1, -2) @ value
-    return output, context, weight + key.sum(-2)
+    frames = query.shape[-2]
+    if frames == 1:
+        # what follows in a few operations, for streams
+        state = state * log_decay.exp()[:, None, None]
+        state = state + key.transpose(-1, -2) * value
+        mixed = query @ state
+    else:
+        mixed = query @ key.transpose(-1, -2) * decay_weights(log_decay, query)
+        # [heads, frames, 1]: what the state fades by until a frame
+        steps = torch.arange(1, frames + 1, device=query.device)
+        faded = (log_decay[:, None] * steps).exp().unsqueeze(-1)
+        mixed = mixed @ value + query @ state * faded
+        left = (log_decay[:, None] * (frames - steps)).exp().unsqueeze(-1)
+        state = state * (log_decay * frames).exp()[:, None, None]
+        state = state + (key * left).transpose(-1, -2) @ value
+    return _normalise(mixed[..., :-1], mixed[..., -1]), state
 
 
-def softmax_attention(query, key, value, key_padding_mask=None, causal=False):
-    """Exact attention with the same temperature convention as FAVOR+."""
+def decay_weights(log_decay, query):
+    """Weights [heads, queries, keys] of the past by its age."""
+    steps = torch.arange(query.shape[-2], device=query.device)
+    age = steps.unsqueeze(-1) - steps
+    return (log_decay[:, None, None] * age).exp().tril()
+
+
+def softmax_attention(query, key, value, key_padding_mask=None, log_decay=None):
+    """Exact attention with the same temperature convention as FAVOR+.
+
+    It is causal with a `log_decay`, see ``causal_favor_attention``.
+    """
     mask = None
+    if log_decay is not None:
+        # minus infinity for the future
+        mask = decay_weights(log_decay.to(query.dtype), query).log()
     if key_padding_mask is not None:
-        mask = ~key_padding_mask[:, None, None, :]
-        if causal:
-            frames = torch.arange(key.shape[-2], device=key.device)
-            mask = mask & (frames[:, None] >= frames)
+        hidden = key_padding_mask[:, None, None, :]
+        mask = ~hidden if mask is None else mask.masked_fill(hidden, -torch.inf)
     return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=causal and mask is None,
-        scale=1.0,
+        query, key, value, attn_mask=mask, scale=1.0
     )

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trackformer_sb.nnet.performer import PerformerEncoder
+from trackformer_sb.nnet.streaming import Memory, running_means, running_zscore
 
 SPEC_NORMS = ("zscore", "minmax", "band_zscore", "none")
 
@@ -82,6 +83,17 @@ def normalise_spectrogram(x, spec_norm, key_padding_mask=None, reference=None):
     return (x - mean) / variance.clamp(min=least).sqrt()
 
 
+def running_level(magnitude, memory):
+    """Log-magnitude normalised by what was heard so far, for what is causal.
+
+    As ``log_magnitude`` and its z-score, of [batch, freq, frames]; and the
+    running mean magnitude, [batch, 1, frames].
+    """
+    mean = running_means(magnitude.mean(1, keepdim=True), magnitude, memory)
+    level = (magnitude + LOG_FLOOR * mean).clamp(min=SILENT_MAGNITUDE).log()
+    return running_zscore(level, magnitude, memory), mean
+
+
 class SpectrogramEncoder(nn.Module):
     """Embeds the frames of an encoded mixture and encodes them.
 
@@ -97,7 +109,8 @@ class SpectrogramEncoder(nn.Module):
         How the spectrogram is normalised per item. "zscore": zero mean, unit
         variance; "minmax": to [0, 1]; "none"; "band_zscore": zero mean and unit
         variance of each channel over time, which takes out the colour of a
-        recording and leaves what changes.
+        recording and leaves what changes. What is causal has "zscore", by what
+        was heard so far.
     **performer : dict
         Other arguments of ``PerformerEncoder``.
 
@@ -125,6 +138,10 @@ class SpectrogramEncoder(nn.Module):
             raise ValueError(
                 f"spec_norm must be one of {', '.join(SPEC_NORMS)}, got "
                 f"{spec_norm!r}"
+            )
+        if performer.get("causal") and spec_norm != "zscore":
+            raise ValueError(
+                f"spec_norm: expected zscore for a causal net, got {spec_norm}"
             )
         self.in_channels = in_channels
         self.spec_norm = spec_norm
@@ -158,11 +175,24 @@ class SpectrogramEncoder(nn.Module):
         x = normalise_spectrogram(x, self.spec_norm, key_padding_mask, ref)
         return x.transpose(1, 2)
 
-    def encode(self, mix_w, key_padding_mask=None):
-        """Features [batch, frames, d_model], arguments as ``spectrogram``."""
-        x = self.spectrogram(mix_w, key_padding_mask)
+    def encode(self, mix_w, key_padding_mask=None, memory=None):
+        """Features [batch, frames, d_model], arguments as ``spectrogram``.
+
+        What is causal sees the spectrogram by what was heard so far, and goes
+        on with the `memory` of the frames before.
+        """
+        if not self.encoder.causal:
+            x = self.spectrogram(mix_w, key_padding_mask)
+        else:
+            self.check(mix_w)
+            memory = Memory() if memory is None else memory
+            if mix_w.is_complex():
+                x, _ = running_level(mix_w.abs(), memory)
+            else:
+                x = running_zscore(mix_w, mix_w.abs(), memory)
+            x = x.transpose(1, 2)
         x = self.embedding(x.to(self.embedding.weight.dtype))
-        return self.encoder(x, key_padding_mask)
+        return self.encoder(x, key_padding_mask, memory=memory)
 
     def forward(self, mix_w, key_padding_mask=None):
         """Features of an encoded mixture, see ``encode``."""

@@ -11,9 +11,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from trackformer_sb.nnet.features import log_magnitude, normalise_spectrogram
+from trackformer_sb.nnet.features import (
+    log_magnitude,
+    normalise_spectrogram,
+    running_level,
+)
 from trackformer_sb.nnet.performer import PerformerEncoder
 from trackformer_sb.nnet.stft import fit_length
+from trackformer_sb.nnet.streaming import StreamingMasks, with_past
 
 NUM_FEATURES = 5
 LOCAL_FRAMES = LOCAL_BINS = 17  # of the means that features are compared with
@@ -34,39 +39,45 @@ def local_mean(x, size, dim):
     tensor([[[1.5000, 3.0000, 4.0000]]])
     """
     # along the last dimension it is three times as fast as along the others
-    x = F.avg_pool2d(
-        x.movedim(dim, -1),
-        (1, size),
-        stride=1,
-        padding=(0, size // 2),
-        count_include_pad=False,
+    x = F.avg_pool1d(
+        x.transpose(dim, -1), size, 1, size // 2, count_include_pad=False
     )
-    return x.movedim(-1, dim)
+    return x.transpose(-1, dim)
 
 
-def fusion_features(mix_w):
+def fusion_features(mix_w, memory=None):
     """What the network sees of a spectrum, [batch, 5, freq, frames].
 
     The log-magnitude of all channels, normalised per item; twice its difference
     to its mean over 17 frames, where hits stand out, and over 17 bins, where
     partials do; of stereo, how different the channels are (0 to 1) and where a
     bin is (-1 right to 1 left), zeros of mono. All is independent of the level,
-    and finite on silence.
+    and finite on silence. With the `memory` of the frames before, each frame is
+    compared with what was heard so far and with the 16 frames before.
     """
     magnitude = mix_w.abs()
     power = magnitude.square().mean(1)
-    level = normalise_spectrogram(log_magnitude(power.sqrt()), "zscore")
+    if memory is None:
+        level = normalise_spectrogram(log_magnitude(power.sqrt()), "zscore")
+        around = local_mean(level, LOCAL_FRAMES, -1)
+        usual = magnitude.sum(1).mean((-2, -1), keepdim=True)
+    else:
+        level, mean = running_level(power.sqrt(), memory)
+        around = with_past(level, LOCAL_FRAMES - 1, memory)
+        around = F.avg_pool1d(around, LOCAL_FRAMES, 1)
+        usual = 2 * mean
     features = [
         level,
-        2 * (level - local_mean(level, LOCAL_FRAMES, -1)),
+        2 * (level - around),
         2 * (level - local_mean(level, LOCAL_BINS, -2)),
     ]
     if mix_w.shape[1] == 2:
         left, right = magnitude.unbind(1)
         both = left + right
         # where next to nothing sounds there is no place
-        both = both + 1e-3 * both.mean((-2, -1), keepdim=True) + 1e-10
-        features.append((mix_w[:, 0] - mix_w[:, 1]).abs() / both)
+        both = (both + 1e-3 * usual).clamp(min=1e-10)
+        side = (mix_w[:, :1] - mix_w[:, 1:]).abs().squeeze(1)
+        features.append(side / both)
         features.append((left - right) / both)
     else:
         features += [torch.zeros_like(level)] * 2
@@ -74,47 +85,62 @@ def fusion_features(mix_w):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each place: [batch, channels, ...]."""
+    """LayerNorm over channels: [batch, channels, positions, frames]."""
 
     def forward(self, x):
         """Of the shape of `x`; in channels-last memory no copy is made."""
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Convolution(nn.Conv2d):
+    """3x3 convolution; a causal one sees two frames of before, none ahead."""
+
+    def __init__(self, channels, causal):
+        padding = 1, 0 if causal else 1
+        super().__init__(channels, channels, 3, padding=padding)
+
+    def forward(self, x, memory=None):
+        """[batch, channels, positions, frames], likewise out."""
+        return super().forward(x if memory is None else with_past(x, 2, memory))
 
 
 class ResidualBlock(nn.Module):
     """Norm, 3x3 convolution, GELU, 3x3 convolution, residual."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, causal):
         super().__init__()
         self.norm = ChannelNorm(channels)
-        self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_in = Convolution(channels, causal)
+        self.conv_out = Convolution(channels, causal)
 
-    def forward(self, x):
+    def forward(self, x, memory=None):
         """[batch, channels, positions, frames], likewise out."""
-        return x + self.conv_out(F.gelu(self.conv_in(self.norm(x))))
+        hidden = F.gelu(self.conv_in(self.norm(x), memory))
+        return x + self.conv_out(hidden, memory)
 
 
 class Upsampling(nn.Module):
-    """Doubles positions and frames, by one of ``UPSAMPLINGS``."""
+    """Doubles positions and, by `pace`, frames, by one of ``UPSAMPLINGS``."""
 
-    def __init__(self, in_channels, out_channels, kind):
+    def __init__(self, in_channels, out_channels, kind, pace):
         super().__init__()
-        self.kind = kind
+        self.kind, self.factor = kind, (2, pace)
         if kind == "transposed":
-            self.conv = nn.ConvTranspose2d(in_channels, out_channels, 2, 2)
+            self.conv = nn.ConvTranspose2d(
+                in_channels, out_channels, self.factor, self.factor
+            )
         else:
             self.conv = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
-        """[batch, in, p, t] -> [batch, out, 2 p, 2 t]."""
+        """[batch, in, p, t] -> [batch, out, 2 p, pace * t]."""
         x = self.conv(x)
         if self.kind == "nearest":
-            x = F.interpolate(x, scale_factor=2)
+            x = F.interpolate(x, scale_factor=self.factor)
         return x
 
 
-class FusionMaskNet(nn.Module):
+class FusionMaskNet(StreamingMasks, nn.Module):
     """Predicts one mask per source from mono or stereo spectra.
 
     The spectrum is cut in patches of some frames and of 4 bins at its low end,
@@ -139,6 +165,12 @@ class FusionMaskNet(nn.Module):
         Whether the finer levels are added on the way up.
     upsampling : str
         "transposed" convolutions, or "nearest" neighbours after 1x1 ones.
+    causal : bool
+        Whether masks depend on what was heard so far only, for streams: all
+        levels then have the frame rate of the spectrum, with patches of one
+        frame.
+    lookahead_frames : int
+        Frames after its own that a mask of a causal net depends on.
 
     Raises
     ------
@@ -177,6 +209,8 @@ class FusionMaskNet(nn.Module):
         attention="auto",
         skips=True,
         upsampling="transposed",
+        causal=False,
+        lookahead_frames=0,
     ):
         super().__init__()
         if in_channels % 256 != 1 or in_channels == 1:
@@ -189,8 +223,15 @@ class FusionMaskNet(nn.Module):
                 f"upsampling must be one of {', '.join(UPSAMPLINGS)}, got "
                 f"{upsampling!r}"
             )
+        if causal and patch_frames != 1:
+            raise ValueError(
+                f"patch_frames: expected 1 for a causal net, got {patch_frames}"
+            )
         self.in_channels, self.num_spks = in_channels, num_spks
         self.skips, self.patch_frames = skips, patch_frames
+        self.set_causal(causal, lookahead_frames, attention)
+        # from level to level in time; fewer frames would be late ones
+        self.pace = pace = 1 if causal else 2
         fine, middle, coarse = channels
         self.embed, self.heads = nn.ModuleList(), nn.ModuleList()
         self.edges, self.patches = [0], []
@@ -204,14 +245,14 @@ class FusionMaskNet(nn.Module):
         positions = sum(self.patches)
         self.position = nn.Parameter(torch.zeros(1, fine, positions, 1))
         self.bin_bias = nn.Parameter(torch.zeros(num_spks, in_channels, 1))
-        self.down_fine = ResidualBlock(fine)
-        self.to_middle = nn.Conv2d(fine, middle, 2, 2)
-        self.down_middle = nn.Sequential(
-            ResidualBlock(middle), ResidualBlock(middle)
+        self.down_fine = ResidualBlock(fine, causal)
+        self.to_middle = nn.Conv2d(fine, middle, (2, pace), (2, pace))
+        self.down_middle = nn.ModuleList(
+            ResidualBlock(middle, causal) for _ in range(2)
         )
-        self.to_coarse = nn.Conv2d(middle, coarse, 2, 2)
-        self.down_coarse = nn.Sequential(
-            ResidualBlock(coarse), ResidualBlock(coarse)
+        self.to_coarse = nn.Conv2d(middle, coarse, (2, pace), (2, pace))
+        self.down_coarse = nn.ModuleList(
+            ResidualBlock(coarse, causal) for _ in range(2)
         )
         self.performer = None
         if num_layers:
@@ -225,33 +266,21 @@ class FusionMaskNet(nn.Module):
                 n_features,
                 dropout,
                 attention,
+                causal,
             )
             self.from_tokens = nn.Linear(d_model, tokens)
-        self.up_coarse = ResidualBlock(coarse)
-        self.from_coarse = Upsampling(coarse, middle, upsampling)
-        self.up_middle = ResidualBlock(middle)
-        self.from_middle = Upsampling(middle, fine, upsampling)
-        self.up_fine = ResidualBlock(fine)
+        self.up_coarse = ResidualBlock(coarse, causal)
+        self.from_coarse = Upsampling(coarse, middle, upsampling, pace)
+        self.up_middle = ResidualBlock(middle, causal)
+        self.from_middle = Upsampling(middle, fine, upsampling, pace)
+        self.up_fine = ResidualBlock(fine, causal)
 
     def redraw_projections(self, generator=None):
         """Draws new random features, see ``PerformerEncoder``."""
         if self.performer is not None:
             self.performer.redraw_projections(generator)
 
-    def forward(self, mix_w):
-        """Predicts masks.
-
-        Arguments
-        ---------
-        mix_w : torch.Tensor
-            Complex, [batch, freq, frames] or [batch, channels, freq, frames]
-            of one or two channels, which share the masks.
-
-        Returns
-        -------
-        torch.Tensor
-            [num_spks, batch, freq, frames], in [0, 1], 1 in sum over sources.
-        """
+    def _masks(self, mix_w, key_padding_mask, memory=None):
         if mix_w.dim() == 3:
             mix_w = mix_w.unsqueeze(1)
         if (
@@ -266,16 +295,12 @@ class FusionMaskNet(nn.Module):
                 f"{mix_w.dtype} {list(mix_w.shape)}"
             )
         with torch.no_grad(), torch.autocast(mix_w.device.type, enabled=False):
-            features = fusion_features(mix_w)
-        return self.masks(features)
-
-    def masks(self, features):
-        """Masks from ``fusion_features``, see ``forward``."""
-        fine, middle, coarse = self.encode(features)
-        x = self.from_coarse(self.up_coarse(coarse))
-        x = self.up_middle(x + middle if self.skips else x)
+            features = fusion_features(mix_w, memory)
+        fine, middle, coarse = self.encode(features, memory)
+        x = self.from_coarse(self.up_coarse(coarse, memory))
+        x = self.up_middle(x + middle if self.skips else x, memory)
         x = self.from_middle(x)
-        x = self.up_fine(x + fine if self.skips else x)
+        x = self.up_fine(x + fine if self.skips else x, memory)
         logits = [
             head(part)
             .unflatten(1, (self.num_spks, -1, self.patch_frames))
@@ -292,15 +317,16 @@ class FusionMaskNet(nn.Module):
         logits = logits.to(dtype) + self.bin_bias
         return logits.softmax(1).transpose(0, 1)
 
-    def encode(self, features):
+    def encode(self, features, memory=None):
         """Three levels [batch, channels, positions, frames], finest first.
 
         Of ``fusion_features``, whose frames are padded to whole patches.
         """
         x = features.to(self.position.dtype)  # of a module in half precision
-        x = F.pad(x, (0, -x.shape[-1] % (4 * self.patch_frames)))
+        x = F.pad(x, (0, -x.shape[-1] % (self.pace**2 * self.patch_frames)))
         device = x.device.type
-        if device == "cuda" or torch.is_autocast_enabled(device):
+        quick = device == "cuda" or torch.is_autocast_enabled(device)
+        if quick or not torch.is_grad_enabled():
             # in float32 on a CPU the backward pass would take twice the time
             x = x.contiguous(memory_format=torch.channels_last)
         fine = torch.cat(
@@ -312,20 +338,26 @@ class FusionMaskNet(nn.Module):
             ],
             2,
         )
-        fine = self.down_fine(fine + self.position)
-        middle = self.down_middle(self.to_middle(fine))
-        coarse = self.down_coarse(self.to_coarse(middle))
+        fine = self.down_fine(fine + self.position, memory)
+        middle = self.to_middle(fine)
+        for block in self.down_middle:
+            middle = block(middle, memory)
+        coarse = self.to_coarse(middle)
+        for block in self.down_coarse:
+            coarse = block(coarse, memory)
         if self.performer is not None:
-            coarse = coarse + self.attend(coarse)
+            coarse = coarse + self.attend(coarse, memory)
         return fine, middle, coarse
 
-    def attend(self, x):
+    def attend(self, x, memory=None):
         """All positions of a frame as one token; the Performer along time."""
         batch, channels, positions, frames = x.shape
         tokens = x.permute(0, 3, 2, 1).reshape(batch, frames, -1)
         # no positions: what was learnt on 3 s holds for chunks of any length
         tokens = self.performer(
-            self.to_tokens(tokens), positions=tokens.new_zeros(1)
+            self.to_tokens(tokens),
+            positions=tokens.new_zeros(1),
+            memory=memory,
         )
         tokens = self.from_tokens(tokens)
         tokens = tokens.view(batch, frames, positions, channels)

@@ -4,11 +4,12 @@ import torch
 from torch import nn
 
 from trackformer_sb.nnet.features import SpectrogramEncoder
+from trackformer_sb.nnet.streaming import StreamingMasks
 
 MASK_ACTIVATIONS = ("softmax", "sigmoid", "relu")
 
 
-class PerformerMaskNet(SpectrogramEncoder):
+class PerformerMaskNet(StreamingMasks, SpectrogramEncoder):
     """Predicts one mask per source with a Performer.
 
     Has the calling convention of ``speechbrain.lobes.models.conv_tasnet
@@ -22,6 +23,8 @@ class PerformerMaskNet(SpectrogramEncoder):
         Number of sources to output.
     mask_activation : str
         "softmax" over sources (masks sum to one), "sigmoid" or "relu".
+    lookahead_frames : int
+        Frames after its own that a mask of a causal net depends on.
 
     The others are those of ``SpectrogramEncoder`` and ``PerformerEncoder``.
 
@@ -58,6 +61,7 @@ class PerformerMaskNet(SpectrogramEncoder):
         spec_norm="zscore",
         mask_activation="softmax",
         checkpointing=False,
+        lookahead_frames=0,
     ):
         super().__init__(
             in_channels,
@@ -78,26 +82,12 @@ class PerformerMaskNet(SpectrogramEncoder):
                 f"{', '.join(MASK_ACTIVATIONS)}, got {mask_activation!r}"
             )
         self.num_spks = num_spks
+        self.set_causal(causal, lookahead_frames, attention)
         self.mask_activation = mask_activation
         self.head = nn.Linear(d_model, num_spks * in_channels)
 
-    def forward(self, mix_w, key_padding_mask=None):
-        """Predicts masks.
-
-        Arguments
-        ---------
-        mix_w : torch.Tensor
-            Encoded mixture, real or complex, [batch, channels, frames].
-        key_padding_mask : torch.Tensor, optional
-            Boolean, [batch, frames], True for padding.
-
-        Returns
-        -------
-        torch.Tensor
-            Masks, real, [num_spks, batch, channels, frames]. With softmax and
-            sigmoid in [0, 1], with relu at least 0.
-        """
-        x = self.encode(mix_w, key_padding_mask)
+    def _masks(self, mix_w, key_padding_mask, memory=None):
+        x = self.encode(mix_w, key_padding_mask, memory)
         batch, frames, _ = x.shape
         # sources outermost in memory, so that sources and batch, and likewise
         # frames and channels, can be flattened by a view

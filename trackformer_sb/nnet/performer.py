@@ -1,12 +1,14 @@
 """Performer: a pre-norm Transformer encoder with FAVOR+ attention."""
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from trackformer_sb.nnet import favor
+from trackformer_sb.nnet.streaming import Memory, forgetting
 
 ATTENTION_KINDS = ("favor", "softmax", "auto")
 
@@ -16,11 +18,11 @@ ATTENTION_KINDS = ("favor", "softmax", "auto")
 MAX_TEMPERATURE = 2.0
 
 
-def sinusoidal_positions(frames, d_model, device=None, start=0):
+def sinusoidal_positions(frames, d_model, device=None):
     """Sines and cosines of geometrically spaced wavelengths, for any length.
 
     Section 3.5 of "Attention Is All You Need" (arXiv 1706.03762). Gives
-    [frames, d_model], float32, from position `start` on, for a stream.
+    [frames, d_model], float32.
 
     Example
     -------
@@ -29,7 +31,7 @@ def sinusoidal_positions(frames, d_model, device=None, start=0):
     """
     if d_model % 2:
         raise ValueError(f"d_model must be even, got {d_model}")
-    position = torch.arange(start, start + frames, device=device)
+    position = torch.arange(frames, device=device)
     exponent = torch.arange(0, d_model, 2, device=device) / d_model
     angle = position.unsqueeze(1) * torch.exp(-math.log(10000.0) * exponent)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
@@ -40,9 +42,8 @@ def auto_max_exact_frames(n_features, causal=False):
 
     Forward and backward of SelfAttention cost the same at 460 to 540 frames
     with 256 features and at 300 with 128, for 4 and for 8 heads of 64 (2 CPU
-    cores, float32). Where a frame sees the past only, exact attention does half
-    the work and FAVOR+ more: at about 2800 frames with 256 features, 1500 with
-    128 and 970 with 64, for 8 heads.
+    cores, float32); causal ones at 2800 frames with 256, 1500 with 128 and 970
+    with 64.
 
     Example
     -------
@@ -84,7 +85,8 @@ class SelfAttention(nn.Module):
     attention : str
         "favor", "softmax" (exact), or "auto": exact for short inputs.
     causal : bool
-        Whether a frame may only attend to itself and the past.
+        Whether a frame may only attend to itself and the past, which fades:
+        quickly in the first head, slowly in the last.
     dropout : float
         Share of output channels dropped in training.
 
@@ -133,6 +135,8 @@ class SelfAttention(nn.Module):
             "projection",
             favor.draw_projection(n_features, d_model // nhead),
         )
+        log_decay = forgetting(nhead).float() if causal else None
+        self.register_buffer("log_decay", log_decay, persistent=False)
 
     def extra_repr(self):
         """What is no weight, for ``print``."""
@@ -152,27 +156,31 @@ class SelfAttention(nn.Module):
             return frames <= auto_max_exact_frames(n_features, self.causal)
         return self.attention == "softmax"
 
-    def forward(self, x, key_padding_mask=None):
-        """[batch, frames, d_model] -> [batch, frames, d_model]."""
+    def forward(self, x, key_padding_mask=None, memory=None):
+        """[batch, frames, d_model] -> [batch, frames, d_model].
+
+        With a `memory` "auto" is "favor": exact attention keeps all frames.
+        """
         # three of [batch, heads, frames, head_dim]
-        query, key, value = (
-            self.qkv(x)
-            .unflatten(-1, (3, self.nhead, -1))
-            .permute(2, 0, 3, 1, 4)
-            .unbind()
-        )
+        qkv = self.qkv(x).unflatten(-1, (3, self.nhead, -1))
+        qkv = qkv.permute(2, 0, 3, 1, 4)
         scale = (MAX_TEMPERATURE * self.temperature.sigmoid()).sqrt()
-        query, key = (
-            _to_norm(vectors, scale[:, None, None]) for vectors in (query, key)
-        )
-        if self._is_exact(x.shape[1]):
+        query, key = _to_norm(qkv[:2], scale[:, None, None])
+        value = qkv[2]
+        if memory is None and self._is_exact(x.shape[1]):
             mixed = favor.softmax_attention(
-                query, key, value, key_padding_mask, self.causal
+                query, key, value, key_padding_mask, self.log_decay
             )
         elif self.causal:
-            mixed, _ = favor.causal_favor_attention(
-                query, key, value, self.projection, key_padding_mask
+            memory = Memory() if memory is None else memory
+            sizes = *value.shape[:2], len(self.projection), value.shape[-1] + 1
+            # float32, as the kernel
+            state = memory.recall(self.log_decay, *sizes)
+            mixed, state = favor.causal_favor_attention(
+                *(query, key, value, self.projection, key_padding_mask, state),
+                log_decay=self.log_decay,
             )
+            memory.keep(state)
         else:
             mixed = favor.favor_attention(
                 query, key, value, self.projection, key_padding_mask
@@ -185,33 +193,26 @@ class PerformerLayer(nn.Module):
 
     Arguments
     ---------
-    d_model, nhead, n_features, attention, causal, dropout
-        As for SelfAttention.
+    d_model : int
+        Number of channels in and out.
     d_ffn : int
         Channels inside of the feed-forward block.
+    dropout : float
+        Share of channels dropped in training.
+    **attention : dict
+        Other arguments of ``SelfAttention``.
 
     Example
     -------
-    >>> layer = PerformerLayer(d_model=64, nhead=4, d_ffn=128)
+    >>> layer = PerformerLayer(d_model=64, d_ffn=128, nhead=4)
     >>> layer(torch.randn(2, 100, 64)).shape
     torch.Size([2, 100, 64])
     """
 
-    def __init__(
-        self,
-        d_model,
-        nhead,
-        d_ffn,
-        n_features=256,
-        attention="favor",
-        causal=False,
-        dropout=0.0,
-    ):
+    def __init__(self, d_model, d_ffn, dropout=0.0, **attention):
         super().__init__()
         self.norm_attention = nn.LayerNorm(d_model)
-        self.attention = SelfAttention(
-            d_model, nhead, n_features, attention, causal, dropout
-        )
+        self.attention = SelfAttention(d_model, dropout=dropout, **attention)
         self.norm_ffn = nn.LayerNorm(d_model)
         self.ffn = nn.Sequential(
             nn.Linear(d_model, d_ffn),
@@ -220,14 +221,14 @@ class PerformerLayer(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x, key_padding_mask=None):
+    def forward(self, x, key_padding_mask=None, memory=None):
         """[batch, frames, d_model] -> [batch, frames, d_model]."""
-        x = x + self.attention(self.norm_attention(x), key_padding_mask)
+        x = x + self.attention(self.norm_attention(x), key_padding_mask, memory)
         return x + self.ffn(self.norm_ffn(x))
 
 
 class PerformerEncoder(nn.Module):
-    """A stack of Performer layers with sinusoidal positions.
+    """A stack of Performer layers, with sinusoidal positions unless causal.
 
     Arguments
     ---------
@@ -247,7 +248,9 @@ class PerformerEncoder(nn.Module):
     attention : str
         "favor", "softmax" (exact), or "auto": exact for short inputs.
     causal : bool
-        Whether a frame may only attend to itself and the past.
+        Whether a frame may only attend to itself and the past, see
+        ``SelfAttention``. There are no positions then, so that a stream may go
+        on for any time.
     checkpointing : bool
         Whether training keeps the inputs of the layers only and computes each
         layer a second time in the backward pass ("Training Deep Nets with
@@ -275,16 +278,17 @@ class PerformerEncoder(nn.Module):
     ):
         super().__init__()
         self.d_model = d_model
+        self.causal = causal
         self.checkpointing = checkpointing
         self.layers = nn.ModuleList(
             PerformerLayer(
                 d_model,
-                nhead,
                 4 * d_model if d_ffn is None else d_ffn,
-                n_features,
-                attention,
-                causal,
                 dropout,
+                nhead=nhead,
+                n_features=n_features,
+                attention=attention,
+                causal=causal,
             )
             for _ in range(num_layers)
         )
@@ -305,7 +309,7 @@ class PerformerEncoder(nn.Module):
         """The positional encodings of frames 0, 1, ...: [frames, d_model]."""
         return sinusoidal_positions(frames, self.d_model, device)
 
-    def forward(self, x, key_padding_mask=None, positions=None):
+    def forward(self, x, key_padding_mask=None, positions=None, memory=None):
         """Encodes frames.
 
         Arguments
@@ -316,22 +320,24 @@ class PerformerEncoder(nn.Module):
             Boolean, [batch, frames], True for padding.
         positions : torch.Tensor, optional
             What to add to ``x``, broadcast to it; ``positions`` of frames
-            0, 1, ... if not given.
+            0, 1, ... if not given, and nothing to what is causal.
+        memory : streaming.Memory, optional
+            Of the frames before, for what is causal.
 
         Returns
         -------
         torch.Tensor
             [batch, frames, d_model].
         """
-        if positions is None:
+        if positions is None and not self.causal:
             positions = self.positions(x.shape[1], x.device)
-        x = x + positions.to(x.dtype)
+        if positions is not None:
+            x = x + positions.to(x.dtype)
         recompute = (
             self.checkpointing and self.training and torch.is_grad_enabled()
         )
         for layer in self.layers:
             if recompute:
-                x = checkpoint(layer, x, key_padding_mask, use_reentrant=False)
-            else:
-                x = layer(x, key_padding_mask)
+                layer = partial(checkpoint, layer, use_reentrant=False)
+            x = layer(x, key_padding_mask, memory)
         return self.norm(x)

@@ -9,24 +9,33 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def _check_sizes(n_fft, hop_length):
-    """Refuses window and hop sizes whose windows do not tile the signal."""
-    if n_fft < 2 or n_fft % 2:
-        raise ValueError(f"n_fft must be even and at least 2, got {n_fft}")
-    if hop_length < 1 or n_fft % hop_length or hop_length > n_fft // 2:
-        raise ValueError(
-            "hop_length must divide n_fft at least twice, got "
-            f"hop_length={hop_length} with n_fft={n_fft}"
-        )
+class _STFT(nn.Module):
+    """Sizes of a transform, whose windows have to tile the signal."""
+
+    def __init__(self, n_fft=1024, hop_length=256):
+        super().__init__()
+        if n_fft < 2 or n_fft % 2:
+            raise ValueError(f"n_fft must be even and at least 2, got {n_fft}")
+        if hop_length < 1 or n_fft % hop_length or hop_length > n_fft // 2:
+            raise ValueError(
+                "hop_length must divide n_fft at least twice, got "
+                f"hop_length={hop_length} with n_fft={n_fft}"
+            )
+        self.n_fft = n_fft
+        self.hop_length = hop_length
+
+    def extra_repr(self):
+        """Sizes, for ``print``."""
+        return f"n_fft={self.n_fft}, hop_length={self.hop_length}"
 
 
-def _edges(n_fft, hop_length):
+def edges(n_fft, hop_length):
     """Zeros before and after the signal; an odd number is not halved."""
     before = (n_fft - hop_length + 1) // 2
     return before, n_fft - hop_length - before
 
 
-def _overlap_add(blocks, window, hop_length):
+def overlap_add(blocks, window, hop_length):
     """Sum of windowed blocks, each ``hop_length`` after the one before.
 
     [..., frames, n_fft] -> [..., (frames - 1) * hop_length + n_fft].
@@ -43,7 +52,7 @@ def _overlap_add(blocks, window, hop_length):
 
 
 class _OverlapAdd(torch.autograd.Function):
-    """``_overlap_add`` whose gradient is taken in one pass.
+    """``overlap_add`` whose gradient is taken in one pass.
 
     Autograd by itself makes a gradient as large as all blocks for each of those
     that overlap. The window gets none.
@@ -58,8 +67,8 @@ class _OverlapAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(blocks, window, hop_length):
-        """See ``_overlap_add``."""
-        return _overlap_add(blocks, window, hop_length)
+        """See ``overlap_add``."""
+        return overlap_add(blocks, window, hop_length)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -83,7 +92,7 @@ def fit_length(sig, length):
     return sig[..., :length]
 
 
-class STFTEncoder(nn.Module):
+class STFTEncoder(_STFT):
     """Short-time Fourier transform with a periodic Hann window.
 
     Frame ``k`` is centred on sample ``(k + 1/2) * hop_length``, rounded down;
@@ -114,16 +123,6 @@ class STFTEncoder(nn.Module):
     100
     """
 
-    def __init__(self, n_fft=1024, hop_length=256):
-        super().__init__()
-        _check_sizes(n_fft, hop_length)
-        self.n_fft = n_fft
-        self.hop_length = hop_length
-
-    def extra_repr(self):
-        """Sizes, for ``print``."""
-        return f"n_fft={self.n_fft}, hop_length={self.hop_length}"
-
     def forward(self, sig):
         """Transforms waveforms.
 
@@ -142,7 +141,7 @@ class STFTEncoder(nn.Module):
                 "expected waveforms [batch, time] of at least one sample, got "
                 f"{list(sig.shape)}"
             )
-        before, after = _edges(self.n_fft, self.hop_length)
+        before, after = edges(self.n_fft, self.hop_length)
         fill = -sig.shape[1] % self.hop_length
         padded = F.pad(sig.float(), (before, after + fill))
         return torch.stft(
@@ -155,7 +154,7 @@ class STFTEncoder(nn.Module):
         )
 
 
-class STFTDecoder(nn.Module):
+class STFTDecoder(_STFT):
     """Inverse short-time Fourier transform, the left inverse of the encoder.
 
     Windowed frames are overlap-added and divided by the sum of the squared
@@ -185,16 +184,6 @@ class STFTDecoder(nn.Module):
     True
     """
 
-    def __init__(self, n_fft=1024, hop_length=256):
-        super().__init__()
-        _check_sizes(n_fft, hop_length)
-        self.n_fft = n_fft
-        self.hop_length = hop_length
-
-    def extra_repr(self):
-        """Sizes, for ``print``."""
-        return f"n_fft={self.n_fft}, hop_length={self.hop_length}"
-
     def forward(self, spectrum, length=None):
         """Transforms spectra back.
 
@@ -221,11 +210,11 @@ class STFTDecoder(nn.Module):
         window = torch.hann_window(self.n_fft, device=blocks.device)
         window = window.to(blocks.dtype)
         tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()
-        overlap_add = _overlap_add if tracing else _OverlapAdd.apply
-        sig = overlap_add(blocks, window, self.hop_length)
+        add = overlap_add if tracing else _OverlapAdd.apply
+        sig = add(blocks, window, self.hop_length)
         squares = window.expand(frames, -1)
-        squares = _overlap_add(squares, window, self.hop_length)
-        before, _ = _edges(self.n_fft, self.hop_length)
+        squares = overlap_add(squares, window, self.hop_length)
+        before, _ = edges(self.n_fft, self.hop_length)
         inside = slice(before, before + frames * self.hop_length)
         sig = sig[..., inside] / squares[inside]
         return sig if length is None else sig[..., :length]

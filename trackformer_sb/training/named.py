@@ -13,7 +13,7 @@ from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 from trackformer_sb.data.music import Music
 from trackformer_sb.data.remix import NamedWindows
 from trackformer_sb.inference.separation import apply_masks
-from trackformer_sb.inference.separator import Separator
+from trackformer_sb.inference.separator import Separator, load_separator
 from trackformer_sb.objectives.mixit import mixit_loss
 from trackformer_sb.objectives.named import (
     absent_loss,
@@ -29,6 +29,44 @@ from trackformer_sb.training.dataio import check_songs, share_batches
 # MixIT's loss is in dB, that of named stems a distance of about 1
 MIXIT_SHARE = 0.1
 PROBES = 10  # steps of those between two lines of the log that are measured
+
+# Shares of their class's energy over an epoch below which a slot is retired,
+# and from which on it is busy.
+UNUSED, BUSY = 0.01, 0.25
+RETIRED = -1e4  # bias of a slot that is out of use; infinity has no average
+
+
+def adapted_slots(active, energies):
+    """Which slots the next epoch uses, from the `active` ones' energies.
+
+    Both [classes, slots]. Unused slots are retired; a class whose slots are all
+    busy gets another, if there is one; one that was silent stays as it was.
+
+    Example
+    -------
+    >>> active = torch.tensor([[True, True, False], [True, True, False]])
+    >>> energies = torch.tensor([[5.0, 4.0, 0.0], [9.0, 0.01, 0.0]])
+    >>> adapted_slots(active, energies)
+    tensor([[ True,  True,  True],
+            [ True, False, False]])
+    """
+    share = energies / energies.sum(1, keepdim=True)  # NaN of silence
+    kept = active & ~(share < UNUSED)
+    full = ((share >= BUSY) | ~active).all(1, keepdim=True)
+    first_free = (~active).cumsum(1).eq(1) & ~active
+    return kept | (full & first_free)
+
+
+@torch.no_grad()
+def use_slots(masknets, active):
+    """Retires slots, or takes them back with the bias of their class."""
+    for masknet in masknets:
+        # [classes, slots, freq, 1]
+        biases = masknet.bin_bias.unflatten(0, active.shape)
+        used = biases[..., 0, 0] > RETIRED / 2
+        for bias, was, now in zip(biases, used, active.to(used.device)):
+            bias[now & ~was] = bias[was].mean(0)
+            bias[~now] = RETIRED
 
 
 class NamedSeparation(ExperimentBrain):
@@ -58,6 +96,10 @@ class NamedSeparation(ExperimentBrain):
             ((stems, group),) = batch
             self.rows.append((group, self.measure(est_mask, mix_w, stems)))
             return torch.zeros(())
+        if self.slots_at_first:
+            power = mix_w.abs().square().mean(1)
+            slots = est_mask.detach().float().square() * power
+            self.energies += slots.sum((1, 2, 3))
         stems = batch[0].to(self.device)
         named = batch[1].to(self.device)
         losses = {}
@@ -76,6 +118,13 @@ class NamedSeparation(ExperimentBrain):
             mixtures = stems[~named, :2].flatten(2)
             loss, _ = mixit_loss(sources.flatten(2), mixtures)
             losses["mixit"] = MIXIT_SHARE * loss
+            if self.teacher is not None:
+                losses["teacher"] = named_loss(
+                    est_mask[:, ~named],
+                    mix_w[~named],
+                    self.encode(self.taught_stems(stems[~named, :2])),
+                    self.hparams.sample_rate,
+                )
             absent = batch[2].to(self.device)[~named]
             if absent.any():
                 losses["absent"] = absent_loss(
@@ -87,6 +136,15 @@ class NamedSeparation(ExperimentBrain):
         for name, loss in losses.items():
             self.sums.setdefault(name, []).append(loss.detach().mean())
         return sum(loss.sum() for loss in losses.values()) / len(named)
+
+    @torch.no_grad()
+    def taught_stems(self, songs):
+        """The teacher's stems of songs, [batch, 2, channels, time], in sum.
+
+        By waveforms, for its STFT may be another one.
+        """
+        stems = self.teacher(songs.flatten(0, 1))
+        return stems.unflatten(0, songs.shape[:2]).sum(1)
 
     @torch.no_grad()
     def measure(self, est_mask, mix_w, stems):
@@ -118,10 +176,20 @@ class NamedSeparation(ExperimentBrain):
         if stage == sb.Stage.TRAIN:
             self.items.set_epoch(epoch)
             self.sums, self.probes = {}, []
+            # of a run that is resumed within an epoch, those of the rest
+            self.energies = torch.zeros(
+                self.hparams.num_spks, device=self.device
+            )
 
     def on_fit_start(self):
         """Recovers; a decay that was asked for begins now."""
         super().on_fit_start()
+        self.masknets = self.hparams.MaskNet, self.hparams.ema.module
+        if self.slots_at_first and not self.optimizer_step:
+            classes = len(self.hparams.classes)
+            number = torch.arange(self.hparams.num_spks // classes)
+            first = number < self.slots_at_first
+            use_slots(self.masknets, first.expand(classes, -1))
         self.decay_began = self.begun = time.monotonic()
         _, hours = self.hparams.history.series("hours")
         self.hours_before = hours[-1] if hours else 0.0
@@ -194,6 +262,8 @@ class NamedSeparation(ExperimentBrain):
     def end_epoch(self, epoch):
         """Logs the measures by group and class, saves, exports."""
         figures = self.figures()
+        if self.slots_at_first:
+            figures |= self.adapt_slots()
         self.hparams.history.add(
             epoch,
             step=self.optimizer_step,
@@ -220,6 +290,16 @@ class NamedSeparation(ExperimentBrain):
             max_keys=["score"],
             num_to_keep=1,
         )
+
+    def adapt_slots(self):
+        """Sets the slots of the next epoch; returns their numbers."""
+        energies = sum(self.of_all_ranks(self.energies.cpu()))
+        active = self.masknets[0].bin_bias[:, 0, 0].cpu() > RETIRED / 2
+        shape = len(self.hparams.classes), -1
+        active = adapted_slots(active.view(shape), energies.view(shape))
+        use_slots(self.masknets, active)
+        names = [f"slots_{name}" for name in self.hparams.classes]
+        return dict(zip(names, active.sum(1).tolist()))
 
     def means(self, rows):
         """Class -> means of what ``measure`` found, where it counts."""
@@ -297,6 +377,21 @@ def initialise(experiment):
         net.load_state_dict(separator.masknet.state_dict())
 
 
+def _load_teacher(hparams, device):
+    """The separator that teaches, if there is one, with the same classes."""
+    if not hparams.get("teacher"):
+        return None
+    teacher = load_separator(hparams["teacher"], device)
+    known = teacher.groups and list(teacher.groups), teacher.sample_rate
+    asked = list(hparams["classes"]), hparams["sample_rate"]
+    if known != asked:
+        raise ValueError(
+            f"teacher: expected classes and sample_rate {asked}, those of "
+            f"{hparams['teacher']} are {known}"
+        )
+    return teacher
+
+
 def _valid_songs(hparams):
     """Group -> songs to validate on; a folder's name is that of its group."""
     songs = {}
@@ -320,6 +415,8 @@ def train(experiment):
     sb.create_experiment_directory(**experiment.directory)
     brain = NamedSeparation(experiment)
     hparams["ema"].to(brain.device).eval()
+    brain.slots_at_first = hparams.get("adapt_slots")
+    brain.teacher = _load_teacher(hparams, brain.device)
     songs = []
     for music in (hparams["music"], hparams["mixtures"]):
         if music.folder:
