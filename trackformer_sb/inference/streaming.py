@@ -50,9 +50,10 @@ def _traced(step, *inputs):
 class StreamingSeparator:
     """Stems of a stream, block by block, with a memory of constant size.
 
-    All that ``process`` and, in the end, ``flush`` return is what the separator
-    makes of the whole stream, whatever the sizes of the blocks. Samples that
-    are no numbers count as silence, and their blocks in ``damaged_blocks``.
+    All that ``process`` and, in the end, ``flush`` return is what the masks of
+    the separator make of the whole stream, whatever the sizes of the blocks.
+    Samples that are NaN or beyond 100 count as silence, and their blocks in
+    ``damaged_blocks``.
 
     Arguments
     ---------
