@@ -88,16 +88,20 @@ class Likeness:
 def sounding_mixes(names, gains, heard, energies):
     """Names and gains of the outputs that sound, of ``mix_gains``.
 
-    The loudest takes in what the silent ones hold, so that the sum stays, and a
-    remix, the last, is as it was. ``heard`` is a ``SongCount`` or ``Likeness``
-    and ``energies`` [sources] are those of the sources in the song.
+    ``other``, if it sounds, or the loudest takes in what the silent ones hold,
+    so that the sum stays, and a remix, the last, is as it was. ``heard`` is a
+    ``SongCount`` or ``Likeness`` and ``energies`` [sources] are those of the
+    sources in the song.
     """
     count = len(names) - (REMIX in names)
     levels = np.square(gains[:count]) @ energies
     sounding, target = heard.outputs(levels)
     levels = np.bincount(target, levels, count)
-    loudest = max(range(count), key=lambda k: (sounding[k], levels[k]))
-    target = np.where(sounding[target], target, loudest)
+    rest = max(
+        range(count),
+        key=lambda k: (sounding[k], names[k] == "other", levels[k]),
+    )
+    target = np.where(sounding[target], target, rest)
     mixed = gains.copy()
     mixed[:count] = 0
     np.add.at(mixed, target, gains[:count])

@@ -431,9 +431,10 @@ class Separator(
         outputs : str or dict, optional
             Which outputs to keep, or to sum into groups: ``"0,2"`` or
             ``"drums=0+3,rest=1+2"``; ``"none"`` for no output, only a remix or
-            a figure; ``"all"``; ``"auto"``: those that sound, the loudest of
-            which takes in what the others hold, and one for outputs without
-            names that are one instrument. By default the named stems, or all.
+            a figure; ``"all"``; ``"auto"``: those that sound, of which "other",
+            or else the loudest, takes in what the silent ones hold, and one for
+            outputs without names that are one instrument. By default the named
+            stems, or all.
         ranked : bool
             Whether the outputs are numbered by their energy in this file, 0
             the loudest; otherwise as the model numbers them.
