@@ -116,15 +116,17 @@ def separate(
         all_masks = masknet(heard)
     est_mask = group_masks(all_masks, groups)
     # [sources, batch, audio channels, channels, frames]
-    sep_w = apply_masks(mix_w.unsqueeze(0), est_mask.unsqueeze(2))
-    main = list(range(num_channels))
+    if spatial and num_channels > 1 and num_channels not in SURROUND:
+        sep_w = wiener(est_mask, mix_w)
+    else:
+        sep_w = apply_masks(mix_w.unsqueeze(0), est_mask.unsqueeze(2))
     if num_channels in SURROUND:
-        del main[LFE]
+        main = [k for k in range(num_channels) if k != LFE]
+        if spatial:
+            sep_w[:, :, main] = wiener(est_mask, mix_w[:, main])
         if lfe is not None:
             low = group_masks(share_lfe(all_masks, lfe), groups)
             sep_w[:, :, LFE] = apply_masks(mix_w[:, LFE], low)
-    if spatial and num_channels > 1:
-        sep_w[:, :, main] = wiener(est_mask, mix_w[:, main])
     est_source = fit_length(decoder(sep_w.flatten(0, 2)), length)
     est_source = est_source.view(*sep_w.shape[:3], length).transpose(0, 1)
     if mix.dim() == 2:
