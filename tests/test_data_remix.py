@@ -67,6 +67,24 @@ def test_items_are_finite_and_at_one_level(music):
     assert kinds == {True, False}
 
 
+def test_a_panned_class_has_one_place_and_keeps_its_power():
+    sig = np.random.default_rng(0).standard_normal((2, 4000), np.float32)
+    power = 2 * np.square(sig.mean(0)).sum()
+    levels, delays = [], []
+    for seed in range(40):
+        left, right = remix.pan(sig, np.random.default_rng(seed))
+        alike = np.correlate(left, right, "full")
+        delays.append(int(alike.argmax()) - 3999)
+        # one place: the channels differ by level and delay alone
+        assert alike.max() ** 2 == pytest.approx(
+            np.square(left).sum() * np.square(right).sum(), rel=0.03
+        )
+        assert np.square([left, right]).sum() == pytest.approx(power, rel=0.03)
+        levels.append(10 * np.log10(np.square(right).sum() / left.dot(left)))
+    assert 9 < max(map(abs, levels)) < 12.2
+    assert min(delays) < -20 and 20 < max(delays) <= remix.PAN_DELAY
+
+
 def test_stems_of_datasets_are_mapped_to_classes(tmp_path):
     stems = {name: ["a", "b"] for name in MOISES_STEMS}
     write_moises(tmp_path / "moisesdb", "uuid", stems)

@@ -34,6 +34,8 @@ MONO_SHARE = 0.15  # of items that are heard in mono
 WIDTH_SHARE = 0.5  # of classes whose width changes, by up to this
 MAX_WIDTH = 1.6
 BALANCE_DB = 3.0
+PANNED_SHARE = 0.25  # of items whose classes each have a place of their own
+PAN_DB, PAN_DELAY = 12.0, 30  # that channels differ by, at most; in samples
 EQUALISER_SHARE = 0.5
 EQUALISER_DB = 6.0
 EQUALISER_POINTS = 6
@@ -74,6 +76,20 @@ def place(sig, rng):
     near, far = np.float32(0.5 + width / 2), np.float32(0.5 - width / 2)
     matrix = np.array([[near, far], [far, near]])
     return (matrix * np.array([[balance], [1 / balance]])) @ sig
+
+
+def pan(sig, rng):
+    """One place of its own [2, time], by level and delay of a channel."""
+    mid = sig.mean(0)
+    difference = db(rng.uniform(-PAN_DB, PAN_DB))
+    # at the same power, whatever the place
+    left = np.sqrt(2 / (1 + difference**2))
+    delay = int(rng.integers(-PAN_DELAY, PAN_DELAY + 1))
+    panned = np.zeros_like(sig)
+    panned[0, max(delay, 0) :] = left * mid[: len(mid) - max(delay, 0)]
+    panned[1, max(-delay, 0) :] = mid[: len(mid) - max(-delay, 0)]
+    panned[1] *= left * difference
+    return panned
 
 
 def play_at(sig, ratio, num_samples):
@@ -304,6 +320,9 @@ class RemixedItems(torch.utils.data.Dataset):
                         rng.uniform(*SOLO_DB)
                     )
                     stem[:] = self._coloured(sig, rng) * np.float32(gain)
+        if rng.random() < PANNED_SHARE:
+            for stem in stems:
+                stem[:] = pan(stem, rng)
         if rng.random() < MISSING_SHARE:
             stems[int(rng.integers(len(stems)))] = 0
         gains = rng.uniform(-LEVEL_DB, LEVEL_DB, (len(stems), 1, 1))
