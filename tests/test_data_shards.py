@@ -11,6 +11,7 @@ import tarfile
 import threading
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
@@ -287,8 +288,6 @@ def test_damaged_segment_is_named_and_replaced(shards, rows):
 
 
 def test_shards_from_the_network(shards, packed):
-    if shutil.which("curl") is None:
-        pytest.skip("webdataset opens URLs by curl")
     served = shards / "served"
     served.mkdir()
     for path in shards.glob("*.tar"):
@@ -302,9 +301,24 @@ def test_shards_from_the_network(shards, packed):
         items = list(dataset_of(shards, urls=urls))
         httpd.shutdown()
         thread.join()
-    for one, other in zip(items, dataset_of(packed), strict=True):
+    same_items(items, dataset_of(packed))
+
+
+def same_items(items, others):
+    for one, other in zip(items, others, strict=True):
         assert one["id"] == other["id"] and one["skipped"] == []
         assert torch.equal(one["mixtures"], other["mixtures"])
+
+
+def test_shards_from_object_storage_and_from_a_program(shards, packed):
+    for path in shards.glob("*.tar"):
+        with fsspec.open(f"memory://bucket/{path.name}", "wb") as file:
+            file.write(path.read_bytes())
+        path.unlink()
+    items = dataset_of(shards, urls="memory://bucket/{}")
+    same_items(items, dataset_of(packed))
+    items = dataset_of(shards, urls=f"pipe:cat {packed}/{{}}")
+    same_items(items, dataset_of(packed))
 
 
 # --- packing -----------------------------------------------------------------

@@ -233,8 +233,8 @@ class ShardedMixtures(torch.utils.data.IterableDataset):
     batch_size : int
         Items of a batch. Workers are asked for batches in turn.
     urls : str, optional
-        Where the shards are if not in the folder, whatever WebDataset opens,
-        with {} for their names: "https://host/{}".
+        Where the shards are if not in the folder, with {} for their names:
+        what fsspec opens, "s3://bucket/{}" with s3fs, or "pipe:command {}".
     rank, world_size : int
         Number of this process, from 0, and how many train together.
     epoch_segments : int, optional
@@ -401,13 +401,16 @@ class ShardedMixtures(torch.utils.data.IterableDataset):
 
 def _read_shard(url, count, problems):
     """(json, list of FLAC files) of each segment; adds what is wrong."""
+    import fsspec
     from webdataset import gopen
     from webdataset.handlers import ignore_and_stop
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     found, reason = 0, "the rest is unreadable"
     try:
-        with gopen(url) as stream:
+        # webdataset asks programs for what is not a file
+        opened = gopen(url) if url.startswith("pipe:") else fsspec.open(url)
+        with opened as stream:
             source = [{"url": url, "stream": stream}]
             files = tar_file_expander(source, handler=ignore_and_stop)
             for sample in group_by_keys(files):
