@@ -20,8 +20,14 @@ setup(
     package_data={
         "trackformer_sb": ["pretrained/*", "pretrained_live/*"],
         "trackformer_sb.web": ["*.css", "*.js"],
+        "trackformer_sb.hparams": ["*.yaml"],
     },
-    packages=find_packages(include=["trackformer_sb", "trackformer_sb.*"]),
+    packages=[
+        *find_packages(include=["trackformer_sb", "trackformer_sb.*"]),
+        "trackformer_sb.hparams",
+    ],
+    # what `trackformer adapt` trains by
+    package_dir={"trackformer_sb.hparams": "hparams"},
     python_requires=">=3.10",
     install_requires=[
         # torchaudio 2.11.0 loads beside all of these (tried: 2.11.0, 2.12.0,
@@ -48,7 +54,7 @@ setup(
     ],
     extras_require={
         "asteroid": ["asteroid>=0.7,<0.8"],
-        "shards": ["webdataset>=1.0"],
+        "shards": ["webdataset>=1.0", "fsspec[http]"],
         "demo": ["gradio>=6.10,<7"],
         "live": ["sounddevice"],
         "onnx": ["onnx", "onnxscript", "onnxruntime"],

@@ -17,7 +17,7 @@ from trackformer_sb.cli_data import (
     complain,
 )
 from trackformer_sb.cli_live import add_live
-from trackformer_sb.cli_model import add_demo, add_export, add_info
+from trackformer_sb.cli_model import add_adapt, add_demo, add_export, add_info
 from trackformer_sb.cli_separate import add_separate
 from trackformer_sb.paths import expanded
 
@@ -116,6 +116,7 @@ def build_parser():
     for add in (
         add_separate,
         add_live,
+        add_adapt,
         add_export,
         add_info,
         add_data,

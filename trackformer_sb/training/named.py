@@ -23,6 +23,7 @@ from trackformer_sb.objectives.named import (
     pair_by_class,
     time_averaged_masks,
 )
+from trackformer_sb.training import self_training
 from trackformer_sb.training.brain import ExperimentBrain
 from trackformer_sb.training.dataio import check_songs, share_batches
 
@@ -83,7 +84,11 @@ class NamedSeparation(ExperimentBrain):
     def compute_forward(self, batch, stage):
         """Masks [num_spks, batch, freq, frames] and spectra of the mixtures."""
         if stage == sb.Stage.TRAIN:
-            mix_w = self.encode(batch[0].to(self.device).sum(1))
+            mix = batch[0].to(self.device).sum(1)
+            songs = batch[0][~batch[1], :2].to(self.device)
+            if len(songs) and self.teacher is not None:
+                mix[~batch[1]] = self.teach(songs)
+            mix_w = self.encode(mix)
             return self.modules.masknet(mix_w), mix_w
         ((stems, _),) = batch
         mix_w = self.encode(sum(stems.values()).to(self.device))[None]
@@ -110,41 +115,68 @@ class NamedSeparation(ExperimentBrain):
                 self.encode(stems[named]),
                 self.hparams.sample_rate,
             )
-        if not named.all():
-            masks = est_mask[:, ~named].transpose(0, 1).unsqueeze(2)
-            sep_w = apply_masks(mix_w[~named].unsqueeze(1), masks)
+        if not named.all() and self.teacher is not None:
+            losses["teacher"] = named_loss(
+                est_mask[:, ~named],
+                mix_w[~named],
+                self.encode(self.taught_stems),
+                self.hparams.sample_rate,
+            )
+        summed = ~named
+        if self.teacher is not None:
+            summed[~named] = ~self.remixed
+        if summed.any():
+            masks = est_mask[:, summed].transpose(0, 1).unsqueeze(2)
+            sep_w = apply_masks(mix_w[summed].unsqueeze(1), masks)
             # [batch, sources, 2, time]
             sources = self.modules.decoder(sep_w)[..., : stems.shape[-1]]
-            mixtures = stems[~named, :2].flatten(2)
+            mixtures = stems[summed, :2].flatten(2)
             loss, _ = mixit_loss(sources.flatten(2), mixtures)
             losses["mixit"] = MIXIT_SHARE * loss
-            if self.teacher is not None:
-                losses["teacher"] = named_loss(
-                    est_mask[:, ~named],
-                    mix_w[~named],
-                    self.encode(self.taught_stems(stems[~named, :2])),
-                    self.hparams.sample_rate,
-                )
-            absent = batch[2].to(self.device)[~named]
-            if absent.any():
-                losses["absent"] = absent_loss(
-                    est_mask[:, ~named],
-                    mix_w[~named],
-                    absent,
-                    self.hparams.sample_rate,
-                )
+        absent = batch[2].to(self.device)[summed]
+        if absent.any():
+            losses["absent"] = absent_loss(
+                est_mask[:, summed],
+                mix_w[summed],
+                absent,
+                self.hparams.sample_rate,
+            )
         for name, loss in losses.items():
             self.sums.setdefault(name, []).append(loss.detach().mean())
         return sum(loss.sum() for loss in losses.values()) / len(named)
 
     @torch.no_grad()
-    def taught_stems(self, songs):
-        """The teacher's stems of songs, [batch, 2, channels, time], in sum.
+    def teach(self, songs):
+        """Mixtures of songs that a teacher hears, [batch, 2 songs, 2, time].
 
-        By waveforms, for its STFT may be another one.
+        Of an item the sum of its two songs, or their stems mixed anew. Leaves
+        ``taught_stems``, [batch, classes, 2, time], by waveforms, for the
+        teacher's STFT may be another one, and which items are ``remixed``.
         """
-        stems = self.teacher(songs.flatten(0, 1))
-        return stems.unflatten(0, songs.shape[:2]).sum(1)
+        rng = np.random.default_rng(
+            (self.hparams.seed, self.optimizer_step, self.rank)
+        )
+        share = getattr(self.hparams, "remix_share", 0.0)
+        remixed = torch.from_numpy(rng.random(len(songs)) < share)
+        remixed = remixed.to(songs.device)
+        mix = songs.sum(1)
+        stems = mix.new_zeros(
+            len(mix), len(self.hparams.classes), *mix.shape[1:]
+        )
+        if remixed.any():
+            stems[remixed] = self_training.mixed_anew(
+                *self_training.stems_and_agreement(
+                    self.teacher, songs[remixed]
+                ),
+                self.hparams.confidence_db,
+                rng,
+            )
+            mix[remixed] = stems[remixed].sum(1)
+        if not remixed.all():
+            heard = self.teacher(songs[~remixed].flatten(0, 1))
+            stems[~remixed] = heard.unflatten(0, (-1, 2)).sum(1)
+        self.taught_stems, self.remixed = stems, remixed
+        return mix
 
     @torch.no_grad()
     def measure(self, est_mask, mix_w, stems):
@@ -256,7 +288,10 @@ class NamedSeparation(ExperimentBrain):
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """After each epoch, measured or not, ``end_epoch``."""
-        if stage == sb.Stage.VALID or not self.groups:
+        if stage == sb.Stage.TEST:
+            # before the first epoch
+            self.hparams.history.add(0, **self.figures())
+        elif stage == sb.Stage.VALID or not self.groups:
             self.end_epoch(epoch)
 
     def end_epoch(self, epoch):
@@ -381,6 +416,14 @@ def _load_teacher(hparams, device):
     """The separator that teaches, if there is one, with the same classes."""
     if not hparams.get("teacher"):
         return None
+    if hparams["teacher"] == "average":
+        keys = ("sample_rate", "num_spks", "classes")
+        return Separator(
+            hparams["Encoder"],
+            hparams["ema"].module,
+            hparams["Decoder"],
+            **{key: hparams[key] for key in keys},
+        )
     teacher = load_separator(hparams["teacher"], device)
     known = teacher.groups and list(teacher.groups), teacher.sample_rate
     asked = list(hparams["classes"]), hparams["sample_rate"]
@@ -441,12 +484,16 @@ def train(experiment):
     ]
     brain.items_per_step = hparams["batch_size"] * brain.num_processes
     brain.items_per_step *= brain.grad_accumulation_factor
+    windows = None
+    if brain.groups:
+        windows = SaveableDataLoader(valid, batch_size=1, collate_fn=list)
+        begun = hparams["checkpointer"].find_checkpoint() is not None
+        if hparams["pretrained_separator"] and not begun:
+            brain.evaluate(windows, progressbar=False)
     brain.fit(
         hparams["epoch_counter"],
         brain.items,
-        SaveableDataLoader(valid, batch_size=1, collate_fn=list)
-        if brain.groups
-        else None,
+        windows,
         train_loader_kwargs={
             **hparams["train_loader_options"],
             "worker_init_fn": share_batches,

@@ -1,0 +1,195 @@
+"""A separator learns from a user's own songs, see ``trackformer adapt``."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from speechbrain.utils.logger import get_logger
+
+import trackformer_sb
+from trackformer_sb.audio import read_segment
+from trackformer_sb.data.music import Music, split_songs
+from trackformer_sb.inference.separator import PARTS, load_separator
+from trackformer_sb.training import named
+from trackformer_sb.training.experiment import load_experiment
+from trackformer_sb.training.self_training import (
+    mixed_anew,
+    stems_and_agreement,
+)
+
+logger = get_logger(__name__)
+
+# Gentler than a training from scratch, and with some validations on the way.
+SETTINGS = {"lr": 0.0003, "ema_decay": 0.99, "epoch_items": 400}
+
+LEAST_SONGS = 4  # two to train on, two to measure on
+SPLIT_RATIO = 80, 20
+# What is measured where no song has stems: windows of so many seconds, in which
+# the first model's stems are mixed anew, and how sure they have to be, in dB.
+WINDOWS, SECONDS, SURE_DB = 24, 3.0, 9.0
+MEASURED, REMIXED = "stems", "remixed"  # names of the folders
+
+
+def recipe_yaml(name):
+    """A yaml of hparams/, beside the package or, when installed, in it."""
+    package = Path(trackformer_sb.__file__).parent
+    folders = package.parent / "hparams", package / "hparams"
+    return next(path / name for path in folders if (path / name).is_file())
+
+
+def _link(songs, folder):
+    """A folder with links to what songs are, under their names."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for song in songs:
+        path = folder / song.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(os.path.abspath(song.path))
+
+
+def write_remixed(separator, songs, folder):
+    """Windows of songs as songs with stems: the separator's, mixed anew.
+
+    Stems on which two passes do not agree are left out. Raises a ValueError if
+    they do nowhere.
+    """
+    rate, rng = separator.sample_rate, np.random.default_rng(0)
+    shutil.rmtree(folder, ignore_errors=True)
+    sounds = []
+    for number in range(WINDOWS):
+        song = songs[number % len(songs)]
+        start = (number // len(songs) + 0.5) / -(-WINDOWS // len(songs))
+        start *= max(0.0, song.seconds - SECONDS)
+        [path] = song.files
+        sounds.append(read_segment(path, start, SECONDS, rate, channel="both"))
+    # each with a window of another song, if there are others
+    pairs = torch.stack(
+        [torch.stack(sounds), torch.stack(sounds).roll(1, 0)], 1
+    )
+    with torch.no_grad():
+        for number, pair in enumerate(pairs.to(separator.device)):
+            stems, agreement = stems_and_agreement(separator, pair)
+            [mixed] = mixed_anew(stems[None], agreement[None], SURE_DB, rng)
+            if mixed.flatten(1).any(1).sum() < 2:
+                continue
+            place = folder / str(number)
+            place.mkdir(parents=True)
+            for name, stem in zip(separator.groups, mixed.cpu().numpy()):
+                path = place / f"{name}.wav"
+                soundfile.write(path, stem.T, rate, subtype="FLOAT")
+    if not folder.is_dir():
+        raise ValueError(
+            "in no window of the songs held out is the separator sure of two "
+            "stems: expected music that it separates to some degree"
+        )
+
+
+def _measured(run):
+    """Column -> dB of the first and of the last row of the curve."""
+    with open(run / "curve.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    groups = MEASURED, REMIXED
+    return [
+        {
+            name.partition("_")[2]: float(value)
+            for name, value in row.items()
+            if name.startswith(groups) and value and "static" not in name
+        }
+        for row in (rows[0], rows[-1])
+    ], rows
+
+
+def adapt(folder, out, minutes=30.0, model="default", stems=None, device=None):
+    """Trains a separator further on songs without stems.
+
+    A fifth of the songs, by their names, is held out to measure on: how well
+    the stems that the model finds there at first are found again when they are
+    mixed anew. That is agreement and no quality: with songs that have `stems`
+    these are measured instead. A separator that got worse is not kept. The same
+    call goes on after an interruption.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Any tree of music files.
+    out : str or Path
+        Where ``separator/`` and the run that made it are left.
+    minutes : float
+        Of training.
+    model : str or Path
+        What to start from, with named stems: a folder or a hub id.
+    stems : str or Path, optional
+        Folder of songs with stems to measure on, which are not trained on.
+    device : str, optional
+        Where it is trained, see ``find_device``.
+
+    Returns
+    -------
+    before, after : dict
+        Stem -> SI-SNR improvement in dB, and their "mean".
+    better : bool
+        Whether the separator is the adapted one; otherwise it is `model`.
+
+    Raises
+    ------
+    ValueError
+        For fewer than four songs of 3 s, a model without named stems, or `out`
+        below `folder`.
+    """
+    out = Path(out)
+    run, held_out = out / "run", out / (MEASURED if stems else REMIXED)
+    separator = load_separator(model, device)
+    if not separator.groups:
+        raise ValueError(f"{model}: expected a separator with named stems")
+    if Path(folder).resolve() in out.resolve().parents:
+        raise ValueError(f"{out}: expected a folder outside of {folder}")
+    songs = Music(folder, "mixtures").songs(SECONDS)
+    if len(songs) < LEAST_SONGS:
+        raise ValueError(
+            f"{folder}: expected {LEAST_SONGS} songs of {SECONDS:g} s or more, "
+            f"got {len(songs)}"
+        )
+    splits = split_songs(songs, SPLIT_RATIO, seed=0)
+    _link(splits["train"], out / "songs")
+    if stems:
+        _link(Music(stems, "stems").songs(SECONDS), held_out)
+    elif not held_out.is_dir():
+        write_remixed(separator, splits["valid"], held_out)
+    spent = 0.0
+    if (run / "curve.csv").is_file():
+        _, rows = _measured(run)
+        spent = 60 * float(rows[-1]["hours"])
+    settings = {
+        **SETTINGS,
+        "data_folder": out / "songs",
+        "dataset": "mixtures",
+        "valid_folders": f"[{held_out}]",
+        "pretrained_separator": model,
+        "output_folder": run,
+        "finish_minutes": max(0.1, minutes - spent),
+        "sample_rate": separator.sample_rate,
+        "num_spks": separator.num_spks,
+        "classes": f"[{', '.join(separator.groups)}]",
+    }
+    for name, key in PARTS.items():
+        part = dict(separator.config[name])
+        del part["class"]
+        settings[key] = json.dumps(part)
+    arguments = [f"--{key}={value}" for key, value in settings.items()]
+    if device:
+        arguments.append(f"--device={device}")
+    yaml = str(recipe_yaml("separator_self.yaml"))
+    with load_experiment([yaml, *arguments], ("loss",)) as experiment:
+        named.train(experiment)
+    (before, after), _ = _measured(run)
+    better = after["mean"] > before["mean"]
+    shutil.rmtree(out / "separator", ignore_errors=True)
+    if better:
+        shutil.copytree(run / "separator", out / "separator")
+    else:
+        separator.cpu().save_pretrained(out / "separator")
+    return before, after, better
