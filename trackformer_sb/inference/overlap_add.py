@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F
 
 from trackformer_sb.audio import name_of, read_on, resample
+from trackformer_sb.inference.separation import distribute_residual
 
 # A learned encoder needs at least its kernel of samples.
 MIN_CHUNK_SECONDS = 0.1
@@ -30,89 +31,40 @@ FLOOR = 1e-3
 FADE_SHARE = 0.2
 
 
-def crossfade_weights(length):
-    """Raised-cosine weights of a signal that fades in.
-
-    Those of the signal that fades out are one minus these: both sum to one,
-    which keeps the level of outputs that agree.
-
-    Arguments
-    ---------
-    length : int
-        Number of samples.
-
-    Returns
-    -------
-    torch.Tensor
-        [length], rising in (0, 1).
-
-    Example
-    -------
-    >>> crossfade_weights(4)
-    tensor([0.0381, 0.3087, 0.6913, 0.9619])
-    """
-    phase = (torch.arange(length) + 0.5) / max(length, 1)
-    return torch.sin(0.5 * torch.pi * phase).square()
-
-
 def joining_weights(shared):
     """Weights of a chunk on the samples that it shares with the one before.
 
-    Those of the chunk before are one minus these. Where they are 0 or 1, one
-    of both is context, which the model has seen and nobody hears.
-
-    Arguments
-    ---------
-    shared : int
-        Number of shared samples.
-
-    Returns
-    -------
-    torch.Tensor
-        [shared]: zeros, the crossfade in the middle fifth, ones.
+    [shared]: zeros, a raised cosine over the middle fifth, ones. Those of the
+    chunk before are one minus these: where they are 0 or 1, one of both is
+    context, which the model has seen and nobody hears.
 
     Example
     -------
     >>> joining_weights(5)
     tensor([0.0000, 0.0000, 0.5000, 1.0000, 1.0000])
     """
-    fade = min(shared, max(1, round(FADE_SHARE * shared)))
-    weights = torch.ones(shared)
-    context = (shared - fade) // 2
-    weights[:context] = 0.0
-    weights[context : context + fade] = crossfade_weights(fade)
-    return weights
+    fade = max(1, round(FADE_SHARE * shared))
+    place = torch.arange(shared) - (shared - fade) // 2
+    phase = ((place + 0.5) / fade).clamp(0, 1)
+    return torch.sin(0.5 * torch.pi * phase).square()
 
 
 def best_order(previous, current):
-    """The order of outputs in which two estimates are most alike.
+    """The order [sources] of outputs in which two estimates are most alike.
 
-    Minimises the sum of ``|p_i - c_order(i)|^2 / (|p_i|^2 + |c_order(i)|^2)``:
-    the stitching of continuous speech separation (arXiv 2001.11482), measured
-    on the waveforms and against the level of each pair, so that quiet outputs
-    count as loud ones do. Samples near the edges weigh less (a Hann window),
-    as each estimate is worse at one of them.
-
-    Arguments
-    ---------
-    previous : torch.Tensor
-        [sources, channels, time].
-    current : torch.Tensor
-        The same samples estimated again, [sources, channels, time].
-
-    Returns
-    -------
-    torch.Tensor
-        Indices into ``current``, [sources]. Where nothing favours another
-        order, as in silence, outputs keep theirs.
+    Both are [sources, channels, time], of the same samples. Minimises the sum
+    of ``|p_i - c_order(i)|^2 / (|p_i|^2 + |c_order(i)|^2)``: the stitching of
+    continuous speech separation (arXiv 2001.11482), measured on the waveforms
+    and against the level of each pair, so that quiet outputs count as loud ones
+    do. Samples near the edges weigh less (a Hann window), as each estimate is
+    worse at one of them. Where nothing favours another order, as in silence,
+    outputs keep theirs.
 
     Example
     -------
     >>> previous = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]])
     >>> best_order(previous, previous.flip(0))
     tensor([1, 0])
-    >>> best_order(torch.zeros(2, 1, 5), torch.zeros(2, 1, 5))
-    tensor([0, 1])
     """
     time = previous.shape[-1]
     phase = (torch.arange(time, dtype=torch.double) + 0.5) / max(time, 1)
@@ -128,31 +80,6 @@ def best_order(previous, current):
     similarity += TIE * torch.eye(len(current))
     _, order = linear_sum_assignment(similarity.numpy(), maximize=True)
     return torch.from_numpy(order)
-
-
-def distribute_residual(mix, est_source):
-    """Adds what the sources lack of the mixture evenly to them.
-
-    Arguments
-    ---------
-    mix : torch.Tensor
-        [channels, time].
-    est_source : torch.Tensor
-        [sources, channels, time].
-
-    Returns
-    -------
-    torch.Tensor
-        [sources, channels, time], with the mixture as their sum.
-
-    Example
-    -------
-    >>> mix, est_source = torch.ones(1, 2), torch.zeros(4, 1, 2)
-    >>> distribute_residual(mix, est_source)[3]
-    tensor([[0.2500, 0.2500]])
-    """
-    missing = mix - est_source.sum(0)
-    return est_source + missing / len(est_source)
 
 
 def _separate_resampled(mixes, file_rate, sample_rate, separate_chunks):
