@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -136,17 +137,11 @@ class MappedManifest(Manifest):
     def index(self, segment_id):
         """Place of a segment, see ``Manifest.index``."""
         song, _, number = str(segment_id).rpartition("_")
-        first, end = 0, len(self)
         if number.isdecimal():
             wanted = song, int(number)
-            while first < end:
-                middle = (first + end) // 2
-                if self._key(middle) < wanted:
-                    first = middle + 1
-                else:
-                    end = middle
-            if first < len(self) and self.segment_id(first) == segment_id:
-                return first
+            place = bisect_left(range(len(self)), wanted, key=self._key)
+            if place < len(self) and self.segment_id(place) == segment_id:
+                return place
         raise KeyError(segment_id)
 
     def row(self, index):
