@@ -1,6 +1,5 @@
 """Measures of separation: with stems, with two mixtures, and of the masks."""
 
-import functools
 import warnings
 
 import numpy as np
@@ -223,19 +222,10 @@ def _improvement_of_subsets(est_source, stems, mix):
     return value - before.numpy()[:, None]
 
 
-@functools.lru_cache(maxsize=4)
 def _partitions(num_sources):
     """All (union, part, rest) of subsets with part + rest = union."""
-    union, part = [], []
-    for subset in range(2**num_sources):
-        inside = subset
-        while True:
-            union.append(subset)
-            part.append(inside)
-            if inside == 0:
-                break
-            inside = (inside - 1) & subset
-    union, part = np.array(union), np.array(part)
+    number = np.arange(2**num_sources, dtype=np.int16)
+    union, part = np.nonzero((number & ~number[:, None]) == 0)
     return union, part, union - part
 
 
