@@ -8,7 +8,7 @@ weight carries over.
 import torch
 from torch import nn
 
-from trackformer_sb.nnet.performer import PerformerEncoder
+from trackformer_sb.nnet.performer import PerformerEncoder, check_choice
 from trackformer_sb.nnet.streaming import Memory, running_means, running_zscore
 
 SPEC_NORMS = ("zscore", "minmax", "band_zscore", "none")
@@ -134,11 +134,7 @@ class SpectrogramEncoder(nn.Module):
         **performer,
     ):
         super().__init__()
-        if spec_norm not in SPEC_NORMS:
-            raise ValueError(
-                f"spec_norm must be one of {', '.join(SPEC_NORMS)}, got "
-                f"{spec_norm!r}"
-            )
+        check_choice("spec_norm", spec_norm, SPEC_NORMS)
         if performer.get("causal") and spec_norm != "zscore":
             raise ValueError(
                 f"spec_norm: expected zscore for a causal net, got {spec_norm}"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from trackformer_sb.nnet.performer import PerformerEncoder
+from trackformer_sb.nnet.performer import PerformerEncoder, check_choice
 
 MASK_MODES = ("zero", "noise", "drop", "mix")
 
@@ -125,11 +125,7 @@ class AudioMAE(nn.Module):
         decoder_nhead=4,
     ):
         super().__init__()
-        if mask_mode not in MASK_MODES:
-            raise ValueError(
-                f"mask_mode must be one of {', '.join(MASK_MODES)}, got "
-                f"{mask_mode!r}"
-            )
+        check_choice("mask_mode", mask_mode, MASK_MODES)
         if not (isinstance(mask_ratio, Real) and 0 < mask_ratio < 1):
             raise ValueError(
                 f"expected mask_ratio in (0, 1), got {mask_ratio!r}"

@@ -18,6 +18,14 @@ ATTENTION_KINDS = ("favor", "softmax", "auto")
 MAX_TEMPERATURE = 2.0
 
 
+def check_choice(name, value, choices):
+    """Refuses a value that an option does not have."""
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(choices)}, got {value!r}"
+        )
+
+
 def sinusoidal_positions(frames, d_model, device=None):
     """Sines and cosines of geometrically spaced wavelengths, for any length.
 
@@ -72,23 +80,9 @@ class SelfAttention(nn.Module):
     Queries and keys are projected on the unit sphere and scaled by the root
     of a learned temperature per head in (0, 2), as in QK-norm (arXiv
     2010.04245): with norms left free, the variance of FAVOR+ grows
-    exponentially and 256 features estimate nothing.
-
-    Arguments
-    ---------
-    d_model : int
-        Number of channels in and out.
-    nhead : int
-        Number of heads; divides ``d_model``.
-    n_features : int
-        Random features per head; the paper has 256.
-    attention : str
-        "favor", "softmax" (exact), or "auto": exact for short inputs.
-    causal : bool
-        Whether a frame may only attend to itself and the past, which fades:
-        quickly in the first head, slowly in the last.
-    dropout : float
-        Share of output channels dropped in training.
+    exponentially and 256 features estimate nothing. What is causal lets the
+    past fade: quickly in the first head, slowly in the last. Arguments are
+    those of ``PerformerEncoder``.
 
     Raises
     ------
@@ -113,11 +107,7 @@ class SelfAttention(nn.Module):
         dropout=0.0,
     ):
         super().__init__()
-        if attention not in ATTENTION_KINDS:
-            raise ValueError(
-                f"attention must be one of {', '.join(ATTENTION_KINDS)}, got "
-                f"{attention!r}"
-            )
+        check_choice("attention", attention, ATTENTION_KINDS)
         if d_model % nhead:
             raise ValueError(
                 f"nhead must divide d_model, got nhead={nhead} with "
@@ -191,16 +181,7 @@ class SelfAttention(nn.Module):
 class PerformerLayer(nn.Module):
     """LayerNorm, attention, residual; LayerNorm, feed-forward, residual.
 
-    Arguments
-    ---------
-    d_model : int
-        Number of channels in and out.
-    d_ffn : int
-        Channels inside of the feed-forward block.
-    dropout : float
-        Share of channels dropped in training.
-    **attention : dict
-        Other arguments of ``SelfAttention``.
+    Arguments are those of ``PerformerEncoder``.
 
     Example
     -------
@@ -295,12 +276,9 @@ class PerformerEncoder(nn.Module):
         self.norm = nn.LayerNorm(d_model)
 
     def redraw_projections(self, generator=None):
-        """Draws new random features for all layers.
+        """Draws new random features for all layers, by a generator on the CPU.
 
-        Arguments
-        ---------
-        generator : torch.Generator, optional
-            Source of randomness (CPU). Ranks must be given equal ones.
+        Ranks must be given equal ones.
         """
         for layer in self.layers:
             layer.attention.redraw_projection(generator)
