@@ -192,13 +192,7 @@ class MixtureOfMixtures:
         """Other partners and gains from here on, except in evaluation.
 
         Call it before the workers of the epoch start: each has its own copy.
-
-        Arguments
-        ---------
-        epoch : int
-            Number of the epoch, from 0.
-        skip_batches : int
-            Not used; for datasets that pass over batches themselves.
+        ``skip_batches`` is for datasets that pass over batches themselves.
         """
         if not self.with_stems:
             self.epoch = epoch
