@@ -21,27 +21,11 @@ CHANNELS = ("mean", "left", "right", "random")
 
 
 def read_tracks(row, sample_rate, channel="mean"):
-    """Reads all tracks of a segment.
+    """Reads all tracks of a segment, mono: [tracks, time].
 
-    Arguments
-    ---------
-    row : dict
-        An entry of a manifest: "tracks" (name -> path, or paths of files that
-        are added), "start" and "duration" are used.
-    sample_rate : int
-        Rate of the result in Hz.
-    channel : str
-        See ``audio.read_segment``.
-
-    Returns
-    -------
-    torch.Tensor
-        [tracks, time], mono, in the order of row["tracks"].
-
-    Raises
-    ------
-    UnreadableAudio
-        If a track cannot be read.
+    `row` is of a manifest: "tracks" (name -> path, or paths of files that are
+    added), "start" and "duration" are used. `channel` and errors are those of
+    ``audio.read_segment``.
 
     Example
     -------

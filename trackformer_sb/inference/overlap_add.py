@@ -158,17 +158,10 @@ def separate_stream(
         [batch, sources, channels, time].
     sample_rate : int
         Rate of the model in Hz.
-    chunk_seconds : float
-        Length of the chunks in seconds, with their context. The last one
-        begins earlier rather than being shorter.
-    overlap : float
-        What neighbouring chunks share of their length, in [0, 0.5]. The middle
-        fifth is crossfaded, the rest is context: with 0.25, a tenth of a chunk
-        at either side is computed and thrown away. With 0 nothing is
-        aligned or crossfaded.
-    batch_size : int
-        How many chunks go through the model at once, from 1 up. Changes the
-        speed and the memory, not the result.
+    chunk_seconds, overlap, batch_size
+        As of ``Separator.separate_file``. The last chunk begins earlier rather
+        than being shorter. With an overlap of 0.25 a tenth of a chunk at either
+        side is computed and thrown away; with 0 nothing is aligned.
     keep_order : bool
         Whether outputs mean the same in all chunks, as named ones do; otherwise
         those of a chunk are brought into the order of the one before.
