@@ -12,7 +12,6 @@ import mmap
 import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +39,7 @@ class Manifest(Mapping):
         self._rows = [rows[item] for item in self.ids]
         self._index = {item: i for i, item in enumerate(self.ids)}
         names = [row["song"] for row in self._rows]
-        self._songs = np.cumsum(
-            [0] + [a != b for a, b in pairwise(names)], dtype=np.int64
-        )[: len(names)]
+        _, self._songs = np.unique(names, return_inverse=True)
 
     def __len__(self):
         return len(self._songs)
