@@ -82,23 +82,6 @@ def best_order(previous, current):
     return torch.from_numpy(order)
 
 
-def _separate_resampled(mixes, file_rate, sample_rate, separate_chunks):
-    """[batch, channels, time] -> [batch, sources, channels, time]."""
-    length = mixes.shape[-1]
-    sig = resample(mixes, file_rate, sample_rate)
-    shortest = round(MIN_CHUNK_SECONDS * sample_rate)
-    sig = F.pad(sig, (0, max(0, shortest - sig.shape[-1])))
-    est_source = separate_chunks(sig).detach().cpu().float().contiguous()
-    batch, channels, time = sig.shape
-    shape = list(est_source.shape)
-    if shape[:1] + shape[2:] != [batch, channels, time]:
-        raise ValueError(
-            f"expected separate_chunks to return [{batch}, sources, "
-            f"{channels}, {time}], got {shape}"
-        )
-    return resample(est_source, sample_rate, file_rate)[..., :length]
-
-
 def _read_chunks(reader, chunk, hop):
     """Chunks of a file, which all are as long as the first one.
 
@@ -118,19 +101,28 @@ def _read_chunks(reader, chunk, hop):
 
 def _separate_batches(chunks, reader, sample_rate, separate_chunks, batch_size):
     """Adds [sources, channels, time] to what ``_read_chunks`` yields."""
+    file_rate = reader.samplerate
+    shortest = round(MIN_CHUNK_SECONDS * sample_rate)
     while batch := list(islice(chunks, batch_size)):
-        est_sources = _separate_resampled(
-            torch.stack([sig for sig, _, _ in batch]),
-            reader.samplerate,
-            sample_rate,
-            separate_chunks,
-        )
-        if not est_sources.isfinite().all():
+        mixes = torch.stack([sig for sig, _, _ in batch])
+        heard = resample(mixes, file_rate, sample_rate)
+        heard = F.pad(heard, (0, max(0, shortest - heard.shape[-1])))
+        found = separate_chunks(heard).detach().cpu().float().contiguous()
+        number, channels, time = heard.shape
+        shape = list(found.shape)
+        if shape[:1] + shape[2:] != [number, channels, time]:
+            raise ValueError(
+                f"expected separate_chunks to return [{number}, sources, "
+                f"{channels}, {time}], got {shape}"
+            )
+        found = resample(found, sample_rate, file_rate)
+        found = found[..., : mixes.shape[-1]]
+        if not found.isfinite().all():
             raise ValueError(
                 f"{name_of(reader)}: the model returned NaN or infinite "
-                f"samples before {reader.tell() / reader.samplerate:.3f} s"
+                f"samples before {reader.tell() / file_rate:.3f} s"
             )
-        for (sig, repeated, last), est_source in zip(batch, est_sources):
+        for (sig, repeated, last), est_source in zip(batch, found):
             yield sig, est_source, repeated, last
 
 
