@@ -135,17 +135,6 @@ class SelfAttention(nn.Module):
             f"causal={self.causal}"
         )
 
-    def redraw_projection(self, generator=None):
-        """Draws new random features in place, see ``PerformerEncoder``."""
-        drawn = favor.draw_projection(*self.projection.shape, generator)
-        self.projection.copy_(drawn)
-
-    def _is_exact(self, frames):
-        if self.attention == "auto":
-            n_features = self.projection.shape[0]
-            return frames <= auto_max_exact_frames(n_features, self.causal)
-        return self.attention == "softmax"
-
     def forward(self, x, key_padding_mask=None, memory=None):
         """[batch, frames, d_model] -> [batch, frames, d_model].
 
@@ -157,7 +146,11 @@ class SelfAttention(nn.Module):
         scale = (MAX_TEMPERATURE * self.temperature.sigmoid()).sqrt()
         query, key = _to_norm(qkv[:2], scale[:, None, None])
         value = qkv[2]
-        if memory is None and self._is_exact(x.shape[1]):
+        exact = self.attention == "softmax"
+        if self.attention == "auto":
+            longest = auto_max_exact_frames(len(self.projection), self.causal)
+            exact = x.shape[1] <= longest
+        if memory is None and exact:
             mixed = favor.softmax_attention(
                 query, key, value, key_padding_mask, self.log_decay
             )
@@ -281,7 +274,9 @@ class PerformerEncoder(nn.Module):
         Ranks must be given equal ones.
         """
         for layer in self.layers:
-            layer.attention.redraw_projection(generator)
+            projection = layer.attention.projection
+            drawn = favor.draw_projection(*projection.shape, generator)
+            projection.copy_(drawn)
 
     def positions(self, frames, device=None):
         """The positional encodings of frames 0, 1, ...: [frames, d_model]."""
