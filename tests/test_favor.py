@@ -51,9 +51,10 @@ def mean_errors(n_features, temperature, orthogonal=True, **kwargs):
     for draw in range(30):
         generator = torch.Generator().manual_seed(draw)
         query, key, value = clustered_frames(generator, temperature, **kwargs)
-        projection = draw_projection(
-            n_features, HEAD_DIM, generator, orthogonal
-        )
+        projection = draw_projection(n_features, HEAD_DIM, generator)
+        if not orthogonal:
+            rows = torch.randn(n_features // 2, HEAD_DIM, generator=generator)
+            projection = torch.cat([rows, -rows])
         exact = softmax_attention(query, key, value)
         errors.append(
             (

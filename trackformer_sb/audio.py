@@ -98,9 +98,7 @@ def audio_info(path):
         return AudioInfo(rate, frames, audio.channels, frames / rate)
 
 
-def read_segment(
-    path, start, duration, sample_rate, num_samples=None, channel="mean"
-):
+def read_segment(path, start, duration, sample_rate, channel="mean"):
     """Reads a segment at the wanted rate, exactly as long as asked.
 
     The file is seeked, not loaded. Where its rate differs, some context is read
@@ -114,11 +112,9 @@ def read_segment(
     start : float
         Beginning of the segment in seconds, from 0.
     duration : float
-        Length of the segment in seconds.
+        Length of the segment in seconds, rounded to samples.
     sample_rate : int
         Rate of the result in Hz.
-    num_samples : int, optional
-        Length of the result in samples; default round(duration * sample_rate).
     channel : str
         "mean" of all channels, or of a stereo file "left" or "right"; "both":
         as stereo, other files as their mean in both channels.
@@ -147,8 +143,7 @@ def read_segment(
     ...     read_segment(path, start=1.5, duration=1.0, sample_rate=4)
     tensor([0.7500, 0.8750, 0.0000, 0.0000])
     """
-    if num_samples is None:
-        num_samples = round(duration * sample_rate)
+    num_samples = round(duration * sample_rate)
     if start < 0 or num_samples < 1:
         raise ValueError(
             "expected start >= 0 s and at least one sample, got "

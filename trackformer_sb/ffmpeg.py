@@ -270,7 +270,8 @@ class FFmpegFile(AbstractContextManager):
         """Up to `count` samples, float32 [time, channels]."""
         parts, missing = [self._rest[:count]], count - len(self._rest)
         self._rest = self._rest[count:]
-        while missing > 0 and (block := self._next()) is not None:
+        while missing > 0 and (found := next(self._blocks, None)):
+            _, block = found
             parts.append(block[:missing])
             self._rest = block[missing:]
             missing -= len(block)
@@ -281,9 +282,6 @@ class FFmpegFile(AbstractContextManager):
     def _use(self, blocks, place):
         self._blocks, self._place = blocks, place
         self._rest = np.zeros((0, self.channels), np.float32)
-
-    def _next(self):
-        return next(self._blocks, (None, None))[1]
 
     def _skip(self, count):
         while count > 0 and len(sig := self.read(min(count, BLOCK))):

@@ -10,8 +10,8 @@ import json
 import math
 import mmap
 import os
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +39,7 @@ class Manifest(Mapping):
         self._rows = [rows[item] for item in self.ids]
         self._index = {item: i for i, item in enumerate(self.ids)}
         names = [row["song"] for row in self._rows]
-        self._songs = np.cumsum(
-            [0] + [a != b for a, b in pairwise(names)], dtype=np.int64
-        )[: len(names)]
+        _, self._songs = np.unique(names, return_inverse=True)
 
     def __len__(self):
         return len(self._songs)
@@ -136,17 +134,11 @@ class MappedManifest(Manifest):
     def index(self, segment_id):
         """Place of a segment, see ``Manifest.index``."""
         song, _, number = str(segment_id).rpartition("_")
-        first, end = 0, len(self)
         if number.isdecimal():
             wanted = song, int(number)
-            while first < end:
-                middle = (first + end) // 2
-                if self._key(middle) < wanted:
-                    first = middle + 1
-                else:
-                    end = middle
-            if first < len(self) and self.segment_id(first) == segment_id:
-                return first
+            place = bisect_left(range(len(self)), wanted, key=self._key)
+            if place < len(self) and self.segment_id(place) == segment_id:
+                return place
         raise KeyError(segment_id)
 
     def row(self, index):

@@ -21,27 +21,11 @@ CHANNELS = ("mean", "left", "right", "random")
 
 
 def read_tracks(row, sample_rate, channel="mean"):
-    """Reads all tracks of a segment.
+    """Reads all tracks of a segment, mono: [tracks, time].
 
-    Arguments
-    ---------
-    row : dict
-        An entry of a manifest: "tracks" (name -> path, or paths of files that
-        are added), "start" and "duration" are used.
-    sample_rate : int
-        Rate of the result in Hz.
-    channel : str
-        See ``audio.read_segment``.
-
-    Returns
-    -------
-    torch.Tensor
-        [tracks, time], mono, in the order of row["tracks"].
-
-    Raises
-    ------
-    UnreadableAudio
-        If a track cannot be read.
+    `row` is of a manifest: "tracks" (name -> path, or paths of files that are
+    added), "start" and "duration" are used. `channel` and errors are those of
+    ``audio.read_segment``.
 
     Example
     -------
@@ -192,13 +176,7 @@ class MixtureOfMixtures:
         """Other partners and gains from here on, except in evaluation.
 
         Call it before the workers of the epoch start: each has its own copy.
-
-        Arguments
-        ---------
-        epoch : int
-            Number of the epoch, from 0.
-        skip_batches : int
-            Not used; for datasets that pass over batches themselves.
+        ``skip_batches`` is for datasets that pass over batches themselves.
         """
         if not self.with_stems:
             self.epoch = epoch

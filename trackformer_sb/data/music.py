@@ -199,24 +199,10 @@ class Music:
         self.findings = Findings()
 
     def songs(self, segment_seconds=0.0):
-        """The usable songs of `folder`.
+        """The usable songs of `folder`, with what was read of them, by name.
 
-        Arguments
-        ---------
-        segment_seconds : float
-            Shorter songs are left out.
-
-        Returns
-        -------
-        list of Song
-            With what was read of them, sorted by name.
-
-        Raises
-        ------
-        FileNotFoundError
-            If the folder is not there.
-        ValueError
-            If it has no usable song.
+        Songs shorter than a segment are left out. Raises FileNotFoundError if
+        the folder is not there, ValueError if it has no usable song.
         """
         self._list(self._sources[:1])
         return self._read(*self._sources[0], segment_seconds)

@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F
 
 from trackformer_sb.audio import name_of, read_on, resample
+from trackformer_sb.inference.separation import distribute_residual
 
 # A learned encoder needs at least its kernel of samples.
 MIN_CHUNK_SECONDS = 0.1
@@ -30,89 +31,40 @@ FLOOR = 1e-3
 FADE_SHARE = 0.2
 
 
-def crossfade_weights(length):
-    """Raised-cosine weights of a signal that fades in.
-
-    Those of the signal that fades out are one minus these: both sum to one,
-    which keeps the level of outputs that agree.
-
-    Arguments
-    ---------
-    length : int
-        Number of samples.
-
-    Returns
-    -------
-    torch.Tensor
-        [length], rising in (0, 1).
-
-    Example
-    -------
-    >>> crossfade_weights(4)
-    tensor([0.0381, 0.3087, 0.6913, 0.9619])
-    """
-    phase = (torch.arange(length) + 0.5) / max(length, 1)
-    return torch.sin(0.5 * torch.pi * phase).square()
-
-
 def joining_weights(shared):
     """Weights of a chunk on the samples that it shares with the one before.
 
-    Those of the chunk before are one minus these. Where they are 0 or 1, one
-    of both is context, which the model has seen and nobody hears.
-
-    Arguments
-    ---------
-    shared : int
-        Number of shared samples.
-
-    Returns
-    -------
-    torch.Tensor
-        [shared]: zeros, the crossfade in the middle fifth, ones.
+    [shared]: zeros, a raised cosine over the middle fifth, ones. Those of the
+    chunk before are one minus these: where they are 0 or 1, one of both is
+    context, which the model has seen and nobody hears.
 
     Example
     -------
     >>> joining_weights(5)
     tensor([0.0000, 0.0000, 0.5000, 1.0000, 1.0000])
     """
-    fade = min(shared, max(1, round(FADE_SHARE * shared)))
-    weights = torch.ones(shared)
-    context = (shared - fade) // 2
-    weights[:context] = 0.0
-    weights[context : context + fade] = crossfade_weights(fade)
-    return weights
+    fade = max(1, round(FADE_SHARE * shared))
+    place = torch.arange(shared) - (shared - fade) // 2
+    phase = ((place + 0.5) / fade).clamp(0, 1)
+    return torch.sin(0.5 * torch.pi * phase).square()
 
 
 def best_order(previous, current):
-    """The order of outputs in which two estimates are most alike.
+    """The order [sources] of outputs in which two estimates are most alike.
 
-    Minimises the sum of ``|p_i - c_order(i)|^2 / (|p_i|^2 + |c_order(i)|^2)``:
-    the stitching of continuous speech separation (arXiv 2001.11482), measured
-    on the waveforms and against the level of each pair, so that quiet outputs
-    count as loud ones do. Samples near the edges weigh less (a Hann window),
-    as each estimate is worse at one of them.
-
-    Arguments
-    ---------
-    previous : torch.Tensor
-        [sources, channels, time].
-    current : torch.Tensor
-        The same samples estimated again, [sources, channels, time].
-
-    Returns
-    -------
-    torch.Tensor
-        Indices into ``current``, [sources]. Where nothing favours another
-        order, as in silence, outputs keep theirs.
+    Both are [sources, channels, time], of the same samples. Minimises the sum
+    of ``|p_i - c_order(i)|^2 / (|p_i|^2 + |c_order(i)|^2)``: the stitching of
+    continuous speech separation (arXiv 2001.11482), measured on the waveforms
+    and against the level of each pair, so that quiet outputs count as loud ones
+    do. Samples near the edges weigh less (a Hann window), as each estimate is
+    worse at one of them. Where nothing favours another order, as in silence,
+    outputs keep theirs.
 
     Example
     -------
     >>> previous = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]])
     >>> best_order(previous, previous.flip(0))
     tensor([1, 0])
-    >>> best_order(torch.zeros(2, 1, 5), torch.zeros(2, 1, 5))
-    tensor([0, 1])
     """
     time = previous.shape[-1]
     phase = (torch.arange(time, dtype=torch.double) + 0.5) / max(time, 1)
@@ -128,48 +80,6 @@ def best_order(previous, current):
     similarity += TIE * torch.eye(len(current))
     _, order = linear_sum_assignment(similarity.numpy(), maximize=True)
     return torch.from_numpy(order)
-
-
-def distribute_residual(mix, est_source):
-    """Adds what the sources lack of the mixture evenly to them.
-
-    Arguments
-    ---------
-    mix : torch.Tensor
-        [channels, time].
-    est_source : torch.Tensor
-        [sources, channels, time].
-
-    Returns
-    -------
-    torch.Tensor
-        [sources, channels, time], with the mixture as their sum.
-
-    Example
-    -------
-    >>> mix, est_source = torch.ones(1, 2), torch.zeros(4, 1, 2)
-    >>> distribute_residual(mix, est_source)[3]
-    tensor([[0.2500, 0.2500]])
-    """
-    missing = mix - est_source.sum(0)
-    return est_source + missing / len(est_source)
-
-
-def _separate_resampled(mixes, file_rate, sample_rate, separate_chunks):
-    """[batch, channels, time] -> [batch, sources, channels, time]."""
-    length = mixes.shape[-1]
-    sig = resample(mixes, file_rate, sample_rate)
-    shortest = round(MIN_CHUNK_SECONDS * sample_rate)
-    sig = F.pad(sig, (0, max(0, shortest - sig.shape[-1])))
-    est_source = separate_chunks(sig).detach().cpu().float().contiguous()
-    batch, channels, time = sig.shape
-    shape = list(est_source.shape)
-    if shape[:1] + shape[2:] != [batch, channels, time]:
-        raise ValueError(
-            f"expected separate_chunks to return [{batch}, sources, "
-            f"{channels}, {time}], got {shape}"
-        )
-    return resample(est_source, sample_rate, file_rate)[..., :length]
 
 
 def _read_chunks(reader, chunk, hop):
@@ -191,19 +101,28 @@ def _read_chunks(reader, chunk, hop):
 
 def _separate_batches(chunks, reader, sample_rate, separate_chunks, batch_size):
     """Adds [sources, channels, time] to what ``_read_chunks`` yields."""
+    file_rate = reader.samplerate
+    shortest = round(MIN_CHUNK_SECONDS * sample_rate)
     while batch := list(islice(chunks, batch_size)):
-        est_sources = _separate_resampled(
-            torch.stack([sig for sig, _, _ in batch]),
-            reader.samplerate,
-            sample_rate,
-            separate_chunks,
-        )
-        if not est_sources.isfinite().all():
+        mixes = torch.stack([sig for sig, _, _ in batch])
+        heard = resample(mixes, file_rate, sample_rate)
+        heard = F.pad(heard, (0, max(0, shortest - heard.shape[-1])))
+        found = separate_chunks(heard).detach().cpu().float().contiguous()
+        number, channels, time = heard.shape
+        shape = list(found.shape)
+        if shape[:1] + shape[2:] != [number, channels, time]:
+            raise ValueError(
+                f"expected separate_chunks to return [{number}, sources, "
+                f"{channels}, {time}], got {shape}"
+            )
+        found = resample(found, sample_rate, file_rate)
+        found = found[..., : mixes.shape[-1]]
+        if not found.isfinite().all():
             raise ValueError(
                 f"{name_of(reader)}: the model returned NaN or infinite "
-                f"samples before {reader.tell() / reader.samplerate:.3f} s"
+                f"samples before {reader.tell() / file_rate:.3f} s"
             )
-        for (sig, repeated, last), est_source in zip(batch, est_sources):
+        for (sig, repeated, last), est_source in zip(batch, found):
             yield sig, est_source, repeated, last
 
 
@@ -231,17 +150,10 @@ def separate_stream(
         [batch, sources, channels, time].
     sample_rate : int
         Rate of the model in Hz.
-    chunk_seconds : float
-        Length of the chunks in seconds, with their context. The last one
-        begins earlier rather than being shorter.
-    overlap : float
-        What neighbouring chunks share of their length, in [0, 0.5]. The middle
-        fifth is crossfaded, the rest is context: with 0.25, a tenth of a chunk
-        at either side is computed and thrown away. With 0 nothing is
-        aligned or crossfaded.
-    batch_size : int
-        How many chunks go through the model at once, from 1 up. Changes the
-        speed and the memory, not the result.
+    chunk_seconds, overlap, batch_size
+        As of ``Separator.separate_file``. The last chunk begins earlier rather
+        than being shorter. With an overlap of 0.25 a tenth of a chunk at either
+        side is computed and thrown away; with 0 nothing is aligned.
     keep_order : bool
         Whether outputs mean the same in all chunks, as named ones do; otherwise
         those of a chunk are brought into the order of the one before.

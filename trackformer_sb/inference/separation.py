@@ -27,6 +27,17 @@ def group_masks(est_mask, groups):
     return torch.stack([est_mask[list(x)].sum(0) for x in groups])
 
 
+def distribute_residual(mix, est_source):
+    """Adds what the sources [sources, ...] lack of the mixture evenly to them.
+
+    Example
+    -------
+    >>> distribute_residual(torch.ones(2), torch.zeros(4, 2))[3]
+    tensor([0.2500, 0.2500])
+    """
+    return est_source + (mix - est_source.sum(0)) / len(est_source)
+
+
 def separate(
     mix,
     encoder,
@@ -84,7 +95,6 @@ def separate(
 
     Example
     -------
-    >>> import torch
     >>> from trackformer_sb.nnet.masknet import PerformerMaskNet
     >>> from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
     >>> masknet = PerformerMaskNet(513, 4, d_model=32, num_layers=1)
@@ -128,10 +138,10 @@ def separate(
             low = group_masks(share_lfe(all_masks, lfe), groups)
             sep_w[:, :, LFE] = apply_masks(mix_w[:, LFE], low)
     est_source = fit_length(decoder(sep_w.flatten(0, 2)), length)
-    est_source = est_source.view(*sep_w.shape[:3], length).transpose(0, 1)
+    est_source = est_source.view(*sep_w.shape[:3], length)
+    if mixture_consistency:
+        est_source = distribute_residual(sig, est_source)
+    est_source = est_source.transpose(0, 1)
     if mix.dim() == 2:
         est_source = est_source.squeeze(2)
-    if mixture_consistency:
-        missing = mix - est_source.sum(1)
-        est_source = est_source + missing.unsqueeze(1) / est_source.shape[1]
     return est_source, est_mask

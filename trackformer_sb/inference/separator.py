@@ -538,28 +538,12 @@ class Separator(
 
     @classmethod
     def of_recipe(cls, hparams_file, modules=None):
-        """A separator of what a recipe trains.
+        """A separator of what a recipe trains, on the CPU, in evaluation mode.
 
-        Arguments
-        ---------
-        hparams_file : str or Path
-            The yaml as ``create_experiment_directory`` leaves it: with
-            ``Encoder``, ``MaskNet`` and ``Decoder`` as ``!new:`` nodes, their
-            arguments by name, and other arguments of this class.
-        modules : dict, optional
-            The trained ``encoder``, ``masknet`` and ``decoder``, also wrapped
-            by DDP or torch.compile, of which the weights are copied. Those
-            without weights may be missing.
-
-        Returns
-        -------
-        Separator
-            On the CPU, in evaluation mode.
-
-        Raises
-        ------
-        ValueError
-            If the yaml does not say how the modules are made.
+        Of the yaml as ``create_experiment_directory`` leaves it, with the three
+        parts as ``!new:`` nodes with arguments by name, else a ValueError says
+        so; and with the weights of the trained `modules`, if they are given,
+        also wrapped by DDP or torch.compile. Those without may be missing.
         """
         hparams = plain_values(Path(hparams_file).read_text("utf-8"))
         parts = {name: hparams.get(key) for name, key in PARTS.items()}

@@ -8,7 +8,11 @@ import torch
 from torch import nn
 
 from trackformer_sb.inference.remix import check_outputs
-from trackformer_sb.inference.separation import apply_masks, group_masks
+from trackformer_sb.inference.separation import (
+    apply_masks,
+    distribute_residual,
+    group_masks,
+)
 from trackformer_sb.inference.separator import load_separator
 from trackformer_sb.nnet.stft import STFTEncoder, edges, overlap_add
 
@@ -31,7 +35,7 @@ class MaskStep(nn.Module):
         masks = group_masks(masks, self.groups)
         if self.mixture_consistency:
             # as ``separate`` does it to waveforms
-            masks = masks + (1 - masks.sum(0)) / len(masks)
+            masks = distribute_residual(1, masks)
         return masks, state
 
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from trackformer_sb.nnet.favor_blocked import BlockedFavor
 
 
-def draw_projection(n_features, head_dim, generator=None, orthogonal=True):
+def draw_projection(n_features, head_dim, generator=None):
     """Draws the random directions of FAVOR+.
 
     Orthogonal directions lower the variance of the estimate (section 2.4 of
@@ -38,8 +38,6 @@ def draw_projection(n_features, head_dim, generator=None, orthogonal=True):
         Dimension of queries and keys.
     generator : torch.Generator, optional
         Source of randomness (CPU); the global one if not given.
-    orthogonal : bool
-        False draws independent rows.
 
     Returns
     -------
@@ -64,16 +62,15 @@ def draw_projection(n_features, head_dim, generator=None, orthogonal=True):
         raise ValueError(f"n_features must be at least 1, got {n_features}")
     half = (n_features + 1) // 2
     rows = torch.randn(half, head_dim, generator=generator)
-    if orthogonal:
-        lengths = rows.norm(dim=1, keepdim=True)
-        blocks = []
-        for start in range(0, half, head_dim):
-            square = torch.randn(head_dim, head_dim, generator=generator)
-            block, upper = torch.linalg.qr(square)
-            # with these signs the block is uniform over rotations
-            block = block * upper.diagonal().sign()
-            blocks.append(block[: half - start])
-        rows = torch.cat(blocks) * lengths
+    lengths = rows.norm(dim=1, keepdim=True)
+    blocks = []
+    for start in range(0, half, head_dim):
+        square = torch.randn(head_dim, head_dim, generator=generator)
+        block, upper = torch.linalg.qr(square)
+        # with these signs the block is uniform over rotations
+        block = block * upper.diagonal().sign()
+        blocks.append(block[: half - start])
+    rows = torch.cat(blocks) * lengths
     return torch.cat([rows, -rows])[:n_features]
 
 

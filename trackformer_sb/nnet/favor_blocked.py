@@ -43,11 +43,6 @@ def _blocks(x, n_features):
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
-def _pad(value):
-    """Values with a one, which sums up the weights, in a last channel."""
-    return F.pad(value, (0, 1), value=1)
-
-
 class BlockedFavor(torch.autograd.Function):
     """Bidirectional FAVOR+ attention without maps of all features.
 
@@ -83,7 +78,8 @@ class BlockedFavor(torch.autograd.Function):
             largest = exponent.amax((-2, -1), keepdim=True).maximum(before)
             phi = exponent.sub_(largest).exp_()
             state.mul_((before - largest).exp())
-            state += phi.mT @ _pad(value[:, :, block])
+            # a last channel of ones sums up the weights
+            state += phi.mT @ F.pad(value[:, :, block], (0, 1), value=1)
         key_offset += largest
 
         # frames before heads: a caller who joins the heads need not copy
@@ -130,7 +126,8 @@ class BlockedFavor(torch.autograd.Function):
                 grad = (grad @ state.mT).mul_(psi) @ projection
                 grad_query[:, :, block] = grad
             for block in _blocks(key, n_features):
-                part, padded = key[:, :, block], _pad(value[:, :, block])
+                part = key[:, :, block]
+                padded = F.pad(value[:, :, block], (0, 1), value=1)
                 exponent = part @ projection.T
                 phi = exponent.sub_(key_offset[:, :, block]).exp_()
                 grad = phi @ grad_state

@@ -8,7 +8,7 @@ weight carries over.
 import torch
 from torch import nn
 
-from trackformer_sb.nnet.performer import PerformerEncoder
+from trackformer_sb.nnet.performer import PerformerEncoder, check_choice
 from trackformer_sb.nnet.streaming import Memory, running_means, running_zscore
 
 SPEC_NORMS = ("zscore", "minmax", "band_zscore", "none")
@@ -21,6 +21,15 @@ LOG_FLOOR = 1e-3
 SILENT_MAGNITUDE = 1e-10
 
 
+def _mean(x, dims, key_padding_mask):
+    """Mean over some of [batch, channels, frames], without padding."""
+    if key_padding_mask is None:
+        return x.mean(dims, True)
+    padding = key_padding_mask.unsqueeze(1)
+    count = (~padding).expand_as(x).sum(dims, True).clamp(min=1)
+    return x.masked_fill(padding, 0.0).sum(dims, True) / count
+
+
 def log_magnitude(spectrum, key_padding_mask=None, reference=None):
     """Log-magnitude with a floor relative to the item's mean magnitude.
 
@@ -31,12 +40,7 @@ def log_magnitude(spectrum, key_padding_mask=None, reference=None):
     """
     magnitude = spectrum.abs()
     level = magnitude if reference is None else reference.abs()
-    if key_padding_mask is None:
-        mean = level.mean((-2, -1), keepdim=True)
-    else:
-        padding = key_padding_mask.unsqueeze(1)
-        count = (~padding).sum((-2, -1), True).clamp(min=1) * level.shape[1]
-        mean = level.masked_fill(padding, 0.0).sum((-2, -1), True) / count
+    mean = _mean(level, (-2, -1), key_padding_mask)
     return (magnitude + LOG_FLOOR * mean + SILENT_MAGNITUDE).log()
 
 
@@ -61,22 +65,14 @@ def normalise_spectrogram(x, spec_norm, key_padding_mask=None, reference=None):
         return normalise_spectrogram(x.float(), *norm).to(x.dtype)
     dims = -1 if spec_norm == "band_zscore" else (-2, -1)
     ref = x if reference is None else reference
-    if key_padding_mask is None:
-        low, high = ref.amin(dims, True), ref.amax(dims, True)
-        mean = ref.mean(dims, True)
-        variance = (ref - mean).square().mean(dims, True)
-    else:
-        padding = key_padding_mask.unsqueeze(1)
-        count = (~padding).expand_as(ref).sum(dims, True).clamp(min=1)
-        hidden = padding.all(-1, True)
-        low = ref.masked_fill(padding, torch.inf).amin(dims, True)
-        high = ref.masked_fill(padding, -torch.inf).amax(dims, True)
-        low, high = low.masked_fill(hidden, 0.0), high.masked_fill(hidden, 0.0)
-        mean = ref.masked_fill(padding, 0.0).sum(dims, True) / count
-        variance = (ref - mean).masked_fill(padding, 0.0).square()
-        variance = variance.sum(dims, True) / count
+    mean = _mean(ref, dims, key_padding_mask)
     if spec_norm == "minmax":
+        if key_padding_mask is not None:
+            # the mean is neither lowest nor highest
+            ref = ref.where(~key_padding_mask.unsqueeze(1), mean)
+        low, high = ref.amin(dims, True), ref.amax(dims, True)
         return (x - low) / (high - low).clamp(min=1e-5)
+    variance = _mean((ref - mean).square(), dims, key_padding_mask)
     # clamped before the root, whose slope at zero is infinite; what is steady
     # is left so, rather than its rounding blown up to noise
     least = 1e-2 if spec_norm == "band_zscore" else 1e-6
@@ -134,11 +130,7 @@ class SpectrogramEncoder(nn.Module):
         **performer,
     ):
         super().__init__()
-        if spec_norm not in SPEC_NORMS:
-            raise ValueError(
-                f"spec_norm must be one of {', '.join(SPEC_NORMS)}, got "
-                f"{spec_norm!r}"
-            )
+        check_choice("spec_norm", spec_norm, SPEC_NORMS)
         if performer.get("causal") and spec_norm != "zscore":
             raise ValueError(
                 f"spec_norm: expected zscore for a causal net, got {spec_norm}"

@@ -16,7 +16,7 @@ from trackformer_sb.nnet.features import (
     normalise_spectrogram,
     running_level,
 )
-from trackformer_sb.nnet.performer import PerformerEncoder
+from trackformer_sb.nnet.performer import PerformerEncoder, check_choice
 from trackformer_sb.nnet.stft import fit_length
 from trackformer_sb.nnet.streaming import StreamingMasks, with_past
 
@@ -223,11 +223,7 @@ class FusionMaskNet(StreamingMasks, nn.Module):
                 "in_channels: expected n_fft // 2 + 1 with an n_fft that 512 "
                 f"divides, got {in_channels}"
             )
-        if upsampling not in UPSAMPLINGS:
-            raise ValueError(
-                f"upsampling must be one of {', '.join(UPSAMPLINGS)}, got "
-                f"{upsampling!r}"
-            )
+        check_choice("upsampling", upsampling, UPSAMPLINGS)
         if causal and patch_frames != 1:
             raise ValueError(
                 f"patch_frames: expected 1 for a causal net, got {patch_frames}"

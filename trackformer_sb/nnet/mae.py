@@ -11,12 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from trackformer_sb.nnet.performer import PerformerEncoder
+from trackformer_sb.nnet.performer import PerformerEncoder, check_choice
 
 MASK_MODES = ("zero", "noise", "drop", "mix")
-
-# Variance below which a target frame counts as constant.
-SILENT_VARIANCE = 1e-6
 
 
 class Reconstruction(NamedTuple):
@@ -89,9 +86,6 @@ class AudioMAE(nn.Module):
     mask_bands : int
         Number of frequency bands that are masked each by itself; above 1
         blocks of time and frequency are hidden, not with "drop".
-    normalise_target : bool
-        Whether each frame to predict has zero mean and unit variance, which
-        asks for its shape, not its level.
     visible_weight : float
         Weight in the loss of what is not hidden, from 0 (the paper's: none) to
         1 (as much as what is). A masknet hides nothing: without any weight its
@@ -125,18 +119,13 @@ class AudioMAE(nn.Module):
         mask_mode="noise",
         mask_span=1,
         mask_bands=1,
-        normalise_target=False,
         visible_weight=0.0,
         decoder_layers=1,
         d_decoder=128,
         decoder_nhead=4,
     ):
         super().__init__()
-        if mask_mode not in MASK_MODES:
-            raise ValueError(
-                f"mask_mode must be one of {', '.join(MASK_MODES)}, got "
-                f"{mask_mode!r}"
-            )
+        check_choice("mask_mode", mask_mode, MASK_MODES)
         if not (isinstance(mask_ratio, Real) and 0 < mask_ratio < 1):
             raise ValueError(
                 f"expected mask_ratio in (0, 1), got {mask_ratio!r}"
@@ -184,7 +173,6 @@ class AudioMAE(nn.Module):
         self.mask_mode = mask_mode
         self.mask_span = mask_span
         self.mask_bands = mask_bands
-        self.normalise_target = normalise_target
         self.visible_weight = visible_weight
         self.to_decoder = nn.Linear(features.encoder.d_model, d_decoder)
         if mask_mode == "drop":
@@ -217,30 +205,6 @@ class AudioMAE(nn.Module):
             device,
         )
         return hidden.unflatten(0, (batch, self.mask_bands)).transpose(1, 2)
-
-    def _target(self, spectrogram):
-        if not self.normalise_target:
-            return spectrogram
-        variance, mean = torch.var_mean(spectrogram, -1, keepdim=True)
-        return (spectrogram - mean) / (variance + SILENT_VARIANCE).sqrt()
-
-    def _encode(self, seen):
-        """Decoder tokens [batch, frames, channels] of all frames."""
-        x = self.features.embedding(seen)
-        return self.to_decoder(self.features.encoder(x))
-
-    def _encode_all(self, spectrogram, hidden, generator):
-        """Decoder tokens of all frames, the hidden ones blanked."""
-        if self.mask_mode == "zero":
-            blank = spectrogram.new_zeros(())
-        else:
-            blank = torch.randn(
-                spectrogram.shape,
-                generator=generator,
-                device=spectrogram.device,
-                dtype=spectrogram.dtype,
-            )
-        return self._encode(torch.where(hidden, blank, spectrogram))
 
     def _encode_visible(self, spectrogram, hidden):
         """Decoder tokens of all frames, the encoder seeing the visible ones."""
@@ -297,17 +261,23 @@ class AudioMAE(nn.Module):
             else bands.expand(-1, -1, channels)
         )
         if self.mask_mode == "mix":
-            seen = mix_w + cover * hidden.transpose(1, 2)
-            spectrogram = self.features.spectrogram(mix_w, reference=seen)
-            tokens = self._encode(self.features.spectrogram(seen))
+            covered = mix_w + cover * hidden.transpose(1, 2)
+            target = self.features.spectrogram(mix_w, reference=covered)
+            seen = self.features.spectrogram(covered)
         else:
-            spectrogram = self.features.spectrogram(mix_w)
-            if self.mask_mode == "drop":
-                tokens = self._encode_visible(spectrogram, bands[..., 0])
-            else:
-                tokens = self._encode_all(spectrogram, hidden, generator)
+            target = seen = self.features.spectrogram(mix_w)
+            if self.mask_mode == "zero":
+                seen = target.masked_fill(hidden, 0.0)
+            elif self.mask_mode == "noise":
+                noise = target.new_empty(target.shape)
+                noise.normal_(generator=generator)
+                seen = torch.where(hidden, noise, target)
+        if self.mask_mode == "drop":
+            tokens = self._encode_visible(target, bands[..., 0])
+        else:
+            x = self.features.embedding(seen)
+            tokens = self.to_decoder(self.features.encoder(x))
         prediction = self.head(self.decoder(tokens))
-        target = self._target(spectrogram)
         error = F.mse_loss(prediction.float(), target, reduction="none")
         weights = hidden.float().clamp(min=self.visible_weight)
         # as much is hidden in each item

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from trackformer_sb.nnet.features import SpectrogramEncoder
+from trackformer_sb.nnet.performer import check_choice
 from trackformer_sb.nnet.streaming import StreamingMasks
 
 MASK_ACTIVATIONS = ("softmax", "sigmoid", "relu")
@@ -76,11 +77,7 @@ class PerformerMaskNet(StreamingMasks, SpectrogramEncoder):
             causal=causal,
             checkpointing=checkpointing,
         )
-        if mask_activation not in MASK_ACTIVATIONS:
-            raise ValueError(
-                "mask_activation must be one of "
-                f"{', '.join(MASK_ACTIVATIONS)}, got {mask_activation!r}"
-            )
+        check_choice("mask_activation", mask_activation, MASK_ACTIVATIONS)
         self.num_spks = num_spks
         self.set_causal(causal, lookahead_frames, attention)
         self.mask_activation = mask_activation

@@ -18,6 +18,14 @@ ATTENTION_KINDS = ("favor", "softmax", "auto")
 MAX_TEMPERATURE = 2.0
 
 
+def check_choice(name, value, choices):
+    """Refuses a value that an option does not have."""
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(choices)}, got {value!r}"
+        )
+
+
 def sinusoidal_positions(frames, d_model, device=None):
     """Sines and cosines of geometrically spaced wavelengths, for any length.
 
@@ -72,23 +80,9 @@ class SelfAttention(nn.Module):
     Queries and keys are projected on the unit sphere and scaled by the root
     of a learned temperature per head in (0, 2), as in QK-norm (arXiv
     2010.04245): with norms left free, the variance of FAVOR+ grows
-    exponentially and 256 features estimate nothing.
-
-    Arguments
-    ---------
-    d_model : int
-        Number of channels in and out.
-    nhead : int
-        Number of heads; divides ``d_model``.
-    n_features : int
-        Random features per head; the paper has 256.
-    attention : str
-        "favor", "softmax" (exact), or "auto": exact for short inputs.
-    causal : bool
-        Whether a frame may only attend to itself and the past, which fades:
-        quickly in the first head, slowly in the last.
-    dropout : float
-        Share of output channels dropped in training.
+    exponentially and 256 features estimate nothing. What is causal lets the
+    past fade: quickly in the first head, slowly in the last. Arguments are
+    those of ``PerformerEncoder``.
 
     Raises
     ------
@@ -113,11 +107,7 @@ class SelfAttention(nn.Module):
         dropout=0.0,
     ):
         super().__init__()
-        if attention not in ATTENTION_KINDS:
-            raise ValueError(
-                f"attention must be one of {', '.join(ATTENTION_KINDS)}, got "
-                f"{attention!r}"
-            )
+        check_choice("attention", attention, ATTENTION_KINDS)
         if d_model % nhead:
             raise ValueError(
                 f"nhead must divide d_model, got nhead={nhead} with "
@@ -145,17 +135,6 @@ class SelfAttention(nn.Module):
             f"causal={self.causal}"
         )
 
-    def redraw_projection(self, generator=None):
-        """Draws new random features in place, see ``PerformerEncoder``."""
-        drawn = favor.draw_projection(*self.projection.shape, generator)
-        self.projection.copy_(drawn)
-
-    def _is_exact(self, frames):
-        if self.attention == "auto":
-            n_features = self.projection.shape[0]
-            return frames <= auto_max_exact_frames(n_features, self.causal)
-        return self.attention == "softmax"
-
     def forward(self, x, key_padding_mask=None, memory=None):
         """[batch, frames, d_model] -> [batch, frames, d_model].
 
@@ -167,7 +146,11 @@ class SelfAttention(nn.Module):
         scale = (MAX_TEMPERATURE * self.temperature.sigmoid()).sqrt()
         query, key = _to_norm(qkv[:2], scale[:, None, None])
         value = qkv[2]
-        if memory is None and self._is_exact(x.shape[1]):
+        exact = self.attention == "softmax"
+        if self.attention == "auto":
+            longest = auto_max_exact_frames(len(self.projection), self.causal)
+            exact = x.shape[1] <= longest
+        if memory is None and exact:
             mixed = favor.softmax_attention(
                 query, key, value, key_padding_mask, self.log_decay
             )
@@ -191,16 +174,7 @@ class SelfAttention(nn.Module):
 class PerformerLayer(nn.Module):
     """LayerNorm, attention, residual; LayerNorm, feed-forward, residual.
 
-    Arguments
-    ---------
-    d_model : int
-        Number of channels in and out.
-    d_ffn : int
-        Channels inside of the feed-forward block.
-    dropout : float
-        Share of channels dropped in training.
-    **attention : dict
-        Other arguments of ``SelfAttention``.
+    Arguments are those of ``PerformerEncoder``.
 
     Example
     -------
@@ -295,15 +269,14 @@ class PerformerEncoder(nn.Module):
         self.norm = nn.LayerNorm(d_model)
 
     def redraw_projections(self, generator=None):
-        """Draws new random features for all layers.
+        """Draws new random features for all layers, by a generator on the CPU.
 
-        Arguments
-        ---------
-        generator : torch.Generator, optional
-            Source of randomness (CPU). Ranks must be given equal ones.
+        Ranks must be given equal ones.
         """
         for layer in self.layers:
-            layer.attention.redraw_projection(generator)
+            projection = layer.attention.projection
+            drawn = favor.draw_projection(*projection.shape, generator)
+            projection.copy_(drawn)
 
     def positions(self, frames, device=None):
         """The positional encodings of frames 0, 1, ...: [frames, d_model]."""

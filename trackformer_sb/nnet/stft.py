@@ -159,19 +159,7 @@ class STFTDecoder(_STFT):
 
     Windowed frames are overlap-added and divided by the sum of the squared
     windows: the least-squares inverse of Griffin and Lim (1984, equation 6).
-
-    Arguments
-    ---------
-    n_fft : int
-        Length of window and transform, in samples.
-    hop_length : int
-        Distance of the frames, in samples.
-
-    Raises
-    ------
-    ValueError
-        As for STFTEncoder; at call if the number of bins is not
-        ``n_fft // 2 + 1``.
+    Arguments and errors are those of ``STFTEncoder``.
 
     Example
     -------

@@ -1,6 +1,5 @@
 """Measures of separation: with stems, with two mixtures, and of the masks."""
 
-import functools
 import warnings
 
 import numpy as np
@@ -192,7 +191,10 @@ def si_snri_grouped(est_source, stems, mix):
     # a stem without source: not an option while there are enough of them
     spare = len(active) > len(est_source)
     table[:, 0] = 0.0 if spare else -np.inf
-    union, part, rest = _partitions(len(est_source))
+    # each subset with each of its own subsets: the others are the rest
+    number = np.arange(2 ** len(est_source), dtype=np.int16)
+    union, part = np.nonzero((number & ~number[:, None]) == 0)
+    rest = union - part
     best = np.full(2 ** len(est_source), -np.inf)
     best[0] = 0.0
     for row in table:
@@ -221,22 +223,6 @@ def _improvement_of_subsets(est_source, stems, mix):
     value = 10 * np.log10(np.clip(ratio, 1 / limit, limit))
     before = si_snr(torch.from_numpy(mix), torch.from_numpy(stems))
     return value - before.numpy()[:, None]
-
-
-@functools.lru_cache(maxsize=4)
-def _partitions(num_sources):
-    """All (union, part, rest) of subsets with part + rest = union."""
-    union, part = [], []
-    for subset in range(2**num_sources):
-        inside = subset
-        while True:
-            union.append(subset)
-            part.append(inside)
-            if inside == 0:
-                break
-            inside = (inside - 1) & subset
-    union, part = np.array(union), np.array(part)
-    return union, part, union - part
 
 
 def sdr(est_source, stems):

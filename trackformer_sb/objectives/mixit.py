@@ -54,53 +54,29 @@ def _decibel(ratio):
     return 10.0 / math.log(10.0) * ratio.log()
 
 
-def _si_snr_loss(signal, noise, silence_loss, silent):
-    """Negative SI-SNR from the energies of its two parts.
+def _loss(objective, error, target_energy, parts, snr_max):
+    """The objective from energies per sample, [batch, mixtures, ...].
 
-    An estimate without energy scores +120 dB, so that no mixture is left
-    without a source because all of them fit it badly. A silent mixture has no
-    direction to project on and takes the loss of "snr".
+    ``parts``, for "si_snr" alone, are the energies of an estimate along its
+    mixture and beside it, of signals without mean; without energy it scores
+    +120 dB, so that no mixture is left without a source because all of them fit
+    it badly. A mixture is silent 80 dB below the sum of all mixtures of the
+    item, or at 0. It takes the energy of all for a reference (as arXiv
+    2106.00847, equation 4, does) and, as it has no direction to project on, the
+    loss of "snr" in place of "si_snr".
     """
-    loss = _decibel(noise + SILENCE) - _decibel(signal + SILENCE**2)
-    return torch.where(silent, silence_loss, loss)
-
-
-def _loss_from_products(
-    objective, target_energy, product, estimate_energy, snr_max
-):
-    """The objective from inner products per sample, all shapes broadcast.
-
-    ``target_energy`` <x, x>, ``product`` <x, y>, ``estimate_energy`` <y, y>;
-    [batch, mixtures, ...], of signals without mean for "si_snr".
-    """
-    error = (target_energy - 2 * product + estimate_energy).clamp(min=0.0)
     if objective == "mse":
         return error
-    loss = _snr_loss(error, target_energy, snr_max)
+    total = target_energy.sum(1, keepdim=True)
+    silent = target_energy < 1e-8 * total + SILENCE
+    reference = torch.where(silent, total, target_energy) + SILENCE
+    tau = 10 ** (-snr_max / 10)
+    loss = _decibel(error + tau * reference) - _decibel(reference)
     if objective == "snr":
         return loss
-    signal = product.square() / (target_energy + SILENCE)
-    noise = (estimate_energy - signal).clamp(min=0.0)
-    return _si_snr_loss(signal, noise, loss, _is_silent(target_energy))
-
-
-def _is_silent(target_energy):
-    """Mixtures 80 dB below the sum of all mixtures of the item, or at 0."""
-    total = target_energy.sum(1, keepdim=True)
-    return target_energy < 1e-8 * total + SILENCE
-
-
-def _snr_loss(error, target_energy, snr_max):
-    """Thresholded negative SNR from energies [batch, mixtures, ...].
-
-    A silent mixture takes the energy of all mixtures of the item for a
-    reference (as arXiv 2106.00847, equation 4, does for silent references).
-    """
-    total = target_energy.sum(1, keepdim=True)
-    reference = torch.where(_is_silent(target_energy), total, target_energy)
-    reference = reference + SILENCE
-    tau = 10 ** (-snr_max / 10)
-    return _decibel(error + tau * reference) - _decibel(reference)
+    along, beside = parts
+    si_loss = _decibel(beside + SILENCE) - _decibel(along + SILENCE**2)
+    return torch.where(silent, loss, si_loss)
 
 
 def _waveform_loss(objective, estimate, target, snr_max):
@@ -108,18 +84,13 @@ def _waveform_loss(objective, estimate, target, snr_max):
     if objective == "si_snr":
         estimate = estimate - estimate.mean(-1, keepdim=True)
         target = target - target.mean(-1, keepdim=True)
-    loss = (estimate - target).square().mean(-1)
-    if objective == "mse":
-        return loss.mean(1)
-    target_energy = target.square().mean(-1)
-    loss = _snr_loss(loss, target_energy, snr_max)
+    error = (estimate - target).square().mean(-1)
+    energy, parts = target.square().mean(-1), None
     if objective == "si_snr":
-        scale = (estimate * target).mean(-1) / (target_energy + SILENCE)
-        projected = scale.unsqueeze(-1) * target
-        noise = (estimate - projected).square().mean(-1)
-        signal = projected.square().mean(-1)
-        loss = _si_snr_loss(signal, noise, loss, _is_silent(target_energy))
-    return loss.mean(1)
+        scale = (estimate * target).mean(-1) / (energy + SILENCE)
+        along = scale.unsqueeze(-1) * target
+        parts = (x.square().mean(-1) for x in (along, estimate - along))
+    return _loss(objective, error, energy, parts, snr_max).mean(1)
 
 
 def _inner_products(est_source, mixtures, without_mean):
@@ -143,33 +114,30 @@ def _inner_products(est_source, mixtures, without_mean):
     return gram, cross, energy
 
 
-def _subsets(num_sources, device):
-    """All subsets of the sources as rows of zeros and ones, by their number.
-
-    For two sources: [[0, 0], [1, 0], [0, 1], [1, 1]].
-    """
-    number = torch.arange(2**num_sources, device=device).unsqueeze(1)
-    bits = 2 ** torch.arange(num_sources, device=device)
-    return (number & bits).ne(0).double()
-
-
 def _search_exhaustive(objective, gram, cross, energy, snr_max):
     """The best of all assignments, [batch, sources] numbers of mixtures."""
     num_mixtures, num_sources = cross.shape[1:]
     device = gram.device
-    subsets = _subsets(num_sources, device)
+    bits = 2 ** torch.arange(num_sources, device=device)
+    # subsets of the sources by their number, as rows of zeros and ones: of two
+    # sources [[0, 0], [1, 0], [0, 1], [1, 1]]
+    number = torch.arange(2**num_sources, device=device).unsqueeze(1)
+    subsets = (number & bits).ne(0).double()
     # [batch, 1, subsets]: energy of the sum of the sources in each subset
     summed = ((subsets @ gram) * subsets).sum(-1).unsqueeze(1)
     # [batch, mixtures, subsets]
-    table = _loss_from_products(
-        objective, energy.unsqueeze(-1), cross @ subsets.T, summed, snr_max
-    )
+    energy, product = energy.unsqueeze(-1), cross @ subsets.T
+    error = (energy - 2 * product + summed).clamp(min=0.0)
+    parts = None
+    if objective == "si_snr":
+        along = product.square() / (energy + SILENCE)
+        parts = along, (summed - along).clamp(min=0.0)
+    table = _loss(objective, error, energy, parts, snr_max)
     # assignment number in base num_mixtures: digit i is the mixture of source
     # i. Two mixtures, two sources: (0, 0), (1, 0), (0, 1), (1, 1)
     digits = torch.arange(num_mixtures**num_sources, device=device)
     powers = num_mixtures ** torch.arange(num_sources, device=device)
     digits = digits.unsqueeze(1) // powers % num_mixtures
-    bits = 2 ** torch.arange(num_sources, device=device)
     total = 0.0
     for mixture in range(num_mixtures):
         subset = ((digits == mixture) * bits).sum(1)

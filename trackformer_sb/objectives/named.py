@@ -27,26 +27,20 @@ LARGEST_SHARE = 0.98
 SILENT_SHARE = 1e-6
 
 
-def octave_weights(num_bins, sample_rate, device=None):
-    """Weights [freq] of bins, 1 / (f + 300 Hz), 1 in the mean."""
-    frequency = torch.linspace(0, sample_rate / 2, num_bins, device=device)
-    weights = 1 / (frequency + PIVOT_HZ)
-    return weights / weights.mean()
-
-
 def _distances(est_mask, mix_w, stems_w, sample_rate):
     """The distance of each class, [batch, classes], see ``named_loss``."""
-    num_classes, bins = stems_w.shape[1], stems_w.shape[-2]
-    masks = est_mask.unflatten(0, (num_classes, -1)).sum(1).transpose(0, 1)
+    masks = est_mask.unflatten(0, (stems_w.shape[1], -1)).sum(1).transpose(0, 1)
     estimate = masks.unsqueeze(2) * mix_w.abs().unsqueeze(1)
     target = stems_w.abs()
-    weights = octave_weights(bins, sample_rate, target.device)
     # finite slopes where nothing sounds
     distance = ((estimate + 1e-6).sqrt() - (target + 1e-6).sqrt()).abs()
     distance = 2 * distance + LINEAR_SHARE * (estimate - target).abs()
     # a product with the weights would be another pass over all of it
     per_bin = distance.mean((2, 4))
-    return (per_bin * weights).mean(-1)
+    bins, device = per_bin.shape[-1], per_bin.device
+    hertz = torch.linspace(0, sample_rate / 2, bins, device=device)
+    weights = 1 / (hertz + PIVOT_HZ)
+    return (per_bin * (weights / weights.mean())).mean(-1)
 
 
 def named_loss(est_mask, mix_w, stems_w, sample_rate):

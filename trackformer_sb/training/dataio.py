@@ -43,7 +43,7 @@ def share_batches(worker_id):
     """
     ForkingPickler.register(torch.UntypedStorage, _share_storage)
     # torch's own stacks in /dev/shm
-    default_collate_fn_map[torch.Tensor] = _stack
+    default_collate_fn_map[torch.Tensor] = lambda batch, **_: torch.stack(batch)
 
 
 def _share_storage(storage):
@@ -57,10 +57,6 @@ def _share_storage(storage):
             file.flush()
             shared = DupFd(file.fileno()), storage.nbytes()
         return rebuild_storage_fd, (type(storage), *shared)
-
-
-def _stack(batch, *, collate_fn_map=None):
-    return torch.stack(batch)
 
 
 def prepare_data(hparams):

@@ -210,25 +210,11 @@ class Experiment(NamedTuple):
 def load_experiment(argv, selection_metrics):
     """Reads the command line and the yaml; keeps other runs out meanwhile.
 
-    Arguments
-    ---------
-    argv : list of str
-        The command line, see ``parse_arguments``.
-    selection_metrics : sequence of str
-        Valid values of the key ``selection_metric``.
-
-    Yields
-    ------
-    Experiment
-        The loaded yaml, and what it was loaded from.
-
-    Raises
-    ------
-    FileExistsError
-        If another run is at work in the output folder, see ``lock.locked``.
-    FileNotFoundError, ValueError
-        For settings that cannot work, or an output folder with checkpoints of
-        other settings.
+    `argv` is as of ``parse_arguments``, `selection_metrics` are valid values of
+    the key ``selection_metric``. Yields an Experiment. Raises FileExistsError
+    if another run is at work in the output folder, FileNotFoundError or
+    ValueError for settings that cannot work, or an output folder with
+    checkpoints of other settings.
     """
     hparams_file, run_opts, overrides = parse_arguments(argv)
     hparams = load_hparams(hparams_file, overrides)
@@ -299,13 +285,7 @@ def _flat(tree, prefix=""):
 
 
 def run(main):
-    """Runs a recipe with one line in place of a traceback for the user.
-
-    Raises
-    ------
-    SystemExit
-        If the recipe fails in a way that is known, or is interrupted.
-    """
+    """Runs a recipe; ends it with one line, no traceback, where it may fail."""
     # what ends a run on a cluster is told as what ends it by hand
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

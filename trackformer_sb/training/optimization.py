@@ -159,16 +159,9 @@ def clip_all_groups(optimizer, max_norm):
 def moving_average(decay):
     """Exponential moving average of weights that forgets where it began.
 
-    Arguments
-    ---------
-    decay : float
-        Share of the average that a step leaves, in [0, 1]; at first less, so
-        that it reaches back over a tenth of the steps at most.
-
-    Returns
-    -------
-    callable
-        ``multi_avg_fn`` of ``torch.optim.swa_utils.AveragedModel``.
+    `decay`, in [0, 1], is the share of the average that a step leaves; at first
+    less, so that it reaches back over a tenth of the steps at most. Returns the
+    ``multi_avg_fn`` of a ``torch.optim.swa_utils.AveragedModel``.
     """
 
     @torch.no_grad()
