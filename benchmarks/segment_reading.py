@@ -78,7 +78,7 @@ def write_song(path, sig):
 def read_ours(path, first, count):
     """Segment as the package reads it, [time]."""
     start, duration = first / SAMPLE_RATE, count / SAMPLE_RATE
-    return read_segment(path, start, duration, SAMPLE_RATE, count)
+    return read_segment(path, start, duration, SAMPLE_RATE)
 
 
 def read_whole(path, first, count):

@@ -82,8 +82,9 @@ def rows_of(run):
 def test_a_separator_teaches_itself(songs, model, tmp_path):
     out = tmp_path / "run"
     keys = {
-        "data_folder": songs / "songs",
-        "dataset": "mixtures",
+        "data_folder": songs / "stems",
+        "dataset": "stems",
+        "mixtures_folder": songs / "songs",
         "output_folder": out,
         "pretrained_separator": model,
         "sample_rate": RATE,
@@ -95,14 +96,16 @@ def test_a_separator_teaches_itself(songs, model, tmp_path):
         "num_layers": 1,
         "epoch_items": 16,
         "number_of_epochs": 1,
-        "batch_size": 4,
-        "log_steps": 4,
+        # some of named items alone
+        "batch_size": 2,
+        "log_steps": 8,
         "device": "cpu",
     }
     yaml = ROOT / "hparams" / "separator_self.yaml"
     words = [f"--{key}={value}" for key, value in keys.items()]
     load_recipe("train").main([str(yaml), *words])
     log = (out / "train_log.txt").read_text()
+    assert "train named" in log
     assert "train mixit" in log
     assert "train teacher" in log
     start = Separator.from_pretrained(model).state_dict()
@@ -120,6 +123,10 @@ def test_adapt_shows_what_it_gains(songs, model, tmp_path, monkeypatch, capsys):
     settings = {**adapt.SETTINGS, "epoch_items": 8}
     monkeypatch.setattr(adapt, "SETTINGS", settings)
     out = tmp_path / "adapted"
+    # nobody is sure of noise
+    assert run_adapt(songs, model, out) == 2
+    assert "is the separator sure of two stems" in capsys.readouterr().err
+    monkeypatch.setattr(adapt, "SURE_DB", 0.0)
     assert run_adapt(songs, model, out) == 0
     text = capsys.readouterr().out
     assert "agreement with the first model" in text

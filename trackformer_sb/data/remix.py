@@ -250,7 +250,7 @@ class RemixedItems(torch.utils.data.Dataset):
         last = max(0.0, song.seconds - count / self.sample_rate)
         start = rng.uniform(0, last)
         tracks = {}
-        what = start, count / self.sample_rate, self.sample_rate, count
+        what = start, count / self.sample_rate, self.sample_rate
         for name, paths in song.tracks.items():
             if names is not None and name not in names:
                 continue

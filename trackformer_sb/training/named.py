@@ -115,15 +115,14 @@ class NamedSeparation(ExperimentBrain):
                 self.encode(stems[named]),
                 self.hparams.sample_rate,
             )
-        if not named.all() and self.teacher is not None:
+        summed = ~named
+        if summed.any() and self.teacher is not None:
             losses["teacher"] = named_loss(
                 est_mask[:, ~named],
                 mix_w[~named],
                 self.encode(self.taught_stems),
                 self.hparams.sample_rate,
             )
-        summed = ~named
-        if self.teacher is not None:
             summed[~named] = ~self.remixed
         if summed.any():
             masks = est_mask[:, summed].transpose(0, 1).unsqueeze(2)
