@@ -58,6 +58,8 @@ setup(
         "demo": ["gradio>=6.10,<7"],
         "live": ["sounddevice"],
         "onnx": ["onnx", "onnxscript", "onnxruntime"],
+        # has to be compiled
+        "pesq": ["pesq"],
         # make-music; later symusic renders silence
         "music": ["symusic==0.5.8", "espeakng-loader", "pyworld-prebuilt"],
         # the peers of benchmarks/

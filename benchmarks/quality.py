@@ -2,9 +2,8 @@
 
     python benchmarks/quality.py MODEL|METHOD [...] --data FOLDER [...]
 
-Songs are folders of stems (drums*, perc*, bass*, vocal*; all else is "other"),
-whose sum is separated in windows of 3 s, one by one; what is left at the end of
-a song is dropped. A MODEL is a folder or an id on the hub. A METHOD is
+Songs are folders of stems, separated in windows of 3 s. A MODEL is a folder or
+an id on the hub. A METHOD is
 
 - mixture: a quarter of the mixture as each stem, 0 dB by definition;
 - bands: the mixture in 8 bands of frequency, equally wide in mel;
@@ -17,168 +16,45 @@ a song is dropped. A MODEL is a folder or an id on the hub. A METHOD is
   squares from the true stems;
 - irm: ideal ratio masks |S_i| / sum_j |S_j| of the true stems.
 
-All are masks on an STFT, that of a METHOD of 2048 samples with hop 1024. Each
-is measured twice, the second time with its masks averaged over the window,
-weighted by the power of the mixture: what is lost is what it gains by following
-the music. The measures, in dB:
+All are masks on an STFT, that of a METHOD of 2048 samples with hop 1024.
+Measures are those of `trackformer evaluate` (trackformer_sb.evaluation), and of
+whole songs, means over songs:
 
-- SI-SNRi: improvement of SI-SNR over the mixture, each output against the stem
-  of its own class, nothing chosen; the mean of the windows in which the stem
-  has between 0.1 % and 98 % of the mixture's energy. For whole songs the
-  windows are put together again. Stereo is averaged to mono;
-- SDR: as museval has it (BSSEval v4, images), |s|^2 / |s - s'|^2 of stereo in
-  windows of 1 s, without those in which a stem or an output is digital
-  silence; the median of a song, and of the songs;
-- leakage: how far the output is below the mixture in windows where the true
-  stem is silent (below -60 dB of it), the median; higher is better;
-- oracle: SI-SNRi with outputs chosen for the single stems by the truth, one to
-  one and grouped (metrics.si_snri and si_snri_grouped), the mean of windows.
+- song_si_snri: SI-SNRi of the windows put together again;
+- museval: SDR as museval has it (BSSEval v4, images), |s|^2 / |s - s'|^2 of
+  stereo in windows of 1 s, without those in which a stem or an output is
+  digital silence; the median of a song.
 
-Where a song has no stem for the bass, bass and "other" of the outputs are
-compared with "other" together. Methods without names and songs of one class
-have the oracles only. With --spatial on, the named stems of models are told
-apart by their places too (inference.spatial.wiener). Seconds are of one
-processor core, for a minute of music. Hydrogen and Resonate_house are for
-choices; the other songs of ../shared/data/stems are looked at once for each
-model that is released.
+Hydrogen and Resonate_house are for choices; the other songs of
+../shared/data/stems are looked at once for each model that is released.
 """
 
 import argparse
 import csv
 import fnmatch
-import math
 import pathlib
-import statistics
-import time
 from collections import defaultdict
-from fnmatch import fnmatchcase
 
-import soundfile
 import torch
-from common import Record, say, table
+from common import Record, say
 from scipy.ndimage import median_filter
-from torchaudio.functional import resample
 
-from trackformer_sb.data.remix import STEM_CLASSES
-from trackformer_sb.inference.separator import Separator
-from trackformer_sb.inference.spatial import wiener
+from trackformer_sb import evaluation
+from trackformer_sb.data.music import Music
+from trackformer_sb.data.remix import STEM_CLASSES, stem_class, sum_by_class
+from trackformer_sb.evaluation import MASKS, averages, measure_song
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
-from trackformer_sb.objectives import metrics
 from trackformer_sb.objectives.named import (
     decode_masks,
-    leakage,
     named_si_snri,
     pair_by_class,
     time_averaged_masks,
 )
+from trackformer_sb.training.grid_tables import markdown
 
 CLASSES = tuple(STEM_CLASSES)
-EXTENSIONS = (".wav", ".flac", ".ogg")
-NOT_A_STEM = ("mix", "mixture")
-MASKS = ("as they are", "averaged")
-NAMED = {
-    "si_snri": "SI-SNRi of windows: mean of windows",
-    "song_si_snri": "SI-SNRi of whole songs: mean of songs",
-    "sdr": "SDR: median of songs",
-    "leakage": "Leakage, dB below the mixture: median of songs",
-}
-SINGLE = ("one_to_one", "grouped", "seconds_per_minute")
-
-
-# -- songs
-
-
-def read_stems(folder, sample_rate):
-    """Reads the stems of a song, mono ones as stereo if any is stereo.
-
-    Arguments
-    ---------
-    folder : str or Path
-        Of the song; files other than audio are left out, and so is a file
-        of the mixture.
-    sample_rate : int
-        Wanted rate, in Hz.
-
-    Returns
-    -------
-    dict
-        File name without extension -> [channels, time], as long as the
-        shortest stem.
-
-    Raises
-    ------
-    ValueError
-        If there is no stem.
-    """
-    stems = {}
-    for path in sorted(pathlib.Path(folder).iterdir()):
-        if path.suffix.lower() not in EXTENSIONS or path.stem in NOT_A_STEM:
-            continue
-        sig, rate = soundfile.read(path, dtype="float32", always_2d=True)
-        stems[path.stem] = resample(torch.from_numpy(sig.T), rate, sample_rate)
-    if not stems:
-        raise ValueError(f"{folder}: expected stems as wav, flac or ogg files")
-    channels = max(len(sig) for sig in stems.values())
-    length = min(sig.shape[-1] for sig in stems.values())
-    return {
-        name: sig[:, :length].expand(channels, -1)
-        for name, sig in stems.items()
-    }
-
-
-def sum_by_class(stems):
-    """Adds the stems of each class.
-
-    Arguments
-    ---------
-    stems : dict
-        Name -> [channels, time].
-
-    Returns
-    -------
-    dict
-        Class -> [channels, time]; no class without a stem.
-
-    Example
-    -------
-    >>> one = torch.ones(2, 3)
-    >>> stems = sum_by_class({"horns": one, "clav": one, "bass_pad": one})
-    >>> {name: float(sig[0, 0]) for name, sig in stems.items()}
-    {'bass': 1.0, 'other': 2.0}
-    """
-    classes = {name: stem_class(name) for name in stems}
-    return {
-        one: sum(sig for name, sig in stems.items() if classes[name] == one)
-        for one in CLASSES
-        if one in classes.values()
-    }
-
-
-def windows(stems, length):
-    """Cuts a song into windows; what is left at the end is dropped.
-
-    Arguments
-    ---------
-    stems : dict
-        Name -> [channels, time].
-    length : int
-        Of a window, in samples.
-
-    Yields
-    ------
-    dict
-        Name -> [channels, length].
-
-    Example
-    -------
-    >>> [w["a"].tolist() for w in windows({"a": torch.arange(5)[None]}, 2)]
-    [[[0, 1]], [[2, 3]]]
-    """
-    time = next(iter(stems.values())).shape[-1]
-    for first in range(0, time - length + 1, length):
-        yield {
-            name: sig[:, first : first + length] for name, sig in stems.items()
-        }
+MEASURES = (*evaluation.MEASURES, "song_si_snri", "museval")
+COLUMNS = ("model", "masks", "class", "windows", *MEASURES)
 
 
 # -- methods: (spectrum of the mixture, those of the stems) -> masks, classes
@@ -233,14 +109,6 @@ def nmf_masks(spectrum, stems, number=8, updates=200):
     return w.T.unsqueeze(-1) * h.unsqueeze(1) / (w @ h), None
 
 
-def stem_class(name):
-    """The class of a stem by its name, the first that fits; or None."""
-    for one, patterns in STEM_CLASSES.items():
-        if any(fnmatchcase(name.lower(), pattern) for pattern in patterns):
-            return one
-    return None
-
-
 def static_masks(spectrum, stems):
     """Gain of each bin by least squares, constant in time."""
     sig = torch.stack(list(stems.values()))
@@ -268,89 +136,36 @@ METHODS = {
 }
 
 
-class Method:
-    """Separation by masks on an STFT.
+def by_method(masks_of):
+    """The ``separate_window`` of ``measure_song`` for a method of ``METHODS``.
 
-    Arguments
-    ---------
-    masks : callable
-        Spectrum of the mixture, complex [channels, freq, frames], and dict of
-        those of the true stems, for the two ideal ones -> masks [slots,
-        freq, frames] and class of each slot, None without names.
-    encoder, decoder : callable
-        [batch, time] -> complex [batch, freq, frames], and back.
-    sample_rate : int
-        In Hz.
-    spatial : bool
-        Whether channels are separated by ``wiener``.
+    ``masks_of`` takes the spectrum of the mixture, complex [channels, freq,
+    frames], and a dict of those of the true stems, for the two ideal ones; it
+    gives masks [slots, freq, frames] and the class of each slot, None without
+    names.
     """
+    encoder, decoder = STFTEncoder(2048, 1024), STFTDecoder(2048, 1024)
 
-    def __init__(
-        self, masks, encoder, decoder, sample_rate=44100, spatial=False
-    ):
-        self.masks, self.encoder, self.decoder = masks, encoder, decoder
-        self.sample_rate, self.spatial = sample_rate, spatial
+    def separate_window(mix, stems):
+        spectrum = encoder(mix)
+        true = {name: encoder(sig) for name, sig in stems.items()}
+        masks, classes = masks_of(spectrum, true)
+        power = spectrum.abs().square().mean(0)
+        kinds = masks, time_averaged_masks(masks, power)
+        what = spectrum, decoder, mix.shape[-1]
+        return [decode_masks(each, *what) for each in kinds], classes
 
-    def __call__(self, mix, stems):
-        """mix [channels, time] -> dict of slots, masks, classes, spectrum."""
-        spectrum = self.encoder(mix)
-        if self.masks in (static_masks, ratio_masks):
-            true = {name: self.encoder(sig) for name, sig in stems.items()}
-        else:
-            true = None
-        masks, classes = self.masks(spectrum, true)
-        slots = self.decode(masks, spectrum, mix.shape[-1])
-        return {
-            "slots": slots,
-            "masks": masks,
-            "classes": classes,
-            "spectrum": spectrum,
-        }
-
-    def decode(self, masks, spectrum, length):
-        """masks [slots, freq, frames] -> slots [slots, channels, time]."""
-        if not self.spatial:
-            return decode_masks(masks, spectrum, self.decoder, length)
-        separated = wiener(masks.unsqueeze(1), spectrum.unsqueeze(0))[:, 0]
-        sig = self.decoder(separated.flatten(0, 1))[:, :length]
-        return sig.unflatten(0, separated.shape[:2])
+    return separate_window
 
 
-def load_method(name, spatial=False):
-    """A method by its name, or the model of a folder or of the hub.
-
-    With ``spatial`` a model's named stems are filtered by their places.
-    """
+def load_method(name):
+    """``separate_window`` and rate of a method, or of a model."""
     if name in METHODS:
-        stft = STFTEncoder(2048, 1024), STFTDecoder(2048, 1024)
-        return Method(METHODS[name], *stft)
-    model = Separator.from_pretrained(name)
-    classes, spatial = None, spatial and model.groups is not None
-    if spatial:
-        classes = list(model.groups)
-    elif model.groups is not None:
-        classes = [name for name in model.groups for _ in model.groups[name]]
-
-    def masks(spectrum, stems):
-        if not getattr(model.masknet, "stereo", False):
-            spectrum = spectrum.mean(0, keepdim=True)
-        else:
-            spectrum = spectrum.unsqueeze(0)
-        masks = model.masknet(spectrum)[:, 0]
-        if model.mixture_consistency:
-            masks = masks + (1 - masks.sum(0)) / len(masks)
-        if spatial:
-            masks = masks.unflatten(0, (len(classes), -1)).sum(1)
-        return masks, classes
-
-    method = Method(
-        masks, model.encoder, model.decoder, model.sample_rate, spatial
-    )
-    method.masknet = model.masknet
-    return method
+        return by_method(METHODS[name]), 44100
+    return evaluation.load_evaluated(name)
 
 
-# -- measures
+# -- whole songs
 
 
 def window_sdr(est_stems, stems, length):
@@ -383,144 +198,45 @@ def window_sdr(est_stems, stems, length):
     return torch.where(silent, torch.nan, ratio)
 
 
-def measure_window(slots, slot_classes, files, stems, rate, found):
-    """Appends the measures of a window; returns the classes of the slots."""
-    single = torch.stack([sig.mean(0) for sig in files.values()])
-    mix = single.sum(0)
-    for key, measure in (
-        ("one_to_one", metrics.si_snri),
-        ("grouped", metrics.si_snri_grouped),
-    ):
-        found[key].append(measure(slots.mean(1), single, mix)[0])
-    if slot_classes is None or len(stems) < 2:
-        return []
-    names, est_stems, true = pair_by_class(slots, slot_classes, stems)
-    mono = est_stems.mean(1), true.mean(1), mix
-    found["si_snri"].append(named_si_snri(*mono))
-    found["leakage"].append(leakage(*mono))
-    found["signals"].append(mono)
-    there = [i for i, name in enumerate(names) if name in stems]
-    sdr = torch.full((len(names), slots.shape[-1] // rate), torch.nan)
-    sdr[there] = window_sdr(est_stems[there], true[there], rate).float()
-    found["sdr"].append(sdr)
-    return names
+class WholeSong:
+    """Passes windows on to a ``separate_window``, and keeps what is named."""
 
+    def __init__(self, separate_window, sample_rate):
+        self.separate_window, self.sample_rate = separate_window, sample_rate
+        self.signals, self.sdr = defaultdict(list), defaultdict(list)
 
-def mean(values):
-    """Mean of the values that there are, NaN if there are none."""
-    values = [v for v in values if v is not None and not math.isnan(v)]
-    return statistics.fmean(values) if values else math.nan
+    def __call__(self, mix, stems):
+        kinds, classes = self.separate_window(mix, stems)
+        by_class = sum_by_class(stems)
+        if classes and len(by_class) > 1:
+            for masks, slots in zip(MASKS, kinds):
+                names, *pair = pair_by_class(slots, classes, by_class)
+                mono = [sig.mean(1) for sig in pair]
+                self.signals[masks].append((*mono, mix.mean(0)))
+                there = [x in by_class for x in names]
+                sdr = torch.full((len(names), 1), torch.nan)
+                sdr = sdr.repeat(1, mix.shape[-1] // self.sample_rate)
+                pair = [sig[there] for sig in pair]
+                sdr[there] = window_sdr(*pair, self.sample_rate).float()
+                self.sdr[masks].append(sdr)
+                self.names = names
+        return kinds, classes
 
-
-def median(values):
-    """Median of the values that are no NaN."""
-    return statistics.median([v for v in values if v == v] or [math.nan])
-
-
-@torch.no_grad()
-def measure_song(method, song, seconds):
-    """Rows of a song: its classes, and "all" with what has no class.
-
-    Arguments
-    ---------
-    method : Method
-        Separates.
-    song : dict
-        Stem -> [channels, time].
-    seconds : float
-        Length of a window.
-
-    Returns
-    -------
-    list of dict
-        For either kind of masks.
-    """
-    rate, clock, number = method.sample_rate, 0.0, 0
-    kinds = {kind: defaultdict(list) for kind in MASKS}
-    for files in windows(song, round(seconds * rate)):
-        stems, mix = sum_by_class(files), sum(files.values())
-        start = time.process_time()
-        out = method(mix, files)
-        clock, number = clock + time.process_time() - start, number + 1
-        power = out["spectrum"].abs().square().mean(0)
-        masks = time_averaged_masks(out["masks"], power)
-        averaged = method.decode(masks, out["spectrum"], mix.shape[-1])
-        for found, slots in zip(kinds.values(), (out["slots"], averaged)):
-            names = measure_window(
-                slots, out["classes"], files, stems, rate, found
-            )
-    rows = []
-    for kind, found in kinds.items():
-        row = {"masks": kind, "class": "all", "windows": number}
-        row |= {key: mean(found[key]) for key in SINGLE[:2]}
-        row["seconds_per_minute"] = 60 * clock / (number * seconds)
-        rows.append(row)
-        if not found["signals"]:
-            continue
-        whole = [torch.cat(sig, -1) for sig in zip(*found["signals"])]
-        each = zip(
-            names,
-            torch.stack(found["si_snri"], 1).tolist(),
-            named_si_snri(*whole).tolist(),
-            torch.cat(found["sdr"], 1).tolist(),
-            torch.stack(found["leakage"], 1).tolist(),
-        )
-        for name, si_snri, song_si_snri, sdr, below in each:
-            row = {"masks": kind, "class": name, "windows": number}
-            row["counted"] = sum(value == value for value in si_snri)
-            row |= {"si_snri": mean(si_snri), "song_si_snri": song_si_snri}
-            row |= {"sdr": median(sdr), "leakage": median(below)}
-            rows.append(row)
-    return rows
+    def measures(self):
+        """Yields masks, class, measure and value, as ``measure_song``."""
+        for masks, signals in self.signals.items():
+            whole = [torch.cat(sig, -1) for sig in zip(*signals)]
+            sdr = torch.cat(self.sdr[masks], 1).nanmedian(1).values
+            for measure, values in (
+                ("song_si_snri", named_si_snri(*whole)),
+                ("museval", sdr),
+            ):
+                for name, value in zip(self.names, values.tolist()):
+                    if value == value:
+                        yield masks, name, measure, value
 
 
 # -- the record
-
-
-def shown(value):
-    """A number of dB, a word, or a dash."""
-    if isinstance(value, float):
-        # plus zero: no "-0.00"
-        return "-" if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}"
-    return value
-
-
-def average(rows, key):
-    """Of rows over songs, as ``NAMED`` says it."""
-    if key in ("sdr", "leakage"):
-        return median([row[key] for row in rows])
-    if key == "song_si_snri":
-        return mean([row[key] for row in rows])
-    weight = "counted" if key == "si_snri" else "windows"
-    # "* 0" of a NaN is a NaN
-    some = [row for row in rows if row[weight] and row[key] == row[key]]
-    total = sum(row[weight] for row in some)
-    return sum(r[key] * r[weight] for r in some) / total if total else math.nan
-
-
-def summary(rows, folder):
-    """Tables of the averages of a folder."""
-    rows = [row for row in rows if row["folder"] == folder]
-    groups = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        groups[row["method"], row["masks"]][row["class"]].append(row)
-    blocks = [f"## {folder}: {len({row['song'] for row in rows})} songs"]
-    for key, title in NAMED.items():
-        lines = []
-        for group, classes in groups.items():
-            values = [average(classes[name], key) for name in CLASSES]
-            if not math.isnan(mean(values)):
-                values.append(mean(values))
-                lines.append([*group, *map(shown, values)])
-        header = ["method", "masks", *CLASSES, "mean of classes"]
-        blocks += [f"{title}.", table(header, lines)] if lines else []
-    lines = [
-        [*group, *(shown(average(classes["all"], key)) for key in SINGLE)]
-        for group, classes in groups.items()
-    ]
-    header = ["method", "masks", "one-to-one", "grouped", "seconds"]
-    blocks += ["Oracles, and seconds.", table(header, lines)]
-    return blocks
 
 
 def main():
@@ -530,57 +246,44 @@ def main():
     parser.add_argument("--data", nargs="+", type=pathlib.Path, required=True)
     parser.add_argument("--songs", nargs="+", default=["*"], help="patterns")
     parser.add_argument("--seconds", type=float, default=3.0, help="a window")
-    parser.add_argument(
-        "--spatial",
-        choices=("on", "off"),
-        default="off",
-        help="the spatial filter of models (default: %(default)s)",
-    )
     parser.add_argument("--out", default="quality", help="name of the record")
     args = parser.parse_args()
     torch.set_num_threads(1)
     output = pathlib.Path("benchmarks/results/quality") / f"{args.out}.md"
-    record = Record("Quality of named stems", __doc__, output, "cpu")
-    songs = [
-        (folder, path)
-        for folder in args.data
-        for path in sorted(folder.iterdir())
-        if path.is_dir()
-        and any(fnmatch.fnmatch(path.name, name) for name in args.songs)
-    ]
-    methods = {
-        name: load_method(name, args.spatial == "on") for name in args.methods
-    }
-    rows = []
-    for folder, path in songs:
-        for name, method in methods.items():
-            song = read_stems(path, method.sample_rate)
-            labels = {"folder": folder.name, "song": path.name}
-            labels["method"] = pathlib.Path(name).name
-            rows += [
-                {**labels, **row}
-                for row in measure_song(method, song, args.seconds)
-            ]
-            say(path.name, name, f"{rows[-1]['windows']} windows")
-    keys = ["folder", "song", "method", "masks", "class", "windows", "counted"]
-    keys += [*NAMED, *SINGLE]
+    how = f"{__doc__}\n{evaluation.__doc__}"
+    record = Record("Quality of named stems", how, output, "cpu")
+    methods = {name: load_method(name) for name in args.methods}
+    found, rows, blocks = defaultdict(list), [], []
+    for folder in args.data:
+        songs = [
+            song
+            for song in Music(folder, "stems").songs(args.seconds)
+            if any(fnmatch.fnmatch(song.name, name) for name in args.songs)
+        ]
+        found.clear()
+        for song in songs:
+            for path, (separate_window, sample_rate) in methods.items():
+                name = pathlib.Path(path).name
+                whole = WholeSong(separate_window, sample_rate)
+                values = measure_song(whole, sample_rate, song, args.seconds)
+                values += whole.measures()
+                found[name] += values
+                rows += [
+                    [folder.name, song.name, name, *row]
+                    for row in averages(values, MEASURES)
+                ]
+                say(song.name, name)
+        lines = [
+            [name, *row]
+            for name, values in found.items()
+            for row in averages(values, MEASURES)
+        ]
+        blocks.append(f"## {folder.name}: {len(songs)} songs")
+        blocks.append(markdown(COLUMNS, lines))
+    columns = ["folder", "song", *COLUMNS]
     with open(output.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, keys, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {
-                    key: value if value == value else ""
-                    for key, value in row.items()
-                }
-            )
-    blocks = [
-        block
-        for folder in dict.fromkeys(row["folder"] for row in rows)
-        for block in summary(rows, folder)
-    ]
-    lines = [[shown(row.get(key, "")) for key in keys] for row in rows]
-    record.write(*blocks, "## By song and class", table(keys, lines))
+        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+    record.write(*blocks, "## By song and class", markdown(columns, rows))
     say(*blocks, sep="\n\n")
     say(f"wrote {output}")
 

@@ -27,19 +27,15 @@ import fnmatch
 import itertools
 import pathlib
 from collections import defaultdict
+from statistics import fmean, median
 
 import torch
 from common import Record, say, table
-from quality import (
-    load_method,
-    mean,
-    median,
-    read_stems,
-    sum_by_class,
-    window_sdr,
-    windows,
-)
+from quality import window_sdr
 
+from trackformer_sb.data.music import Music
+from trackformer_sb.data.remix import read_stems, sum_by_class
+from trackformer_sb.inference.separator import Separator
 from trackformer_sb.objectives.metrics import si_snr
 from trackformer_sb.objectives.named import named_si_snri, pair_by_class
 
@@ -78,11 +74,12 @@ def without_inputs(masks):
     )
 
 
-def measure(method, window, panned, found):
+def measure(separator, spatial, window, panned, found):
     """Appends the measures of a window."""
     stems, mix = sum_by_class(window), sum(window.values())
-    out = method(mix, window)
-    names, est_stems, true = pair_by_class(out["slots"], out["classes"], stems)
+    out = separator.separate(mix, spatial)
+    slots = torch.stack([*out.values()])
+    names, est_stems, true = pair_by_class(slots, [*out], stems)
     away = (est_stems.sum(0) - mix).abs().max().item()
     found["sum"].append(away)
     there = [i for i, name in enumerate(names) if name in stems]
@@ -90,7 +87,7 @@ def measure(method, window, panned, found):
     mono = est_stems.mean(1), true.mean(1)
     gained = named_si_snri(*mono, mix.mean(0)).tolist()
     found["si_snri"] += [value for value in gained if value == value]
-    sdr = window_sdr(est_stems, true, method.sample_rate).flatten().tolist()
+    sdr = window_sdr(est_stems, true, separator.sample_rate).flatten().tolist()
     found["sdr"] += [value for value in sdr if value == value]
     if not panned:
         return
@@ -106,7 +103,7 @@ def measure(method, window, panned, found):
 
 def shares(found):
     """How many stems, and the shares of right levels and delays."""
-    right = [f"{mean(map(float, kind)):.2f}" for kind in zip(*found)]
+    right = [f"{fmean(kind):.2f}" for kind in zip(*found)]
     return f"{len(found)}: " + " / ".join(right or ["-"])
 
 
@@ -116,7 +113,7 @@ def blocks(found):
     for (name, panned, inputs, spatial), values in found.items():
         kind = "panned" if panned else "as it is"
         how = "on" if inputs else "zeros", "on" if spatial else "off"
-        dbs = mean(values["si_snri"]), median(values["sdr"])
+        dbs = fmean(values["si_snri"]), median(values["sdr"])
         lines.append([name, kind, *how, *(f"{value:.2f}" for value in dbs)])
         for kind in ("gained", "reached", "sum"):
             images[(*how, kind)] += values[kind] if panned else []
@@ -147,29 +144,30 @@ def main():
     torch.set_num_threads(1)
     output = pathlib.Path("benchmarks/results/spatial.md")
     record = Record("Places of stems", __doc__, output, "cpu")
-    methods = {
-        spatial: load_method(args.model, spatial) for spatial in (True, False)
-    }
-    whole = {key: method.masknet.masks for key, method in methods.items()}
+    separator = Separator.from_pretrained(args.model)
+    rate, masks = separator.sample_rate, separator.masknet.masks
     found = defaultdict(lambda: defaultdict(list))
-    for path in (path for x in args.data for path in sorted(x.iterdir())):
-        if not any(fnmatch.fnmatch(path.name, name) for name in args.songs):
+    for one in (one for x in args.data for one in Music(x, "stems").songs()):
+        if not any(fnmatch.fnmatch(one.name, name) for name in args.songs):
             continue
-        song = read_stems(path, methods[True].sample_rate)
+        song = read_stems(one, 0, one.seconds, rate)
         generator = torch.Generator().manual_seed(0)
         for panned, stems in ((False, song), (True, pan(song, generator))):
-            length = round(SECONDS * methods[True].sample_rate)
-            for window in list(windows(stems, length))[::EVERY]:
-                for inputs, (spatial, method) in itertools.product(
-                    (True, False), methods.items()
+            for first in range(0, int(one.seconds // SECONDS), EVERY):
+                start, length = (round(x * SECONDS * rate) for x in (first, 1))
+                window = {
+                    name: sig[:, start : start + length]
+                    for name, sig in stems.items()
+                }
+                for inputs, spatial in itertools.product(
+                    (True, False), repeat=2
                 ):
-                    masks = whole[spatial]
-                    method.masknet.masks = (
+                    separator.masknet.masks = (
                         masks if inputs else without_inputs(masks)
                     )
-                    key = path.name, panned, inputs, spatial
-                    measure(method, window, panned, found[key])
-        say(path.name)
+                    key = one.name, panned, inputs, spatial
+                    measure(separator, spatial, window, panned, found[key])
+        say(one.name)
         record.write(*blocks(found))
     say(output.read_text("utf-8"))
 

@@ -32,6 +32,7 @@ from speechbrain.utils.logger import get_logger
 
 from trackformer_sb import plots
 from trackformer_sb.data.manifest import read_songs
+from trackformer_sb.data.remix import sum_by_class
 from trackformer_sb.inference.features import (
     encoder_layers,
     load_pretrained_encoder,
@@ -58,8 +59,10 @@ COLUMNS = (
     "si_snri_grouped",
     "mixture_si_snr",
     "sdr",
+    "si_sdr",
     "mask_overlap",
     "effective_mask_count",
+    *["pesq"] * metrics.HAS_PESQ,
 )
 MEASURED_EVERY = 10  # batches of a training
 
@@ -167,6 +170,12 @@ class Separation(MusicBrain):
             self.silent_stems += silent
             if stage == sb.Stage.TEST:
                 row["sdr"] = metrics.sdr(song, stems)
+                row["si_sdr"] = metrics.si_sdr(song, stems)
+                classes = sum_by_class(dict(zip(batch.names[0], stems)))
+                if metrics.HAS_PESQ and "vocals" in classes:
+                    row["pesq"] = metrics.pesq(
+                        song, classes["vocals"], self.hparams.sample_rate
+                    )
         row = {
             name: None
             if isinstance(value, float) and np.isnan(value)
@@ -190,6 +199,8 @@ class Separation(MusicBrain):
         """Resets what is measured."""
         super().on_stage_start(stage, epoch)
         self.silent_stems = 0
+        if stage == sb.Stage.TEST and not metrics.HAS_PESQ:
+            logger.info(metrics.NO_PESQ)
 
     def log_picture(self, epoch):
         """One validation item in TensorBoard, to see and to hear."""

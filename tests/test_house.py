@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "nnet": set(),
     "objectives": set(),
     "web": {"paths", "plots"},
+    "evaluation": {"data", "inference", "objectives"},
     "training": {
         *("audio", "data", "inference", "nnet", "objectives", "paths", "plots"),
     },
@@ -36,7 +37,10 @@ MAY_IMPORT = {
     "cli": {"cli_data", "cli_live", "cli_model", "cli_separate", "paths"},
     "cli_data": {"data"},
     "cli_live": {"cli_data", "cli_model", "inference"},
-    "cli_model": {"cli_data", "inference", "web"},
+    "cli_model": {
+        *("cli_data", "data", "evaluation", "inference", "objectives"),
+        *("training", "web"),
+    },
     "cli_separate": {"audio", "cli_data", "cli_model", "inference", "paths"},
 }
 

@@ -13,7 +13,9 @@ from trackformer_sb.objectives.metrics import (
     effective_mask_count,
     mask_overlap,
     mixture_si_snr,
+    pesq,
     sdr,
+    si_sdr,
     si_snr,
     si_snri,
     si_snri_grouped,
@@ -141,12 +143,12 @@ def test_inputs_that_do_not_fit_are_named(measure):
         si_snri_grouped(*item(13, 2))
 
 
-@pytest.mark.parametrize("measure", [si_snri, si_snri_grouped, sdr])
+@pytest.mark.parametrize("measure", [si_snri, si_snri_grouped, sdr, si_sdr])
 def test_samples_that_are_not_finite_are_refused(measure):
     stems = torch.randn(2, 1000)
     est_source = stems.clone()
     est_source[1, 5] = float("nan")
-    mix = [] if measure is sdr else [stems.sum(0)]
+    mix = [] if measure in (sdr, si_sdr) else [stems.sum(0)]
     with pytest.raises(ValueError, match="finite sources, got NaN or infin"):
         measure(est_source, stems, *mix)
     with pytest.raises(ValueError, match="finite stems, got NaN or infin"):
@@ -177,7 +179,7 @@ def test_sdr_is_finite_for_perfect_short_and_tonal_signals():
     assert math.isfinite(sdr(tone + 0.01 * torch.randn(1, 4000), tone))
 
 
-@pytest.mark.parametrize("measure", [sdr, stem_si_snr])
+@pytest.mark.parametrize("measure", [sdr, si_sdr, stem_si_snr])
 def test_measures_of_stems_leave_silence_out(measure):
     stems, silent = torch.randn(2, 2000), torch.zeros(1, 2000)
     expected = measure(stems[:1] + stems[1:], stems)
@@ -185,6 +187,35 @@ def test_measures_of_stems_leave_silence_out(measure):
     assert found == pytest.approx(expected, abs=0.01)
     assert measure(stems, silent) is None
     assert measure(silent, stems) is None
+
+
+def test_si_sdr_counts_a_mean_and_no_gain():
+    angle = torch.arange(1000) * 2 * torch.pi / 1000
+    stem = torch.sin(3 * angle).unsqueeze(0)
+    # energies of 1/2 and 1/200
+    assert si_sdr(5 * (stem + 0.005**0.5), stem) == pytest.approx(20, abs=0.01)
+    assert stem_si_snr(5 * (stem + 0.005**0.5), stem) > 60
+
+
+def test_pesq_of_the_vocals():
+    pytest.importorskip("pesq")
+    time = torch.arange(2 * 44100) / 44100
+    syllables = (torch.sin(2 * torch.pi * 3 * time) > 0).float()
+    vocals = sum(
+        torch.sin(2 * torch.pi * 200 * k * time) / k for k in (1, 2, 3)
+    )
+    vocals = 0.1 * syllables * vocals
+    noise = torch.randn(len(vocals))
+    # the most there is, whatever the gain, by the source that has them
+    best = pesq(torch.stack([noise, 0.5 * vocals]), vocals, 44100)
+    assert best == pytest.approx(4.64, abs=0.01)
+    worse = [
+        pesq((vocals + level * noise).unsqueeze(0), vocals, 44100)
+        for level in (0.001, 0.1)
+    ]
+    assert best > worse[0] > worse[1] >= 1
+    for silent in (0 * vocals, vocals[:100]):
+        assert pesq(noise[: len(silent)].unsqueeze(0), silent, 44100) is None
 
 
 # -- mixture_si_snr

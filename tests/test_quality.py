@@ -1,4 +1,4 @@
-"""Named stems: what counts, static filters, leakage, files, the benchmark."""
+"""Named stems: what counts, leakage, and the benchmark."""
 
 import csv
 import importlib
@@ -9,7 +9,6 @@ import sys
 import pytest
 import soundfile
 import torch
-from separators import performer
 
 from trackformer_sb.data.remix import STEM_CLASSES
 from trackformer_sb.objectives.named import (
@@ -90,9 +89,6 @@ def test_bass_goes_into_other_only_where_the_song_has_no_bass():
     assert est_stems.flatten().tolist() == [3, 12, 48, 192]
 
 
-# -- files
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Two songs of stems: one with a mono stem and a licence, one short."""
@@ -105,24 +101,6 @@ def folder(tmp_path):
         (tmp_path / song / "LICENSE.txt").write_text("CC0")
         soundfile.write(tmp_path / song / "mix.wav", sig[0].numpy(), 44100)
     return tmp_path
-
-
-def test_stems_are_read_and_added(folder, tmp_path, quality):
-    stems = quality.read_stems(folder / "a", 44100)
-    assert list(stems) == ["bass_1", "drums_1"]
-    assert {sig.shape for sig in stems.values()} == {(2, 7 * 44100)}
-    stems["drums_2"] = stems["drums_1"]
-    classes = quality.sum_by_class(stems)
-    assert list(classes) == ["drums", "bass"]
-    assert torch.equal(classes["drums"], 2 * stems["drums_1"])
-    lengths = [w["bass_1"].shape[-1] for w in quality.windows(stems, 3 * 44100)]
-    assert lengths == [3 * 44100] * 2
-    assert quality.read_stems(folder / "a", 22050)["bass_1"].shape == (
-        2,
-        7 * 22050,
-    )
-    with pytest.raises(ValueError, match="expected stems"):
-        quality.read_stems(tmp_path, 44100)
 
 
 # -- the benchmark
@@ -143,37 +121,22 @@ def test_benchmark_writes_its_tables(folder, tmp_path, monkeypatch, quality):
         rows = list(csv.DictReader(file))
     assert {row["song"] for row in rows} == {"a", "b"}
     first = {
-        (row["method"], row["class"]): row
+        (row["model"], row["class"]): row
         for row in rows
         if row["song"] == "a" and row["masks"] == "as they are"
     }
-    assert int(first["irm", "drums"]["counted"]) == 2
+    assert int(first["irm", "drums"]["windows"]) == 2
     for key in ("si_snri", "song_si_snri"):
         assert float(first["mixture", "drums"][key]) == pytest.approx(
             0, abs=1e-3
         )
         assert float(first["irm", "drums"][key]) > 15
-    assert float(first["irm", "drums"]["sdr"]) > 15
+    assert float(first["irm", "drums"]["museval"]) > 15
     # a quarter of the mixture where there are no vocals
     below = float(first["mixture", "vocals"]["leakage"])
     assert below == pytest.approx(12.04, abs=0.01)
-    assert float(first["bands", "all"]["grouped"]) > 10
+    assert float(first["bands", "chosen"]["grouped"]) > 10
     assert ("bands", "drums") not in first
-
-
-def test_exported_folder_gives_its_own_outputs(tmp_path, quality):
-    model = performer(mask_activation="sigmoid")
-    model.save_pretrained(tmp_path)
-    method = quality.load_method(str(tmp_path))
-    mix = torch.randn(2, 5000)
-    with torch.no_grad():
-        out = method(mix, {})
-        expected = model(mix[:1])[0]
-        one = method(mix[:1], {})["slots"][:, 0]
-    assert method.sample_rate == 8000 and out["classes"] is None
-    assert out["slots"].shape == (3, 2, 5000)
-    assert torch.allclose(out["slots"].sum(0), mix, atol=1e-4)
-    assert torch.allclose(one, expected, atol=1e-5)
 
 
 def test_sdr_is_that_of_museval(quality):

@@ -106,6 +106,9 @@ def test_yaml_trains_and_leaves_all_results(
     assert average["id"] == "avg"
     assert list(average) == ["id", *recipe.COLUMNS]
     for name in recipe.COLUMNS:
+        if name == "pesq":  # tones and noise are no vocals
+            assert {row[name] for row in (*rows, average)} == {""}
+            continue
         values = [float(row[name]) for row in rows]
         assert np.isfinite(values).all(), name
         assert float(average[name]) == pytest.approx(np.mean(values))
@@ -130,8 +133,25 @@ def test_songs_without_stems_leave_stem_columns_empty(tmp_path, quick):
     rows, average, metrics = run(songs, tmp_path / "run", dataset="mixtures")
     for row in (*rows, average):
         assert row["si_snri"] == row["sdr"] == row["si_snr"] == ""
+        assert row["si_sdr"] == ""
         assert np.isfinite(float(row["mixture_si_snr"]))
     assert metrics["si_snri"] is None
+
+
+def test_test_songs_have_pesq_of_their_vocals(tmp_path, monkeypatch, quick):
+    pytest.importorskip("pesq")
+    songs, heard = write_songs(tmp_path / "songs"), []
+    for path in songs.glob("*/tone.wav"):
+        path.rename(path.with_name("lead_vocals.wav"))
+        path.with_name("noise.wav").rename(path.with_name("vocals_2.wav"))
+    monkeypatch.setattr(
+        recipe.metrics, "pesq", lambda *args: heard.append(args) or 2.5
+    )
+    rows, average, metrics = run(songs, tmp_path / "run")
+    assert [row["pesq"] for row in rows] == ["2.5"] * len(rows)
+    assert float(average["pesq"]) == metrics["pesq"] == 2.5
+    est_source, vocals, rate = heard[0]
+    assert (len(est_source), vocals.ndim, rate) == (3, 1, RATE)
 
 
 def test_training_lowers_the_loss(songs, tmp_path, quick):

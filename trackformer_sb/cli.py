@@ -17,7 +17,13 @@ from trackformer_sb.cli_data import (
     complain,
 )
 from trackformer_sb.cli_live import add_live
-from trackformer_sb.cli_model import add_adapt, add_demo, add_export, add_info
+from trackformer_sb.cli_model import (
+    add_adapt,
+    add_demo,
+    add_evaluate,
+    add_export,
+    add_info,
+)
 from trackformer_sb.cli_separate import add_separate
 from trackformer_sb.paths import expanded
 
@@ -119,6 +125,7 @@ def build_parser():
         add_adapt,
         add_export,
         add_info,
+        add_evaluate,
         add_data,
         add_shards,
         add_make_music,

@@ -1,10 +1,13 @@
-"""The ``trackformer`` commands about trained models: export, info, demo."""
+"""The ``trackformer`` commands about models: export, info, evaluate, demo."""
 
+import csv
 import json
+import os
 import signal
+import sys
 import threading
 
-from trackformer_sb.cli_data import positive
+from trackformer_sb.cli_data import complain, positive
 
 # Arguments that several commands have
 MODEL = {
@@ -172,6 +175,86 @@ def _info(args):
         print(json.dumps(description, indent=2))
     else:
         print(description_text(description))
+
+
+def add_evaluate(commands):
+    """Adds ``trackformer evaluate``."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="how well a separator does on songs with stems",
+        description=(
+            "Separates the sums of stems in windows and prints means in dB: by "
+            "name, and by the best choice of outputs; what they are is said at "
+            "the head of trackformer_sb/evaluation.py."
+        ),
+    )
+    parser.add_argument("model", nargs="?", **MODEL)
+    parser.add_argument(
+        "--library",
+        choices=("trackformer", "asteroid", "speechbrain"),
+        default="trackformer",
+        help="of MODEL: asteroid, a BaseModel in a file, a folder or on the "
+        "hub, of whose pickle only plain values are read; speechbrain, what "
+        "SepformerSeparation loads, whose yaml is code: only what you trust "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--data", required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--dataset",
+        choices=("stems", "midi", "moisesdb", "musdb18hq", "slakh2100"),
+        default="stems",
+        help="what FOLDER holds; stems are one folder a song and one file an "
+        "instrument; of datasets with a split the test songs are taken "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        default=3.0,
+        help="length of a window (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="csv file for the figures of each song"
+    )
+    parser.add_argument("--device", **DEVICE)
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(args):
+    from tqdm import tqdm
+
+    from trackformer_sb.data.music import Music
+    from trackformer_sb.evaluation import (
+        COLUMNS,
+        averages,
+        load_evaluated,
+        measure_song,
+    )
+    from trackformer_sb.objectives.metrics import HAS_PESQ, NO_PESQ
+    from trackformer_sb.training.grid_tables import markdown
+
+    model = load_evaluated(args.model, args.library, args.device)
+    songs = Music(args.data, args.dataset).songs(args.seconds)
+    songs = [song for song in songs if song.split in ("", "test")]
+    if not songs:
+        raise ValueError(f"{args.data}: expected test songs, there are none")
+    if not HAS_PESQ:
+        complain(args, NO_PESQ)
+    found, failed = [], 0
+    with open(args.out or os.devnull, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["song", *COLUMNS])
+        for song in tqdm(songs, unit="song", disable=not sys.stderr.isatty()):
+            try:
+                values = measure_song(*model, song, args.seconds)
+            except (RuntimeError, ValueError) as error:
+                complain(args, f"{song.name}: {error}")
+                failed = 1
+                continue
+            writer.writerows([song.name, *row] for row in averages(values))
+            found += values
+    print(markdown(COLUMNS, averages(found)))
+    return failed
 
 
 def add_demo(commands):

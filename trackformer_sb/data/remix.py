@@ -6,6 +6,7 @@ the items are two songs without stems, for MixIT.
 """
 
 import functools
+from collections import defaultdict
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -47,6 +48,38 @@ MAX_GAIN = 10.0  # of a class that takes another one's level, and its inverse
 ITEM_RMS = 0.1
 MIXTURE_RMS, MIXTURE_DB = 0.07, 3.0  # of each song of an item without stems
 TRIES = 20
+
+
+def stem_class(name):
+    """The class of a stem by its name, the first that fits."""
+    return next(
+        one
+        for one, patterns in STEM_CLASSES.items()
+        if any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
+    )
+
+
+def sum_by_class(stems):
+    """Class -> sum of its stems, of name -> samples.
+
+    Example
+    -------
+    >>> sum_by_class({"horns": 1, "clav": 1, "bass_pad": 1})
+    {'other': 2, 'bass': 1}
+    """
+    classes = defaultdict(int)
+    for name, sig in stems.items():
+        classes[stem_class(name)] += sig
+    return dict(classes)
+
+
+def read_stems(song, start, seconds, sample_rate):
+    """Track of a song -> a part of it, [2, time], with zeros past its end."""
+    what = start, seconds, sample_rate
+    return {
+        name: sum(read_segment(path, *what, channel="both") for path in paths)
+        for name, paths in song.tracks.items()
+    }
 
 
 @functools.lru_cache
@@ -391,13 +424,7 @@ class NamedWindows(torch.utils.data.Dataset):
     def __getitem__(self, number):
         """Class -> [2, time], at an RMS of 0.1 in sum; and the group."""
         song, group, start = self.windows[number]
-        what = start, self.seconds, self.sample_rate
-        stems = {
-            name: sum(
-                read_segment(path, *what, channel="both") for path in paths
-            )
-            for name, paths in song.tracks.items()
-        }
+        stems = read_stems(song, start, self.seconds, self.sample_rate)
         rms = sum(stems.values()).square().mean().sqrt()
         gain = ITEM_RMS / rms.clamp(min=1e-4)
         return {name: gain * sig for name, sig in stems.items()}, group

@@ -1,10 +1,12 @@
 """Measures of separation: with stems, with two mixtures, and of the masks."""
 
+import importlib.util
 import warnings
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from torchaudio.functional import resample
 
 from trackformer_sb.objectives.mixit import mixit_loss
 from trackformer_sb.objectives.regularizers import (
@@ -25,6 +27,11 @@ MAX_GROUPED = 12
 
 # Signal-to-noise ratios are kept within +- this many dB.
 LIMIT_DB = 120.0
+
+# Whether PESQ can be measured: the package has C code to be compiled.
+HAS_PESQ = importlib.util.find_spec("pesq") is not None
+NO_PESQ = "no PESQ of vocals: expected the extra pesq of trackformer_sb"
+PESQ_RATE = 16000  # in Hz, of its wide band
 
 
 def si_snr(estimate, target):
@@ -225,26 +232,58 @@ def _improvement_of_subsets(est_source, stems, mix):
     return value - before.numpy()[:, None]
 
 
+def _of_pairs(measure, est_source, stems, **options):
+    """Mean of a measure of torchmetrics over ``_pairs``; None without any."""
+    # torchmetrics takes a second to import, and some of its versions warn
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchmetrics.functional import audio
+
+    # pair by pair because batched linear solvers fail in some builds of torch
+    ratio = [
+        getattr(audio, measure)(*pair, **options)
+        for pair in zip(*_pairs(est_source, stems))
+    ]
+    if not ratio:
+        return None
+    return float(torch.stack(ratio).clamp(-LIMIT_DB, LIMIT_DB).mean())
+
+
 def sdr(est_source, stems):
     """Signal-to-distortion ratio (BSS-eval, 512 taps) of the best choice.
 
     By torchmetrics, of the pairs that ``si_snri`` chooses: the mean over the
     active stems with a source, in dB; None without any.
     """
-    # torchmetrics takes a second to import, and some of its versions warn
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from torchmetrics.functional.audio import signal_distortion_ratio
+    # the projection on 512 shifts is singular for band-limited stems
+    options = {"load_diag": 1e-8}
+    return _of_pairs("signal_distortion_ratio", est_source, stems, **options)
 
-    # the projection on 512 shifts is singular for band-limited stems; pair by
-    # pair because batched linear solvers fail in some builds of torch
-    ratio = [
-        signal_distortion_ratio(*pair, load_diag=1e-8)
-        for pair in zip(*_pairs(est_source, stems))
-    ]
-    if not ratio:
+
+def si_sdr(est_source, stems):
+    """Scale-invariant SDR, of the same pairs as ``sdr``."""
+    name = "scale_invariant_signal_distortion_ratio"
+    return _of_pairs(name, est_source, stems)
+
+
+def pesq(est_source, vocals, sample_rate):
+    """PESQ of the source nearest to the vocals, a measure of speech.
+
+    ITU-T P.862.2, wideband at 16 kHz, by the package of that name: from 1.04
+    to 4.64, higher is better; of sources [sources, time] and vocals [time].
+    None if either is silent or no utterance is found in them.
+    """
+    from pesq import PesqError
+    from pesq import pesq as perceived
+
+    source, stem = _pairs(est_source, vocals.unsqueeze(0))
+    if not len(stem):
         return None
-    return float(torch.stack(ratio).clamp(-LIMIT_DB, LIMIT_DB).mean())
+    heard = torch.cat([stem, source]).cpu()
+    heard = resample(heard, sample_rate, PESQ_RATE).numpy()
+    options = {"mode": "wb", "on_error": PesqError.RETURN_VALUES}
+    score = perceived(PESQ_RATE, *heard, **options)
+    return score if score > 0 else None  # below are errors
 
 
 def mixture_si_snr(est_source, mixtures):
