@@ -14,7 +14,9 @@ from trackformer_sb.cli import main
 from trackformer_sb.ffmpeg import FFmpegWriter, Tags, read_tags
 
 # without an edge, and without what filters near half the rate treat differently
-SONG = resample(np.random.default_rng(0).normal(0, 0.1, (RATE, 2)), 2 * RATE)
+SONG = resample(
+    np.random.default_rng(0).normal(0, 0.1, (RATE // 2, 2)), 2 * RATE
+)
 SONG = SONG * np.hanning(2 * RATE)[:, None]
 
 
