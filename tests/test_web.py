@@ -256,8 +256,28 @@ def test_a_file_is_dropped_and_heard(browser, server, tmp_path):
     wait(lambda: player(gains) == [1, 0, 1])
     all_of(".Solo")[0].click()
     wait(lambda: player(gains) == [1, 0, 0])
-    player("p.stems[0].volume.value = 0.5, p.mix()")
+    player("p.stems[0].volume.value = -6, p.mix()")
     wait(lambda: player(gains) == [0.5, 0, 0])
+    # what is heard of it, left and right
+    player(
+        "p.meters = [0, 1].map(() => p.context.createAnalyser()),"
+        "p.split = p.context.createChannelSplitter(2),"
+        "p.meters.forEach((meter, side) => p.split.connect(meter, side)),"
+        "p.stems[0].panner.connect(p.split), 0"
+    )
+    levels = (
+        "p.meters.map((meter) => {"
+        "  const sig = new Float32Array(meter.fftSize);"
+        "  meter.getFloatTimeDomainData(sig);"
+        "  return Math.hypot(...sig); })"
+    )
+    player("p.seek(0)")
+    wait(lambda: min(player(levels)) > 0)
+    player("p.stems[0].pan.value = 1, p.mix()")
+    wait(lambda: player(levels)[0] < 1e-3 < player(levels)[1])
+    assert all_of(".stem small")[0].text == "-6.0 dB, pan 1"
+    player("p.stems[0].volume.value = -40, p.mix()")
+    wait(lambda: player(gains) == [0, 0, 0])
     # to the end, and back to the beginning
     wait(lambda: play.text == "Play")
     assert all_of(".stem span")[0].text == "0:00 / 0:04"

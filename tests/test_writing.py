@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from scipy.signal import resample
 from separators import read
 
 from trackformer_sb import ffmpeg
@@ -24,6 +25,11 @@ def noise(sources, channels, frames):
     return torch.rand(size, generator=generator) * 0.2 - 0.1
 
 
+def true_peak(sig):
+    """Of [channels, time], by a spectrum with zeros on top."""
+    return np.abs(resample(sig.numpy(), 8 * sig.shape[1], axis=1)).max()
+
+
 def opened(folder, rate=8000, channels=2):
     """An open file that gives the rate and the channels."""
     path = folder / "song.wav"
@@ -35,7 +41,7 @@ def written(sig, folder, outputs=None, remix=None, reader=None, **options):
     """Writes in two blocks; name -> what is read again."""
     half = sig.shape[-1] // 2
     blocks = [sig[..., :half], sig[..., half:]]
-    mixes = mix_gains(check_outputs(outputs, len(sig)), remix, len(sig))
+    *mixes, _ = mix_gains(check_outputs(outputs, len(sig)), remix, len(sig))
     out, reader = folder / "out", reader or opened(folder)
     paths = write_sources(blocks, reader, out, "song", *mixes, **options)
     # nothing else, not even a hidden folder
@@ -248,13 +254,20 @@ def test_beyond_full_scale_all_are_turned_down_alike(
 
 
 def test_a_loud_remix_leaves_the_outputs_alone(tmp_path, caplog):
-    sig = noise(2, 2, 500) * 8  # up to 0.8
+    sig = resample(noise(2, 2, 250).numpy(), 500, axis=2)
+    sig = 5 * torch.from_numpy(sig) * torch.hann_window(500)
     files = written(sig, tmp_path, file_format="flac", remix="0:6.0206")
     for source, result in zip(sig, files.values()):
         assert torch.allclose(result, source, atol=1e-6)
+    result = files["song_remix.flac"]
     remix = 2 * sig[0] + sig[1]
-    expected = remix / remix.abs().max()
-    assert torch.allclose(files["song_remix.flac"], expected, atol=1e-5)
+    gain = (result * remix).sum() / remix.square().sum()
+    assert torch.allclose(result, gain * remix, atol=1e-5)
+    # by its true peak, in whatever format
+    assert 20 * np.log10(true_peak(result)) == pytest.approx(-0.1, abs=0.05)
+    (tmp_path / "wav").mkdir()
+    files = written(sig, tmp_path / "wav", remix="0:6.0206")
+    assert torch.allclose(files["song_remix.wav"], result, atol=1e-5)
     assert "song_remix.flac" in caplog.text
     assert "song_source0.flac" not in caplog.text
 
@@ -303,3 +316,88 @@ def test_full_disk_names_the_files(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.glob("out/*"))
+
+
+# --- the same format as the file ---------------------------------------------
+
+NOISE = np.random.default_rng(0).uniform(-0.3, 0.3, (3000, 2))
+
+
+def written_again(path, **options):
+    """A source that is half of a file, in the same format."""
+    with open_audio(path) as reader:
+        sig = reader.read(reader.frames, dtype="float32").T
+        reader.seek(0)
+        out = path.parent / "out"
+        (result,) = write_sources(
+            [0.5 * sig[None]],
+            *(reader, out, "song", ["half"], np.eye(1), "same"),
+            **options,
+        )
+    return result, 0.5 * sig
+
+
+@pytest.mark.parametrize(
+    ("name", "subtype", "result_name"),
+    [
+        *(("song.wav", x, "song_half.wav") for x in ("PCM_U8", "PCM_16")),
+        *(("song.wav", x, "song_half.wav") for x in ("PCM_24", "PCM_32")),
+        *(("song.wav", x, "song_half.wav") for x in ("FLOAT", "DOUBLE")),
+        *(("song.wav", x, "song_half.wav") for x in ("ULAW", "ALAW")),
+        ("song.FLAC", "PCM_16", "song_half.flac"),
+        ("song.flac", "PCM_24", "song_half.flac"),
+        ("song.aiff", "PCM_24", "song_half.wav"),
+        ("surround.ogg", "VORBIS", "song_half.flac"),
+    ],
+)
+def test_the_same_samples(tmp_path, caplog, name, subtype, result_name):
+    path = tmp_path / name
+    sig = np.repeat(NOISE, 3, 1) if name.startswith("surround") else NOISE
+    soundfile.write(path, sig, 8000, subtype)
+    result, expected = written_again(path)
+    assert result.name == result_name
+    info = soundfile.info(result)
+    kind = "PCM_24" if subtype == "VORBIS" else subtype
+    assert (info.subtype, info.samplerate, info.frames) == (kind, 8000, 3000)
+    errors = {"PCM_U8": 2**-8, "PCM_16": 2**-16, "ULAW": 0.02, "ALAW": 0.02}
+    error = np.abs(read(result).numpy() - expected).max()
+    assert error <= 1.01 * errors.get(subtype, 2**-24)
+    said = f"{path}: written as {result.suffix[1:]}, the nearest"
+    assert (said in caplog.text) == name.endswith((".aiff", ".ogg"))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "result_codec"),
+    [
+        ("song.mp3", "libmp3lame", "mp3float"),
+        ("song.m4a", "aac", "aac"),
+        ("song.m4a", "alac", "alac"),
+        ("song.wma", "wmav2", "aac"),
+        ("song.mp4", "aac", "aac"),
+    ],
+)
+def test_the_same_codec_or_the_nearest(
+    tmp_path, caplog, name, codec, result_codec
+):
+    path = tmp_path / name
+    container = {".wma": "asf", ".mp3": "mp3"}.get(path.suffix, "mp4")
+    with av.open(path, "w", format=container) as file:
+        stream = file.add_stream(codec, 44100, layout="stereo")
+        stream.bit_rate = 256_000
+        sig = np.tile(NOISE.astype("float32"), (4, 1)).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(sig, "flt", "stereo")
+        frame.sample_rate = 44100
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    result, expected = written_again(path)
+    assert result.suffix == {".mp3": ".mp3"}.get(path.suffix, ".m4a")
+    with open_audio(result) as audio:
+        assert (audio.subtype, audio.samplerate) == (result_codec, 44100)
+        sig = audio.read(audio.frames).T
+    assert sig.shape == expected.shape
+    level = np.linalg.norm(sig) / np.linalg.norm(expected)
+    assert 20 * np.log10(level) == pytest.approx(0, abs=0.5)
+    if codec == "alac":
+        assert np.abs(sig - expected).max() <= 2**-24
+    said = f"{path}: written as m4a, the nearest" in caplog.text
+    assert said == (path.suffix not in (".mp3", ".m4a"))

@@ -24,7 +24,7 @@ from trackformer_sb.cli_model import (
     add_export,
     add_info,
 )
-from trackformer_sb.cli_separate import add_separate
+from trackformer_sb.cli_separate import add_karaoke, add_remix, add_separate
 from trackformer_sb.paths import expanded
 
 TESTED = "2.11.0"  # of torch and torchaudio, as in requirements.lock
@@ -121,6 +121,8 @@ def build_parser():
     )
     for add in (
         add_separate,
+        add_karaoke,
+        add_remix,
         add_live,
         add_adapt,
         add_export,

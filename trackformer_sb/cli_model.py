@@ -264,8 +264,8 @@ def add_demo(commands):
         help="a page in the browser: drop music in, hear its sources",
         description=(
             "Serves a page on which to separate music, to hear its stems with "
-            "mute, solo and volume, and to download them. Ctrl+C ends it and "
-            "removes the files it made."
+            "mute, solo, gain and pan, and to download them. Ctrl+C ends it "
+            "and removes the files it made."
         ),
     )
     parser.add_argument("model", nargs="?", **MODEL)

@@ -1,4 +1,4 @@
-"""The ``trackformer separate`` command."""
+"""The ``trackformer`` commands separate, karaoke and remix."""
 
 import argparse
 import hashlib
@@ -44,12 +44,29 @@ file leaves no results. Paths of written files go to the standard output, one a
 line, errors to the standard error.
 """
 
+KARAOKE = """\
+Writes songs without their vocals, in their format or the nearest that can be
+written, with their tags and at their level: only where a peak exceeds full
+scale are they turned down.
+"""
+
+REMIX = """\
+Writes songs with other gains of their stems, in their format, with their tags:
+trackformer remix song.mp3 --vocals=-6 --drums=3 --pan other=0.3. Where the true
+peak exceeds -0.1 dB they are turned down, before an mp3, m4a or ogg is encoded.
+"""
 
 # Of ``Separator.separate_file``, which make results what they are
 OPTIONS = (
     *("outputs", "remix", "ranked", "figure", "file_format", "song_folders"),
     *("chunk_seconds", "overlap", "spatial"),
 )
+
+# Of ``trackformer separate``, as karaoke and remix have them
+ONE_MIX = {
+    **{"stems": None, "file_format": "same", "skip_existing": False},
+    **{"remix": None, "ranked": False, "figure": False, "song_folders": False},
+}
 
 
 def share(text):
@@ -60,15 +77,8 @@ def share(text):
     return value
 
 
-def add_separate(commands):
-    """Adds ``trackformer separate``."""
-    parser = commands.add_parser(
-        "separate",
-        help="separate audio files into sources",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _add_common(parser, results):
+    """What separate, karaoke and remix have in common."""
     parser.add_argument(
         "files",
         metavar="FILE",
@@ -80,70 +90,8 @@ def add_separate(commands):
         "--out",
         default=".",
         metavar="DIR",
-        help="folder for the stems: <file>_drums.wav and so on, or "
-        "<file>_source0.wav where the model has no names; files of the same "
-        "name go to folders in it as they come from (default: this folder)",
-    )
-    written = parser.add_argument_group("what is written")
-    written.add_argument(
-        "--format",
-        dest="file_format",
-        choices=("wav", "flac", "ogg", "mp3", "m4a"),
-        default="wav",
-        help="wav (32-bit float), flac (24 bit), ogg (Vorbis), mp3 or m4a "
-        "(AAC), with the tags of the input; where outputs exceed full scale, "
-        "all but wav have all outputs of the file turned down alike, and a "
-        "remix by itself (default: %(default)s)",
-    )
-    written.add_argument(
-        "--song_folders",
-        action="store_true",
-        help="write <file>/drums.wav in place of <file>_drums.wav",
-    )
-    which = written.add_mutually_exclusive_group()
-    which.add_argument(
-        "--stems",
-        metavar="NAMES",
-        help="named stems to write, as vocals or drums,bass, and the rest as "
-        "one; auto for those that sound in the song (default: all)",
-    )
-    which.add_argument(
-        "--slots",
-        dest="outputs",
-        action="store_const",
-        const="all",
-        help="all outputs of the model as they are, several a stem",
-    )
-    which.add_argument(
-        "--outputs",
-        metavar="LIST",
-        help="outputs to keep, as 0,2, or to sum into groups, as "
-        "drums=0+3,rest=1+2; none for only a remix or a figure",
-    )
-    written.add_argument(
-        "--ranked",
-        action="store_true",
-        help="number outputs without names by their energy in the file, 0 the "
-        "loudest",
-    )
-    written.add_argument(
-        "--remix",
-        metavar="GAINS",
-        help="write <file>_remix as well, the sum with gains in dB: "
-        "vocals:-inf,drums:+3 mutes the vocals and raises the drums, 0:-inf "
-        "mutes output 0 of a model without names; the others stay",
-    )
-    written.add_argument(
-        "--figure",
-        action="store_true",
-        help="draw <file>_figure.png: spectrograms of song and stems",
-    )
-    written.add_argument(
-        "--skip-existing",
-        "--skip_existing",
-        action="store_true",
-        help="leave out files whose results are there, whole, and made of this "
-        "file by this model with these options",
+        help=f"folder for the results: {results}; files of the same name go to "
+        "folders in it as they come from (default: this folder)",
     )
     model = parser.add_argument_group("how the model runs")
     model.add_argument("--device", **DEVICE)
@@ -179,6 +127,140 @@ def add_separate(commands):
     parser.set_defaults(run=_separate)
 
 
+def add_separate(commands):
+    """Adds ``trackformer separate``."""
+    parser = commands.add_parser(
+        "separate",
+        help="separate audio files into sources",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    written = parser.add_argument_group("what is written")
+    written.add_argument(
+        "--format",
+        dest="file_format",
+        choices=("wav", "flac", "ogg", "mp3", "m4a", "same"),
+        default="wav",
+        help="wav (32-bit float), flac (24 bit), ogg (Vorbis), mp3 or m4a "
+        "(AAC), or the same as the input, with its tags; where outputs exceed "
+        "full scale, all but wav have all outputs of the file turned down "
+        "alike (default: %(default)s)",
+    )
+    written.add_argument(
+        "--song_folders",
+        action="store_true",
+        help="write <file>/drums.wav in place of <file>_drums.wav",
+    )
+    which = written.add_mutually_exclusive_group()
+    which.add_argument(
+        "--stems",
+        metavar="NAMES",
+        help="named stems to write, as vocals or drums,bass, and the rest as "
+        "one; auto for those that sound in the song (default: all)",
+    )
+    which.add_argument(
+        "--slots",
+        dest="outputs",
+        action="store_const",
+        const="all",
+        help="all outputs of the model as they are, several a stem",
+    )
+    which.add_argument(
+        "--outputs",
+        metavar="LIST",
+        help="outputs to keep, as 0,2, or to sum into groups, as "
+        "drums=0+3,rest=1+2; none for only a remix or a figure",
+    )
+    written.add_argument(
+        "--ranked",
+        action="store_true",
+        help="number outputs without names by their energy in the file, 0 the "
+        "loudest",
+    )
+    written.add_argument(
+        "--remix",
+        action="append",
+        metavar="GAINS",
+        help="write <file>_remix as well, the sum with gains in dB: "
+        "vocals:-inf,drums:+3 mutes the vocals and raises the drums, 0:-inf "
+        "mutes output 0 of a model without names; the others stay",
+    )
+    written.add_argument(
+        "--figure",
+        action="store_true",
+        help="draw <file>_figure.png: spectrograms of song and stems",
+    )
+    written.add_argument(
+        "--skip-existing",
+        "--skip_existing",
+        action="store_true",
+        help="leave out files whose results are there, whole, and made of this "
+        "file by this model with these options",
+    )
+    _add_common(parser, "<file>_drums.wav, or _source0.wav without names")
+
+
+def add_karaoke(commands):
+    """Adds ``trackformer karaoke``."""
+    parser = commands.add_parser(
+        "karaoke",
+        help="write songs without their vocals",
+        description=KARAOKE,
+    )
+    parser.add_argument(
+        "--keep-backing",
+        "--keep_backing",
+        dest="outputs",
+        action="store_const",
+        const="karaoke+backing",
+        default="karaoke",
+        help="take out only what of the vocals is in the centre of stereo, as "
+        "the lead mostly is; backing voices at the sides stay, and with them "
+        "some of the lead's reverberation",
+    )
+    _add_common(parser, "<file>_karaoke")
+    parser.set_defaults(**ONE_MIX)
+
+
+def add_remix(commands):
+    """Adds ``trackformer remix``."""
+    parser = commands.add_parser(
+        "remix",
+        help="write songs with other gains of their stems",
+        description=REMIX,
+    )
+    # all become parts of what ``separate --remix`` takes
+    for name in ("drums", "bass", "vocals", "other"):
+        parser.add_argument(
+            f"--{name}",
+            dest="remix",
+            action="append",
+            type=f"{name}:{{}}".format,
+            metavar="DB",
+            help=f"gain of {name}, as --{name}=-6; -inf mutes",
+        )
+    parser.add_argument(
+        "--gain",
+        dest="remix",
+        action="append",
+        type=lambda text: text.replace("=", ":"),
+        metavar="NAME=DB",
+        help="gain of any stem, of source0 and so on where they have no names",
+    )
+    parser.add_argument(
+        "--pan",
+        dest="remix",
+        action="append",
+        type=lambda text: text.replace("=", "@"),
+        metavar="NAME=PLACE",
+        help="move a stem to the left, down to -1, or to the right, up to 1; "
+        "mono becomes stereo",
+    )
+    _add_common(parser, "<file>_remix")
+    parser.set_defaults(outputs="none", **ONE_MIX)
+
+
 def _fingerprint(separator):
     """A name for what a separator computes: its parts and their weights."""
     import torch
@@ -195,7 +277,7 @@ def _prepare(args):
     from trackformer_sb.audio import AUDIO_EXTENSIONS, UNREAD_MUSIC
     from trackformer_sb.inference.remix import chosen_stems
     from trackformer_sb.inference.separator import AUTO, load_separator
-    from trackformer_sb.inference.writing import output_paths
+    from trackformer_sb.inference.writing import format_of, output_paths
 
     files = find_files(args.files, args.out, AUDIO_EXTENSIONS)
     folders = filter(os.path.isdir, args.files)
@@ -208,13 +290,14 @@ def _prepare(args):
         outputs = AUTO
     elif args.stems is not None:
         outputs = chosen_stems(args.stems, separator.groups)
-    names, _ = separator.mixes(outputs, args.remix)
+    remix = args.remix and ",".join(args.remix)
+    names, *_ = separator.mixes(outputs, remix)
     results = {
         path: output_paths(
             Path(args.out, folder),
             shortened(Path(path).stem),
             names,
-            args.file_format,
+            format_of(path, args.file_format),
             args.figure,
             args.song_folders,
         )
@@ -224,7 +307,7 @@ def _prepare(args):
     os.makedirs(args.out, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()  # it can be written
     options = {name: getattr(args, name) for name in OPTIONS}
-    options["outputs"] = outputs
+    options |= {"outputs": outputs, "remix": remix}
     return separator, options, results
 
 
@@ -260,8 +343,9 @@ def _separate(args):
                 for stale in {*paths} - {*written}:
                     # of a separation in which more stems sounded
                     stale.unlink(missing_ok=True)
-                description = describe(path, paths, made) | counts
-                add_record(args.out, place, description)
+                if args.command == "separate":
+                    description = describe(path, paths, made) | counts
+                    add_record(args.out, place, description)
                 with tqdm.external_write_mode():
                     print(*written, sep="\n", flush=True)
         except (OSError, ValueError, RuntimeError) as error:

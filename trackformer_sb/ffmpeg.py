@@ -42,6 +42,19 @@ ENCODERS = {
     "mp3": ("mp3", "libmp3lame", "fltp", {"flags": "+qscale"}),
     "m4a": ("mp4", "aac", "fltp", {}),
 }
+# Codec and samples of a format that is to be like that of a file, by the name
+# of the latter in libsndfile or FFmpeg.
+SUBTYPES = {
+    ("wav", "PCM_U8"): ("pcm_u8", "u8"),
+    ("wav", "PCM_16"): ("pcm_s16le", "s16"),
+    ("wav", "PCM_24"): ("pcm_s24le", "s32"),
+    ("wav", "PCM_32"): ("pcm_s32le", "s32"),
+    ("wav", "DOUBLE"): ("pcm_f64le", "dbl"),
+    ("wav", "ULAW"): ("pcm_mulaw", "s16"),
+    ("wav", "ALAW"): ("pcm_alaw", "s16"),
+    ("flac", "PCM_16"): ("flac", "s16"),
+    ("m4a", "alac"): ("alac", "s32p"),
+}
 BIT_RATE = 160_000  # per channel, of m4a
 # Of containers: a wav of more than 4 GB gets 64-bit sizes.
 CONTAINER_OPTIONS = {"rf64": "auto", "brand": "M4A "}
@@ -96,9 +109,10 @@ def read_tags(path):
 class FFmpegWriter(AbstractContextManager):
     """A file that grows, float32 wav, 24 bit flac, mp3 or m4a.
 
-    ``file`` is a path or an open file. Where mp3 or m4a have no such rate it is
-    the next higher one, or their highest. Raises av.FFmpegError, at once if the
-    format has no such layout of channels.
+    ``file`` is a path or an open file, ``subtype`` among ``SUBTYPES``; others
+    change nothing. Where mp3 or m4a have no such rate it is the next higher
+    one, or their highest. Raises av.FFmpegError, at once if the format has no
+    such layout of channels.
 
     Example
     -------
@@ -113,10 +127,13 @@ class FFmpegWriter(AbstractContextManager):
     Song (vocals) 5000
     """
 
-    def __init__(self, file, file_format, sample_rate, tags):
+    def __init__(self, file, file_format, sample_rate, tags, subtype=None):
         if not hasattr(file, "write"):
             file = f"file:{os.fspath(file)}"
         muxer, codec, self._samples, options = ENCODERS[file_format]
+        codec, self._samples = SUBTYPES.get(
+            (file_format, subtype), (codec, self._samples)
+        )
         rates = av.Codec(codec, "w").audio_rates or [sample_rate]
         rate = min(rates, key=lambda x: (x < sample_rate, abs(x - sample_rate)))
         # an m4a then says its length in samples
@@ -163,7 +180,7 @@ class FFmpegWriter(AbstractContextManager):
 
     def _encode(self, sig):
         samples = "flt"
-        if self._samples == "s32":
+        if self._samples in ("s32", "s32p"):
             # the encoder would cut to 24 bits rather than round
             samples = "s32"
             sig = np.rint(sig * 2.0**23).clip(-(2**23), 2**23 - 1)

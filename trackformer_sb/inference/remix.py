@@ -7,11 +7,11 @@ import numpy as np
 NONE = "none"
 REMIX = "remix"
 
-# What a part of a text may be: name=0+1 or 0, and name:-3 or 0:-inf.
+# What a part of a text may be: name=0+1 or 0, and name:-3, 0:-inf or name@0.5.
 OUTPUTS = re.compile(
     r"\s*(?:([^=\s][^=]*?)\s*=\s*(\d+(?:\s*\+\s*\d+)*)|(\d+))\s*"
 )
-GAINS = re.compile(r"\s*(\S.*?)\s*:\s*([+-]?\d+\.?\d*|-inf)\s*")
+GAINS = re.compile(r"\s*(\S.*?)\s*([:@])\s*([+-]?(?:\d+\.?\d*|\.\d+)|-inf)\s*")
 
 
 def _parsed(text, form, expected):
@@ -98,42 +98,74 @@ def chosen_stems(text, groups):
 
 
 def _parse_remix(text):
-    """Pairs of output, a number or a name, and gain in dB."""
-    expected = "outputs and gains in dB, as in 0:-inf,3:+3"
-    return [
-        (int(key) if key.isdecimal() else key, float(gain))
-        for key, gain in _parsed(text, GAINS, expected)
-    ]
+    """Gains in dB and pans, of outputs by number or name."""
+    expected = "gains in dB and pans (other@0.5), as in 0:-inf,3:+3"
+    found = {":": {}, "@": {}}
+    for key, kind, value in _parsed(text, GAINS, expected):
+        found[kind][int(key) if key.isdecimal() else key] = float(value)
+    return found[":"], found["@"]
 
 
-def _remix_gains(remix, outputs, num_spks):
-    """The factors by which the outputs enter a remix, [num_spks]."""
-    pairs = _parse_remix(remix) if isinstance(remix, str) else remix.items()
-    factors = {}
-    for key, decibels in pairs:
+def _of_outputs(values, outputs, num_spks):
+    """A value for each output, [num_spks], from those of some; 0 of others."""
+    found = np.zeros(num_spks)
+    for key, value in values.items():
         indices = outputs.get(key, (key,))
         if not set(indices) <= set(range(num_spks)):
             raise ValueError(
                 f"remix: expected outputs from 0 to {num_spks - 1} or one of "
                 f"{', '.join(outputs) or 'no groups'}, got {key!r}"
             )
-        factors |= dict.fromkeys(indices, 10 ** (decibels / 20))
-    return [factors.get(index, 1.0) for index in range(num_spks)]
+        found[list(indices)] = value
+    return found
 
 
-def mix_gains(outputs, remix, num_spks):
+def mix_gains(outputs, remix, num_spks, stems=None):
     """What is written, as mixes of all outputs of a model.
 
     ``outputs`` are as of ``check_outputs``. ``remix`` is None, or outputs, by
-    number or by a name among the outputs, -> gains in dB, or text as in
-    ``0:-inf,drums:+3``; outputs it does not name stay as they are. Returns
-    names, "remix" last, and gains, float32 [names, num_spks].
+    number or by a name among them or among ``stems``, -> gains in dB, or text
+    as in ``0:-inf,drums:+3,other@0.5``, the last a pan; outputs it does not
+    name stay as they are. Returns names, "remix" last, gains, float32 [names,
+    num_spks], and pans, [num_spks].
     """
     rows = {
         name: [float(i in indices) for i in range(num_spks)]
         for name, indices in outputs.items()
     }
+    pans, known = {}, (stems or {}) | outputs
     if remix is not None:
-        rows[REMIX] = _remix_gains(remix, outputs, num_spks)
+        if isinstance(remix, str):
+            remix, pans = _parse_remix(remix)
+        rows[REMIX] = 10 ** (_of_outputs(remix, known, num_spks) / 20)
+        if not all(-1 <= pan <= 1 for pan in pans.values()):
+            raise ValueError(
+                f"pan: expected -1 (left) to 1 (right), got {pans}"
+            )
     gains = np.array(list(rows.values()), "float32")
-    return list(rows), gains.reshape(-1, num_spks)
+    places = _of_outputs(pans, known, num_spks).astype("float32")
+    return list(rows), gains.reshape(-1, num_spks), places
+
+
+def pan_matrix(pan, channels):
+    """What moves sound to the left, -1, or to the right, 1, [2, channels].
+
+    As the StereoPannerNode of the Web Audio API does: of stereo, the far side
+    goes over to the near one, and 0 changes nothing. Mono keeps its power; at 0
+    both sides are what it was.
+
+    Example
+    -------
+    >>> (pan_matrix(-1, 2) @ [0.5, 0.2]).round(2).tolist()
+    [0.7, 0.0]
+    >>> [pan_matrix(x, 1).round(2).T.tolist() for x in (0, 1 / 3, 1)]
+    [[[1.0, 1.0]], [[0.71, 1.22]], [[0.0, 1.41]]]
+    """
+    if channels == 1:
+        angle = (pan + 1) * np.pi / 4
+        return np.sqrt(2) * np.array([[np.cos(angle)], [np.sin(angle)]])
+    if channels != 2:
+        raise ValueError(f"pan: expected 1 or 2 channels, got {channels}")
+    angle = abs(pan) * np.pi / 2
+    to_left = np.array([[1, np.sin(angle)], [0, np.cos(angle)]])
+    return to_left if pan < 0 else to_left[::-1, ::-1]

@@ -22,13 +22,20 @@ from trackformer_sb.inference.counting import (
 )
 from trackformer_sb.inference.hub import HubModel, is_part, plain_values
 from trackformer_sb.inference.overlap_add import separate_stream
-from trackformer_sb.inference.remix import check_outputs, mix_gains
+from trackformer_sb.inference.remix import (
+    check_outputs,
+    chosen_stems,
+    mix_gains,
+    pan_matrix,
+)
 from trackformer_sb.inference.separation import separate
+from trackformer_sb.inference.spatial import keep_sides
 from trackformer_sb.inference.writing import write_sources
 from trackformer_sb.nnet.stft import STFTEncoder
 from trackformer_sb.paths import expanded, shortened
 
 ALL, AUTO = "all", "auto"
+KARAOKE, KEEP_BACKING = "karaoke", "karaoke+backing"
 PARTS = {"encoder": "Encoder", "masknet": "MaskNet", "decoder": "Decoder"}
 PROGRESS = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s"
 
@@ -370,7 +377,7 @@ class Separator(
         return dict(zip(names, stems[0]))
 
     def mixes(self, outputs=None, remix=None):
-        """What ``separate_file`` writes: names and gains, see ``mix_gains``."""
+        """What ``separate_file`` writes, see ``mix_gains``."""
         if outputs == AUTO and self.groups and self.counter is None:
             raise ValueError(
                 "auto: expected a model with a counter, see recipes/count.py"
@@ -379,8 +386,12 @@ class Separator(
             outputs = self.groups
         elif outputs == ALL:
             outputs = None
+        elif outputs in (KARAOKE, KEEP_BACKING):
+            _, rest = chosen_stems("vocals", self.groups).values()
+            outputs = {KARAOKE: rest}
         outputs = check_outputs(outputs, self.num_spks)
-        return mix_gains(outputs, remix, self.num_spks)
+        stems = check_outputs(self.groups, self.num_spks)
+        return mix_gains(outputs, remix, self.num_spks, stems)
 
     @torch.no_grad()
     def separate_file(
@@ -423,7 +434,8 @@ class Separator(
         batch_size : int
             How many chunks go through the model at once.
         file_format : str
-            wav (32-bit float), flac (24 bit), ogg (Vorbis), mp3 or m4a (AAC).
+            wav (32-bit float), flac (24 bit), ogg (Vorbis), mp3 or m4a (AAC);
+            ``"same"``: that of the file, or what is nearest, with a warning.
             What exceeds full scale is kept by wav; in the others, all outputs
             of the file are turned down alike, with a warning. Title (with the
             output's name), artist, album and so on are those of the file; mp3,
@@ -433,14 +445,19 @@ class Separator(
             ``"drums=0+3,rest=1+2"``; ``"none"`` for no output, only a remix or
             a figure; ``"all"``; ``"auto"``: those that sound, of which "other",
             or else the loudest, takes in what the silent ones hold, and one for
-            outputs without names that are one instrument. By default the named
-            stems, or all.
+            outputs without names that are one instrument; ``"karaoke"``: all
+            but the vocals, as one; ``"karaoke+backing"``: also what of the
+            vocals is not in the centre of stereo, backing voices at the sides
+            and some reverberation. By default the named stems, or all.
         ranked : bool
             Whether the outputs are numbered by their energy in this file, 0
             the loudest; otherwise as the model numbers them.
         remix : str or dict, optional
-            Gains in dB of outputs or groups, ``"0:-inf,3:+3"``: writes their
-            sum to ``song_remix.wav``. Outputs not named stay as they are.
+            Gains in dB of outputs or stems, ``"0:-inf,3:+3"``: writes their sum
+            to ``song_remix.wav``, turned down, with a warning, where its true
+            peak exceeds -0.1 dB. Outputs not named stay as they are. In the
+            text, ``"other@0.5"`` moves a stem in all that is written, -1 to
+            the left, 1 to the right, see ``pan_matrix``; mono becomes stereo.
         figure : bool
             Whether to write ``song_figure.png``: spectrograms of the mixture
             and of the outputs, and how many instruments sound if the model
@@ -472,7 +489,7 @@ class Separator(
             If the file is no audio, empty, truncated or holds NaN or infinite
             samples.
         """
-        names, gains = self.mixes(outputs, remix)
+        names, gains, pans = self.mixes(outputs, remix)
         path = Path(expanded(path))
         if not path.is_file():
             what = "no such audio file"
@@ -481,10 +498,11 @@ class Separator(
             raise FileNotFoundError(f"{path}: {what}")
         groups = None
         if self.groups is not None and not ranked:
-            # of named stems all outputs have the same gain
-            slots = gains[:, list(self.groups.values())]
+            # of named stems all outputs have the same gain and place
+            slots = np.vstack([gains, pans])[:, list(self.groups.values())]
             if (slots == slots[..., :1]).all():
-                groups, gains = self.groups.values(), slots[..., 0]
+                groups = self.groups.values()
+                gains, pans = slots[:-1, :, 0], slots[-1, :, 0]
         with ExitStack() as stack:
             reader = stack.enter_context(open_audio(path))
             count = choose = None
@@ -492,6 +510,12 @@ class Separator(
                 seconds = reader.frames / reader.samplerate
                 count = SongCount(self.counter, seconds, chunk_seconds, overlap)
                 hook = self.masknet.register_forward_hook(count)
+                stack.enter_context(hook)
+            if outputs == KEEP_BACKING:
+                vocals = list(self.groups["vocals"])
+                rest = max({*range(self.num_spks)} - {*vocals})
+                hook = partial(keep_sides, vocals, rest)
+                hook = self.masknet.register_forward_hook(hook)
                 stack.enter_context(hook)
             blocks = separate_stream(
                 reader,
@@ -503,6 +527,12 @@ class Separator(
                 keep_order=self.groups is not None,
             )
             blocks = _counted(blocks, reader, progressbar)
+            channels = reader.channels
+            if pans.any():
+                places = np.stack([pan_matrix(x, channels) for x in pans])
+                places = torch.from_numpy(places.astype("float32"))
+                blocks = (places @ block for block in blocks)
+                channels = 2
             if outputs == AUTO:
                 heard = count
                 if self.groups is None:
@@ -524,6 +554,7 @@ class Separator(
                     figure,
                     song_folders,
                     count,
+                    channels,
                 )
             else:
                 est_source = torch.cat(list(blocks), dim=-1)

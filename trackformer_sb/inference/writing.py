@@ -1,6 +1,7 @@
 """Writes separated streams to files, whole or not at all."""
 
 import io
+import itertools
 import os
 import shutil
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import soundfile
+import soxr
 from speechbrain.utils.logger import get_logger
 
 from trackformer_sb.audio import name_of
@@ -19,12 +21,33 @@ logger = get_logger(__name__)
 
 FORMATS = ("wav", "flac", "ogg", "mp3", "m4a")
 
+# The format of a file, or the nearest to it: to others than these, m4a.
+SAME = "same"
+NEAREST = {
+    "wav": ".wav .wave .aiff .aif .aifc .w64 .caf .au .voc",
+    "flac": ".flac .ape .wv .tta .tak .dsf",
+    "ogg": ".ogg .oga",
+    "mp3": ".mp3",
+}
+
+# True peak of a remix at most, -0.1 dB: measures of it differ by less.
+CEILING = 10 ** (-0.1 / 20)
+
 # libsndfile ends the process where it closes a Vorbis file of a higher rate.
 MAX_OGG_RATE = 200_000
 
 # Frames read or written in one go. libsndfile puts all that a Vorbis file is
 # given at once on the stack, and crashes on a song.
 BLOCK_FRAMES = 2**14
+
+
+def format_of(path, file_format):
+    """The format to write: of ``same``, that of a file or the nearest."""
+    if file_format != SAME:
+        return file_format
+    ending = Path(path).suffix.lower()
+    found = [x for x in NEAREST if ending in NEAREST[x].split()]
+    return found[0] if found else "m4a"
 
 
 def output_paths(out_folder, stem, names, file_format, figure, song_folders):
@@ -54,6 +77,7 @@ def write_sources(
     figure=False,
     song_folders=False,
     count=None,
+    channels=None,
 ):
     """Writes mixes of a stream, in memory that does not depend on its length.
 
@@ -64,20 +88,33 @@ def write_sources(
     ``reader`` is the file they come from, which gives rate, channels and tags;
     the rest is as of ``mix_gains`` and ``Separator.separate_file``. ``choose``
     gives other names and gains once the energies of the sources, [sources], are
-    known; ``count`` is a ``SongCount`` to draw in the figure. Formats
-    other than wav end at full scale: outputs beyond it are turned down, all by
-    the same factor, and a remix by itself, with a warning.
+    known; ``count`` is a ``SongCount`` to draw in the figure; ``channels`` are
+    2 of mono that became stereo. Formats other than wav end at full scale:
+    outputs beyond it are turned down, all by the same factor. A remix is by
+    itself, in wav too, and by its true peak. Warnings say so.
     """
+    path = name_of(reader)
+    tags = read_tags(path)
+    channels = channels or reader.channels
+    if channels != reader.channels:
+        logger.warning(f"{path}: mono becomes stereo")
+        tags = tags._replace(layout="stereo")
+    subtype = reader.subtype if file_format == SAME else None
+    limited = file_format != "wav"  # whose float samples hold what exceeds it
+    file_format = format_of(path, file_format)
+    if subtype and not _fits(file_format, reader, tags):
+        file_format = "flac"  # of surround sound
+    if subtype and not path.lower().endswith(f".{file_format}"):
+        logger.warning(f"{path}: written as {file_format}, the nearest")
     paths = output_paths(
         out_folder, stem, names, file_format, figure, song_folders
     )
-    tags = read_tags(name_of(reader))
     title = tags.metadata.get("title", stem)
     title = title.encode("utf-8", "replace").decode()  # a name may be no UTF-8
     if not _fits(file_format, reader, tags):
         raise ValueError(
-            f"{name_of(reader)}: expected wav or flac for {reader.channels} "
-            f"channels at {reader.samplerate} Hz, got {file_format}"
+            f"{path}: expected wav or flac for {channels} channels at "
+            f"{reader.samplerate} Hz, got {file_format}"
         )
     partial = out_folder / f".{stem}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
@@ -99,7 +136,9 @@ def write_sources(
             )
             for name in names
         ]
-        wavs = [path.with_suffix(".wav") for path in finished[: len(names)]]
+        wavs = [
+            path.with_suffix(".float.wav") for path in finished[: len(names)]
+        ]
         growing = list(zip(wavs, tags_of))
         mixture = partial / ".mixture.wav"
         if figure:
@@ -111,11 +150,13 @@ def write_sources(
             drawn = {"mixture": mixture, **dict(zip(names[:outputs], wavs))}
             curve = () if count is None else count.means()[0]
             _draw(drawn, reader, finished[-1], curve)
-        for group in (slice(outputs), slice(outputs, len(names))):
-            if file_format != "wav":
-                pairs = list(zip(finished, tags_of))[group]
-                peak = peaks[group].max(initial=0.0)
-                _convert(wavs[group], pairs, peak, reader)
+        pairs = list(zip(wavs, finished, tags_of))
+        peak = peaks[:outputs].max(initial=1.0) if limited else 1.0
+        _convert(pairs[:outputs], 1 / peak, reader, subtype)
+        if outputs < len(names):
+            peak = max(peaks[outputs], true_peak(_read(wavs[-1]), channels))
+            gain = CEILING / max(peak, CEILING)
+            _convert(pairs[outputs:], gain, reader, subtype)
         for whole, path in zip(finished, paths):
             path.parent.mkdir(exist_ok=True)
             os.replace(whole, path)
@@ -143,16 +184,18 @@ def _fits(file_format, reader, tags):
     return True
 
 
-def _create(path, reader, tags):
+def _create(path, reader, tags, subtype=None):
     """A file to write, of the rate and the channels of another."""
     if path.suffix != ".ogg":
-        return FFmpegWriter(path, path.suffix[1:], reader.samplerate, tags)
+        return FFmpegWriter(
+            path, path.suffix[1:], reader.samplerate, tags, subtype
+        )
     # PyAV comes without an encoder of Vorbis
     file = soundfile.SoundFile(
         os.fsencode(path),
         "w",
         reader.samplerate,
-        reader.channels,
+        2 if tags.layout == "stereo" else 1,
         "VORBIS",
         format="OGG",
     )
@@ -210,17 +253,44 @@ def _draw(drawn, reader, path, count):
     plots.save_figure(figure, path)
 
 
-def _convert(wavs, growing, peak, reader):
-    """Writes wavs in another format, turned down alike if need be."""
-    gain = np.float32(1 / max(1.0, peak))
+def true_peak(blocks, channels):
+    """The largest magnitude of a signal, between its samples too.
+
+    By four times its rate (ITU-R BS.1770-4, annex 2), of float32 blocks
+    [time, channels].
+
+    Example
+    -------
+    >>> time = np.arange(1000)
+    >>> sig = np.hanning(1000) * np.sin(np.pi / 2 * time + np.pi / 4)
+    >>> sig = sig.astype("float32")[:, None]
+    >>> f"{np.abs(sig).max():.2f} {true_peak([sig], 1):.2f}"
+    '0.71 1.00'
+    """
+    resampler = soxr.ResampleStream(1, 4, channels)
+    peak, nothing = 0.0, np.zeros((0, channels), "float32")
+    for block in itertools.chain(blocks, [nothing]):
+        sig = resampler.resample_chunk(block, last=block is nothing)
+        peak = max(peak, np.abs(sig).max(initial=0.0))
+    return peak
+
+
+def _convert(growing, gain, reader, subtype):
+    """Writes float wavs in their formats, turned down alike if need be.
+
+    ``growing`` are the wav, the path and the tags of each.
+    """
     if gain < 1:
         logger.warning(
-            f"{name_of(reader)}: turned down by {20 * np.log10(peak):.1f} dB, "
-            f"as {growing[0][0].suffix[1:]} ends at full scale: "
-            f"{', '.join(path.name for path, _ in growing)}"
+            f"{name_of(reader)}: turned down by {-20 * np.log10(gain):.1f} dB "
+            "to stay below full scale: "
+            f"{', '.join(path.name for _, path, _ in growing)}"
         )
-    for wav, (path, tags) in zip(wavs, growing):
-        with _create(path, reader, tags) as file:
+    for wav, path, tags in growing:
+        if path.suffix == ".wav" and not subtype and gain == 1:
+            os.replace(wav, path)
+            continue
+        with _create(path, reader, tags, subtype) as file:
             for block in _read(wav):
-                file.write(gain * block)
+                file.write(np.float32(gain) * block)
         wav.unlink()

@@ -8,6 +8,7 @@
 
 const LEAD = 0.05; // seconds from a press of Play to the first sound
 const FADE = 0.01; // seconds of a change of volume, so that none clicks
+const SILENT = -40; // dB, the lowest gain, which is silence
 
 const make = (tag, attributes, ...children) => {
   const node = Object.assign(document.createElement(tag), attributes);
@@ -24,7 +25,8 @@ class Stem {
   constructor({ name, file, url, picture }, player) {
     this.url = url;
     this.gain = player.context.createGain();
-    this.gain.connect(player.context.destination);
+    this.panner = player.context.createStereoPanner();
+    this.gain.connect(this.panner).connect(player.context.destination);
     const toggle = (text) => {
       const button = make("button", { type: "button", className: text }, text);
       button.ariaLabel = `${text} ${name}`;
@@ -35,12 +37,17 @@ class Stem {
       };
       return button;
     };
+    const slider = (text, range) => {
+      const input = make("input", { type: "range", ...range, value: 0 });
+      input.ariaLabel = `${text} of ${name}`;
+      input.oninput = () => player.mix();
+      return input;
+    };
     this.mute = toggle("Mute");
     this.solo = toggle("Solo");
-    this.volume = make("input", { type: "range", max: 1, step: "any" });
-    this.volume.value = 1;
-    this.volume.ariaLabel = `Volume of ${name}`;
-    this.volume.oninput = () => player.mix();
+    this.volume = slider("Gain", { min: SILENT, max: 12, step: 0.5 });
+    this.pan = slider("Pan", { min: -1, max: 1, step: 0.05 });
+    this.values = make("small", {});
     this.playhead = make("div", { className: "playhead" });
     const image = make("img", { src: picture, alt: `Spectrogram of ${name}` });
     const view = make("div", { className: "view" }, image, this.playhead);
@@ -53,7 +60,7 @@ class Stem {
       { className: "stem" },
       make("b", {}, name),
       make("span", {}, this.mute, this.solo),
-      this.volume,
+      make("div", {}, this.volume, this.values, this.pan),
       view,
       make("a", { href: url, download: file }, "Download"),
     );
@@ -66,9 +73,18 @@ class Stem {
   }
 
   setHeard(heard) {
-    const volume = heard ? Number(this.volume.value) : 0;
-    this.row.style.setProperty("--heard", volume ? 1 : 0.35);
-    this.gain.gain.setTargetAtTime(volume, this.gain.context.currentTime, FADE);
+    const decibels = Number(this.volume.value);
+    const muted = !heard || decibels === SILENT;
+    const pan = Number(this.pan.value);
+    const text = decibels === SILENT ? "-∞" : decibels.toFixed(1);
+    this.values.textContent = `${text} dB, pan ${pan}`;
+    this.row.style.setProperty("--heard", muted ? 0.35 : 1);
+    // a panner lowers mono by 3 dB in the middle
+    const level = this.buffer?.numberOfChannels === 1 ? Math.SQRT2 : 1;
+    const volume = muted ? 0 : level * 10 ** (decibels / 20);
+    const now = this.gain.context.currentTime;
+    this.gain.gain.setTargetAtTime(volume, now, FADE);
+    this.panner.pan.setTargetAtTime(pan, now, FADE);
   }
 }
 
@@ -91,7 +107,7 @@ class Player {
     this.nodes = [
       make("div", { className: "stem" }, ...controls),
       ...this.stems.map(({ row }) => row),
-      make("p", {}, "Together the stems are the song."),
+      make("p", {}, "Together, at 0 dB, the stems are the song."),
     ];
     this.mix();
     this.load();
@@ -102,6 +118,7 @@ class Player {
       await Promise.all(this.stems.map((stem) => stem.load(this.context)));
       this.seconds = this.stems[0].buffer.duration;
       this.button.disabled = false;
+      this.mix();
       this.show();
     } catch (error) {
       this.button.textContent = "Failed";
