@@ -18,7 +18,7 @@ from trackformer_sb.cli_data import (
 )
 from trackformer_sb.cli_live import add_live
 from trackformer_sb.cli_model import add_demo, add_export, add_info
-from trackformer_sb.cli_separate import add_separate
+from trackformer_sb.cli_separate import add_separate, add_transcribe
 from trackformer_sb.paths import expanded
 
 TESTED = "2.11.0"  # of torch and torchaudio, as in requirements.lock
@@ -115,6 +115,7 @@ def build_parser():
     )
     for add in (
         add_separate,
+        add_transcribe,
         add_live,
         add_export,
         add_info,
