@@ -62,12 +62,16 @@ setup(
         "pesq": ["pesq"],
         # make-music; later symusic renders silence
         "music": ["symusic==0.5.8", "espeakng-loader", "pyworld-prebuilt"],
-        # the peers of benchmarks/
+        # basic-pitch, which asks for tensorflow, is installed without it
+        "transcribe": ["torchcrepe", "onnxruntime"],
+        # the peers of benchmarks/, and what they measure by
         "bench": [
             "performer-pytorch",
             "asteroid>=0.7,<0.8",
             "demucs",
             "openunmix",
+            "mir_eval",
+            "librosa",
         ],
         "dev": [
             "pytest>=8",
@@ -81,6 +85,7 @@ setup(
             "onnx",
             "onnxscript",
             "onnxruntime",
+            "torchcrepe",
             "hypothesis",
             "ruff",
             "yamllint",

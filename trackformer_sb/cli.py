@@ -24,7 +24,12 @@ from trackformer_sb.cli_model import (
     add_export,
     add_info,
 )
-from trackformer_sb.cli_separate import add_karaoke, add_remix, add_separate
+from trackformer_sb.cli_separate import (
+    add_karaoke,
+    add_remix,
+    add_separate,
+    add_transcribe,
+)
 from trackformer_sb.paths import expanded
 
 TESTED = "2.11.0"  # of torch and torchaudio, as in requirements.lock
@@ -123,6 +128,7 @@ def build_parser():
         add_separate,
         add_karaoke,
         add_remix,
+        add_transcribe,
         add_live,
         add_adapt,
         add_export,

@@ -1,4 +1,4 @@
-"""The ``trackformer`` commands separate, karaoke and remix."""
+"""The ``trackformer`` commands separate, karaoke, remix and transcribe."""
 
 import argparse
 import hashlib
@@ -358,3 +358,46 @@ def _separate(args):
             with tqdm.external_write_mode(sys.stderr):
                 complain(args, message)
     return 1 if failed else 0
+
+
+def add_transcribe(commands):
+    """Adds ``trackformer transcribe``."""
+    parser = commands.add_parser(
+        "transcribe",
+        help="write the notes of a song as a MIDI file",
+        description=(
+            "Separates a song and writes the notes of its stems, a track each: "
+            "melodies of vocals and bass, kick, snare and hi-hat of the drums, "
+            "all notes of the others."
+        ),
+    )
+    parser.add_argument("file", metavar="FILE", help="audio file")
+    parser.add_argument("--model", **MODEL)
+    parser.add_argument(
+        "--stems",
+        metavar="NAMES",
+        help="those to transcribe, as vocals,bass (default: all)",
+    )
+    parser.add_argument(
+        "--out",
+        default=".",
+        metavar="DIR",
+        help="folder for <file>.mid (default: this folder)",
+    )
+    parser.add_argument("--device", **DEVICE)
+    parser.set_defaults(run=_transcribe)
+
+
+def _transcribe(args):
+    from trackformer_sb.inference.separator import load_separator
+    from trackformer_sb.inference.transcription import transcribe_file
+
+    result = Path(args.out, f"{shortened(Path(args.file).stem)}.mid")
+    os.makedirs(args.out, exist_ok=True)
+    separator = load_separator(args.model, args.device)
+    tracks = transcribe_file(
+        separator, args.file, result, args.stems, sys.stderr.isatty()
+    )
+    print(result)
+    if not any(tracks.values()):
+        complain(args, f"{args.file}: no notes found, {result} has none")
