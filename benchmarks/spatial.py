@@ -145,7 +145,7 @@ def main():
     output = pathlib.Path("benchmarks/results/spatial.md")
     record = Record("Places of stems", __doc__, output, "cpu")
     separator = Separator.from_pretrained(args.model)
-    rate, masks = separator.sample_rate, separator.masknet.masks
+    rate, masks = separator.sample_rate, separator.masknet.encode
     found = defaultdict(lambda: defaultdict(list))
     for one in (one for x in args.data for one in Music(x, "stems").songs()):
         if not any(fnmatch.fnmatch(one.name, name) for name in args.songs):
@@ -162,7 +162,7 @@ def main():
                 for inputs, spatial in itertools.product(
                     (True, False), repeat=2
                 ):
-                    separator.masknet.masks = (
+                    separator.masknet.encode = (
                         masks if inputs else without_inputs(masks)
                     )
                     key = one.name, panned, inputs, spatial
