@@ -581,11 +581,12 @@ def test_files_that_are_no_music(separator, tmp_path):
 def test_a_wheel_brings_the_separator(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(
-        ROOT / "trackformer_sb",
-        tmp_path / "trackformer_sb",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
+    for name in ("trackformer_sb", "hparams"):
+        shutil.copytree(
+            ROOT / name,
+            tmp_path / name,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
     pip = [sys.executable, "-m", "pip", "wheel", "--no-index", "--no-deps"]
     subprocess.run(
         [*pip, "--no-build-isolation", "."], cwd=tmp_path, check=True
@@ -598,6 +599,9 @@ def test_a_wheel_brings_the_separator(tmp_path):
         assert (folder / "model.safetensors").stat().st_size <= largest
         separator = Separator.from_pretrained(folder)
         assert list(separator.groups) == ["drums", "bass", "vocals", "other"]
+    # what adapt trains by
+    yaml = "trackformer_sb/hparams/separator_self.yaml"
+    assert (tmp_path / "unpacked" / yaml).is_file()
 
 
 def test_the_model_in_the_box_keeps_its_sound():

@@ -75,6 +75,7 @@ def mixed_anew(stems, agreement, least_db, rng):
 
     Example
     -------
+    >>> import numpy as np
     >>> stems = torch.ones(1, 2, 3, 1, 8)
     >>> agreement = torch.tensor([[[9.0, 9, 2], [2, 9, 2]]])
     >>> mixed = mixed_anew(stems, agreement, 5.0, np.random.default_rng(0))
