@@ -194,7 +194,7 @@ def test_a_loud_remix_is_turned_down_by_its_true_peak(run, stems_of, tmp_path):
         (["--gain", "tuba=3"], "one of drums, vocals, other, got 'tuba'"),
         (["--vocals=loud"], "as in 0:-inf,3:+3, got 'vocals:loud'"),
         (["--pan", "other=2"], "pan: expected -1 (left) to 1 (right), got"),
-        ([], "expected an output, a remix"),
+        ([], "remix: expected a gain or a place, as --vocals=-6"),
     ],
 )
 def test_remixes_that_there_are_not(run, tmp_path, words, message):

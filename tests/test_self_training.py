@@ -114,7 +114,7 @@ def test_a_separator_teaches_itself(songs, model, tmp_path):
 
 
 def run_adapt(songs, model, out, *more):
-    words = ("--minutes", "0.01", "--out", out, "--device", "cpu", *more)
+    words = ("--minutes", "0.05", "--out", out, "--device", "cpu", *more)
     words = ["adapt", songs / "songs", "--model", model, *words]
     return main([str(word) for word in words])
 
@@ -141,9 +141,15 @@ def test_adapt_shows_what_it_gains(songs, model, tmp_path, monkeypatch, capsys):
     # songs that are measured are not trained on
     trained = {path.name for path in (out / "songs").iterdir()}
     assert len(trained) == 4
-    # again: its time is over, but for a last moment
+    # its time is over
+    epochs = len(rows_of(out / "run"))
     assert run_adapt(songs, model, out) == 0
-    assert len(rows_of(out / "run")) > 2
+    table = text[text.index("SI-SNR") :]
+    assert capsys.readouterr().out.endswith(table)
+    assert len(rows_of(out / "run")) == epochs
+    # now it is not
+    assert run_adapt(songs, model, out, "--minutes", "0.2") == 0
+    assert len(rows_of(out / "run")) > epochs
 
 
 def test_adapt_keeps_no_worse_separator(songs, model, tmp_path, monkeypatch):
@@ -169,3 +175,14 @@ def test_adapt_names_what_it_lacks(songs, model, tmp_path, capsys):
     assert "expected 4 songs of 3 s or more, got 1" in capsys.readouterr().err
     assert run_adapt(songs, model, songs / "songs" / "adapted") == 2
     assert "expected a folder outside of" in capsys.readouterr().err
+    # nothing that is there is written over
+    (tmp_path / "songs").mkdir()
+    (tmp_path / "songs" / "mine.txt").write_text("kept")
+    assert run_adapt(songs, model, tmp_path) == 2
+    assert "expected an empty folder, or none" in capsys.readouterr().err
+    assert (tmp_path / "songs" / "mine.txt").read_text() == "kept"
+    out = tmp_path / "other"
+    out.mkdir()
+    (out / "adapt.json").write_text('{"folder": "other"}')
+    assert run_adapt(songs, model, out) == 2
+    assert "is of another adaptation" in capsys.readouterr().err

@@ -266,12 +266,14 @@ def test_a_live_separator_learns_from_a_teacher(music, tmp_path, pretrained):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_and_measure(music, tmp_path):
+def test_two_ranks_train_and_measure(music, tmp_path, pretrained):
     options = {"epoch_items": 16, "number_of_epochs": 1, "log_steps": 2}
-    words = command(music, tmp_path, **options)
+    options["pretrained_separator"] = pretrained
+    words = command(music, tmp_path, "separator_self.yaml", **options)
     words.append("--distributed_backend=gloo")
     torchrun(ROOT / "recipes" / "train.py", *words)
-    (row,) = curve(tmp_path)
+    first, row = curve(tmp_path)
+    assert first.keys() == row.keys() and first["stems_mean"]
     assert row["items"] == "16.0"
     assert row["step"] == "4.0"
     assert (tmp_path / "train_log.txt").read_text().count("train named") == 2

@@ -39,7 +39,8 @@ def add_adapt(commands):
         "--out",
         default="adapted",
         metavar="DIR",
-        help="its separator/ is the model (default: %(default)s)",
+        help="folder of its own; its separator/ is the model (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--stems",
@@ -241,7 +242,8 @@ def _evaluate(args):
     if not HAS_PESQ:
         complain(args, NO_PESQ)
     found, failed = [], 0
-    with open(args.out or os.devnull, "w", newline="") as file:
+    out = args.out or os.devnull
+    with open(out, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["song", *COLUMNS])
         for song in tqdm(songs, unit="song", disable=not sys.stderr.isatty()):

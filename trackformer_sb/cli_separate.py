@@ -284,6 +284,8 @@ def _prepare(args):
     for path in find_files(folders, args.out, tuple(UNREAD_MUSIC)):
         if reason := UNREAD_MUSIC.get(Path(path).suffix.lower()):
             complain(args, f"{path}: left out: {reason}")
+    if args.command == "remix" and not args.remix:
+        raise ValueError("remix: expected a gain or a place, as --vocals=-6")
     separator = load_separator(args.model, args.device)
     outputs = args.outputs
     if args.stems == AUTO:
@@ -340,7 +342,9 @@ def _separate(args):
                     on_count=partial(counts.__setitem__, "count"),
                     **options,
                 )
-                for stale in {*paths} - {*written}:
+                for stale in (
+                    {*paths} - {*written} if args.stems == "auto" else ()
+                ):
                     # of a separation in which more stems sounded
                     stale.unlink(missing_ok=True)
                 if args.command == "separate":

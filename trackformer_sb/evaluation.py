@@ -1,7 +1,8 @@
 """How well separators do on songs with stems, as ``trackformer evaluate`` says.
 
 Songs are separated in windows, one by one; what is left at the end is dropped.
-Figures are in dB, means of windows, of stereo averaged to mono.
+Figures are in dB, means of windows, of stereo averaged to mono; masks are
+measured, without the filter by places that ``trackformer separate`` has.
 
 By name, the outputs of a class against its stem (``remix.STEM_CLASSES``; where
 a song has no bass, bass and other against other), nothing chosen: `si_snri`,

@@ -87,7 +87,7 @@ def chosen_stems(text, groups):
     names = [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in (groups or {})]
     if unknown:
-        has = ", ".join(groups) if groups else "no names: try --outputs"
+        has = ", ".join(groups) if groups else "no names"
         raise ValueError(
             f"stems: this model has {has}; got {', '.join(unknown)}"
         )

@@ -14,9 +14,14 @@ from speechbrain.utils.logger import get_logger
 import trackformer_sb
 from trackformer_sb.audio import read_segment
 from trackformer_sb.data.music import Music, split_songs
-from trackformer_sb.inference.separator import PARTS, load_separator
+from trackformer_sb.inference.separator import (
+    PARTS,
+    Separator,
+    load_separator,
+)
 from trackformer_sb.training import named
 from trackformer_sb.training.experiment import load_experiment
+from trackformer_sb.training.lock import locked
 from trackformer_sb.training.self_training import (
     mixed_anew,
     stems_and_agreement,
@@ -33,6 +38,7 @@ SPLIT_RATIO = 80, 20
 # the first model's stems are mixed anew, and how sure they have to be, in dB.
 WINDOWS, SECONDS, SURE_DB = 24, 3.0, 9.0
 MEASURED, REMIXED = "stems", "remixed"  # names of the folders
+RECORD = "adapt.json"  # of what is adapted to what
 
 
 def recipe_yaml(name):
@@ -51,6 +57,23 @@ def _link(songs, folder):
         path.symlink_to(os.path.abspath(song.path))
 
 
+def _claim(out, what):
+    """Keeps a folder for one adaptation; refuses one of other things."""
+    record = out / RECORD
+    if record.is_file():
+        begun = json.loads(record.read_text("utf-8"))
+        if begun != what:
+            raise ValueError(
+                f"{out} is of another adaptation, {begun}: expected another "
+                "folder to write"
+            )
+    elif out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out}: expected an empty folder, or none")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(what), "utf-8")
+
+
 def write_remixed(separator, songs, folder):
     """Windows of songs as songs with stems: the separator's, mixed anew.
 
@@ -58,7 +81,8 @@ def write_remixed(separator, songs, folder):
     they do nowhere.
     """
     rate, rng = separator.sample_rate, np.random.default_rng(0)
-    shutil.rmtree(folder, ignore_errors=True)
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
     sounds = []
     for number in range(WINDOWS):
         song = songs[number % len(songs)]
@@ -76,16 +100,17 @@ def write_remixed(separator, songs, folder):
             [mixed] = mixed_anew(stems[None], agreement[None], SURE_DB, rng)
             if mixed.flatten(1).any(1).sum() < 2:
                 continue
-            place = folder / str(number)
+            place = partial / str(number)
             place.mkdir(parents=True)
             for name, stem in zip(separator.groups, mixed.cpu().numpy()):
                 path = place / f"{name}.wav"
                 soundfile.write(path, stem.T, rate, subtype="FLOAT")
-    if not folder.is_dir():
+    if not partial.is_dir():
         raise ValueError(
             "in no window of the songs held out is the separator sure of two "
             "stems: expected music that it separates to some degree"
         )
+    partial.rename(folder)
 
 
 def _measured(run):
@@ -137,59 +162,67 @@ def adapt(folder, out, minutes=30.0, model="default", stems=None, device=None):
     Raises
     ------
     ValueError
-        For fewer than four songs of 3 s, a model without named stems, or `out`
-        below `folder`.
+        For fewer than four songs of 3 s, a model without named stems, or an
+        `out` that holds other things or is below `folder`.
     """
     out = Path(out)
     run, held_out = out / "run", out / (MEASURED if stems else REMIXED)
     separator = load_separator(model, device)
     if not separator.groups:
         raise ValueError(f"{model}: expected a separator with named stems")
-    if Path(folder).resolve() in out.resolve().parents:
-        raise ValueError(f"{out}: expected a folder outside of {folder}")
     songs = Music(folder, "mixtures").songs(SECONDS)
     if len(songs) < LEAST_SONGS:
         raise ValueError(
             f"{folder}: expected {LEAST_SONGS} songs of {SECONDS:g} s or more, "
             f"got {len(songs)}"
         )
-    splits = split_songs(songs, SPLIT_RATIO, seed=0)
-    _link(splits["train"], out / "songs")
-    if stems:
-        _link(Music(stems, "stems").songs(SECONDS), held_out)
-    elif not held_out.is_dir():
-        write_remixed(separator, splits["valid"], held_out)
-    spent = 0.0
-    if (run / "curve.csv").is_file():
-        _, rows = _measured(run)
-        spent = 60 * float(rows[-1]["hours"])
-    settings = {
-        **SETTINGS,
-        "data_folder": out / "songs",
-        "dataset": "mixtures",
-        "valid_folders": f"[{held_out}]",
-        "pretrained_separator": model,
-        "output_folder": run,
-        "finish_minutes": max(0.1, minutes - spent),
-        "sample_rate": separator.sample_rate,
-        "num_spks": separator.num_spks,
-        "classes": f"[{', '.join(separator.groups)}]",
-    }
-    for name, key in PARTS.items():
-        part = dict(separator.config[name])
-        del part["class"]
-        settings[key] = json.dumps(part)
-    arguments = [f"--{key}={value}" for key, value in settings.items()]
-    if device:
-        arguments.append(f"--device={device}")
-    yaml = str(recipe_yaml("separator_self.yaml"))
-    with load_experiment([yaml, *arguments], ("loss",)) as experiment:
-        named.train(experiment)
-    (before, after), _ = _measured(run)
-    better = after["mean"] > before["mean"]
-    shutil.rmtree(out / "separator", ignore_errors=True)
-    if better:
-        shutil.copytree(run / "separator", out / "separator")
-    else:
-        separator.cpu().save_pretrained(out / "separator")
+    if Path(folder).resolve() in out.resolve().parents:
+        raise ValueError(f"{out}: expected a folder outside of {folder}")
+    what = {"folder": os.path.abspath(folder), "model": str(model)}
+    _claim(out, what | {"stems": stems and os.path.abspath(stems)})
+    with locked(out):
+        splits = split_songs(songs, SPLIT_RATIO, seed=0)
+        _link(splits["train"], out / "songs")
+        if stems:
+            _link(Music(stems, "stems").songs(SECONDS), held_out)
+        elif not held_out.is_dir():
+            write_remixed(separator, splits["valid"], held_out)
+        spent = 0.0
+        if (run / "curve.csv").is_file():
+            _, rows = _measured(run)
+            spent = 60 * float(rows[-1]["hours"])
+        left = minutes - spent
+        if left > 0:
+            settings = {
+                **SETTINGS,
+                # where the rate was, that falls to 0 in the end
+                "lr": SETTINGS["lr"] * left / minutes,
+                "data_folder": out / "songs",
+                "dataset": "mixtures",
+                "valid_folders": json.dumps([str(held_out)]),
+                "pretrained_separator": model,
+                "output_folder": run,
+                "finish_minutes": left,
+                "allow_changes": True,
+                "sample_rate": separator.sample_rate,
+                "num_spks": separator.num_spks,
+                "classes": json.dumps(list(separator.groups)),
+            }
+            for name, key in PARTS.items():
+                part = dict(separator.config[name])
+                del part["class"]
+                settings[key] = json.dumps(part)
+            arguments = [f"--{key}={value}" for key, value in settings.items()]
+            if device:
+                arguments.append(f"--device={device}")
+            yaml = str(recipe_yaml("separator_self.yaml"))
+            with load_experiment([yaml, *arguments], ("loss",)) as experiment:
+                named.train(experiment)
+        (before, after), _ = _measured(run)
+        better = after["mean"] > before["mean"]
+        if better:
+            # what the model has beside them, a counter, stays
+            adapted = Separator.from_pretrained(run / "separator")
+            separator.load_state_dict(adapted.state_dict(), strict=False)
+        separator.cpu().bfloat16().export(out / "separator")
     return before, after, better

@@ -153,7 +153,7 @@ class NamedSeparation(ExperimentBrain):
         teacher's STFT may be another one, and which items are ``remixed``.
         """
         rng = np.random.default_rng(
-            (self.hparams.seed, self.optimizer_step, self.rank)
+            (self.hparams.seed, self.optimizer_step, self.step, self.rank)
         )
         share = getattr(self.hparams, "remix_share", 0.0)
         remixed = torch.from_numpy(rng.random(len(songs)) < share)
