@@ -213,6 +213,8 @@ class Separator(
         Whether what the outputs lack of the mixture is distributed evenly over
         them. By default, unless the masks are a softmax on an STFT: those sum
         to it by themselves.
+    counter : dict or torch.nn.Module, optional
+        Of instruments and sounding classes, see ``nnet.counting.Counter``.
 
     Raises
     ------

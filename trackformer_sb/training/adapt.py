@@ -91,9 +91,8 @@ def write_remixed(separator, songs, folder):
         [path] = song.files
         sounds.append(read_segment(path, start, SECONDS, rate, channel="both"))
     # each with a window of another song, if there are others
-    pairs = torch.stack(
-        [torch.stack(sounds), torch.stack(sounds).roll(1, 0)], 1
-    )
+    sounds = torch.stack(sounds)
+    pairs = torch.stack([sounds, sounds.roll(1, 0)], 1)
     with torch.no_grad():
         for number, pair in enumerate(pairs.to(separator.device)):
             stems, agreement = stems_and_agreement(separator, pair)
