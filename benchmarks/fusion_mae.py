@@ -11,7 +11,8 @@ log-magnitude of what is hidden (mean squared error) through one transposed
 convolution and a linear head per kind of patch, which are thrown away.
 Optimizer and items are those of hparams/separator.yaml, the items as plain
 mixtures. ENCODER is a separator folder whose encoder has learnt; the rest is
-random.
+random. With --valid_folder, songs that it never heard are rebuilt in the end;
+--share takes a share of the songs, a quarter of every kind for 0.25.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from trackformer_sb.training.optimization import MuonAdamW
 
 MASK_RATIO = 0.3
 SPAN = 4  # patches of 2 frames hidden together
+VALID_ITEMS = 100
 WARMUP_STEPS, LR, WEIGHT_DECAY, MAX_GRAD_NORM = 50, 1.5e-3, 0.01, 1.0
 
 
@@ -95,11 +97,24 @@ class FusionMAE(nn.Module):
         return loss, 1 - loss.detach() / true.var()
 
 
+def spectra(songs, number, batch_size, seed):
+    """Yields spectra [batch, 2, freq, frames] of so many mixtures."""
+    items = RemixedItems(songs, num_items=number, seed=seed)
+    encoder = STFTEncoder(2048, 1024)
+    for batch in torch.utils.data.DataLoader(
+        items, batch_size, num_workers=1, drop_last=True
+    ):
+        mixtures = batch[0].sum(1)
+        yield encoder(mixtures.flatten(0, 1)).unflatten(0, (-1, 2))
+
+
 def main():
     """Trains, prints a line every 50 steps, writes the folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_folder", required=True)
     parser.add_argument("--mixtures_folder", required=True)
+    parser.add_argument("--valid_folder")
+    parser.add_argument("--share", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1234)
@@ -111,25 +126,15 @@ def main():
     del arguments["class"]
     masknet = FusionMaskNet(**arguments)
     model = FusionMAE(masknet, arguments["channels"])
-    encoder = STFTEncoder(2048, 1024)
     music = Music(args.data_folder, "midi", stem_groups=STEM_CLASSES)
     songs = music.songs(3.0) + Music(args.mixtures_folder).songs(3.0)
-    loader = torch.utils.data.DataLoader(
-        # items of its own: those of a training have another seed
-        RemixedItems(
-            songs,
-            num_items=args.steps * args.batch_size,
-            seed=args.seed + 1,
-        ),
-        args.batch_size,
-        num_workers=1,
-        drop_last=True,
-    )
+    songs = songs[:: round(1 / args.share)]
+    number = args.steps * args.batch_size
     optimizer = MuonAdamW(model.parameters(), LR, weight_decay=WEIGHT_DECAY)
     started, found = time.monotonic(), []
-    for step, batch in enumerate(loader, 1):
-        mixtures = batch[0].sum(1)
-        mix_w = encoder(mixtures.flatten(0, 1)).unflatten(0, (-1, 2))
+    # items of its own: those of a training have another seed
+    batches = spectra(songs, number, args.batch_size, args.seed + 1)
+    for step, mix_w in enumerate(batches, 1):
         loss, explained = model(mix_w)
         optimizer.zero_grad()
         loss.backward()
@@ -146,6 +151,13 @@ def main():
                 f"{seconds:.2f} s a step",
                 flush=True,
             )
+    if args.valid_folder:
+        unheard = Music(args.valid_folder, "stems", stem_groups=STEM_CLASSES)
+        batches = spectra(unheard.songs(3.0), VALID_ITEMS, 1, seed=0)
+        with torch.no_grad():
+            explained = [model.eval()(mix_w)[1].item() for mix_w in batches]
+        mean = torch.tensor(explained).mean().item()
+        print(f"{len(songs)} songs: explained {mean:.3f} of unheard ones")
     separator.masknet.load_state_dict(masknet.state_dict())
     separator.save_pretrained(args.out)
 

@@ -67,9 +67,20 @@ def test_sides_are_told_apart():
     torch.testing.assert_close(left, -right)
 
 
+def test_masks_are_steadied_where_the_mixture_sounds():
+    net, steady = make_net(), make_net(steady_share=0.5)
+    steady.load_state_dict(net.state_dict())
+    mix_w = spectra(1, 1, 257, 9)
+    mix_w[..., 1:] *= 1e-6  # all that sounds is the first frame
+    found, plain = steady(mix_w)[:, 0], net(mix_w)[:, 0]
+    # halves of logarithms: geometric means
+    expected = (plain * plain[..., :1]).sqrt()
+    torch.testing.assert_close(found, expected / expected.sum(0))
+
+
 def test_silence_is_finite():
     mix_w = torch.zeros(1, 2, 257, 8, dtype=torch.complex64)
-    net = make_net()
+    net = make_net(steady_share=0.3)
     masks = net(mix_w)
     masks[0].sum().backward()
     assert masks.isfinite().all()

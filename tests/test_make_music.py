@@ -106,6 +106,10 @@ def test_channel_and_program_say_the_stem(soundfont, tmp_path):
     path = write_midi(tmp_path / "a.mid", parts=((27, False), (0, False)))
     stems = make_piece(path, soundfont, rng(), classes=("bass", "guitar"))
     assert sorted(stems) == ["guitar", "other"]
+    # a recorded choir sings, a synthesised one does not
+    path = write_midi(tmp_path / "a.mid", parts=((52, False), (54, False)))
+    stems = make_piece(path, soundfont, rng())
+    assert sorted(stems) == ["other", "vocals"]
 
 
 def test_volume_and_pan_are_heard(soundfont, tmp_path):

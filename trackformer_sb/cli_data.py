@@ -211,8 +211,8 @@ def add_make_music(commands):
         nargs="+",
         choices=("piano", "guitar", "bass"),
         default=("bass",),
-        help="instruments with stems of their own beside drums and other "
-        "(default: bass)",
+        help="instruments with stems of their own beside drums, choirs (as "
+        "vocals) and other (default: bass)",
     )
     parser.add_argument(
         "--seconds",

@@ -14,9 +14,9 @@ from scipy.signal import butter, sosfilt
 from trackformer_sb.data.drumkits import HATS, SAMPLE_RATE, reverb
 
 PEAK = 0.98
-# Programs from 0, first and last. Drums are channel 10, all else is other:
-# choirs too, for they are no voices to learn from.
+# Programs from 0, first and last. Drums are channel 10, all else is other.
 CLASSES = {"piano": (0, 7), "guitar": (24, 31), "bass": (32, 39)}
+CHOIRS = 52, 53  # recorded voices: vocals, whatever the classes are
 CENTRED = ("drums", "bass")
 QUALITY = 2  # of the interpolation: 4 takes 6 times as long, 0 and 1 alias
 RING = 2.0  # seconds that a drum sounds at most
@@ -27,9 +27,11 @@ COUNT_RATE = 10  # counts a second
 
 
 def midi_class(track, classes):
-    """The stem that a track belongs to: drums, one of `classes`, or other."""
+    """The stem of a track: drums, vocals, one of `classes`, or other."""
     if track.is_drum:
         return "drums"
+    if track.program in CHOIRS:
+        return "vocals"
     for name in classes:
         first, last = CLASSES[name]
         if first <= track.program <= last:

@@ -176,6 +176,10 @@ class FusionMaskNet(StreamingMasks, nn.Module):
         frame.
     lookahead_frames : int
         Frames after its own that a mask of a causal net depends on.
+    steady_share : float
+        Share of the mask's logarithm that is its mean over time, weighted by
+        the mixture's power, in [0, 1): instruments keep their bins, and what
+        single frames get wrong averages out. 0 for a causal net.
 
     Raises
     ------
@@ -216,6 +220,7 @@ class FusionMaskNet(StreamingMasks, nn.Module):
         upsampling="transposed",
         causal=False,
         lookahead_frames=0,
+        steady_share=0.0,
     ):
         super().__init__()
         if in_channels % 256 != 1 or in_channels == 1:
@@ -224,10 +229,12 @@ class FusionMaskNet(StreamingMasks, nn.Module):
                 f"divides, got {in_channels}"
             )
         check_choice("upsampling", upsampling, UPSAMPLINGS)
-        if causal and patch_frames != 1:
+        if causal and (patch_frames, steady_share) != (1, 0):
             raise ValueError(
-                f"patch_frames: expected 1 for a causal net, got {patch_frames}"
+                "expected patch_frames 1 and steady_share 0 for a causal net, "
+                f"got {patch_frames} and {steady_share}"
             )
+        self.steady_share = steady_share
         self.in_channels, self.num_spks = in_channels, num_spks
         self.skips, self.patch_frames = skips, patch_frames
         self.set_causal(causal, lookahead_frames, attention)
@@ -316,6 +323,12 @@ class FusionMaskNet(StreamingMasks, nn.Module):
         # in bfloat16 the masks would sum to one within 0.4 % only
         dtype = torch.promote_types(logits.dtype, torch.float32)
         logits = logits.to(dtype) + self.bin_bias
+        if self.steady_share:
+            # plain means where the mixture is silent
+            power = mix_w.abs().square().mean(1) + 1e-20
+            weights = (power / power.sum(-1, keepdim=True)).to(dtype)
+            mean = torch.einsum("bsft,bft->bsf", logits, weights)
+            logits = logits.lerp(mean.unsqueeze(-1), self.steady_share)
         return logits.softmax(1).transpose(0, 1)
 
     def encode(self, features, memory=None):
