@@ -164,7 +164,7 @@ def test_learning_rate_falls_and_the_run_ends(music, tmp_path, monkeypatch):
 
 
 def test_a_retired_slot_is_silent_and_comes_back():
-    separator = named(STEMS)
+    separator = named(STEMS, steady_share=0.3)
     masknet, mix_w = separator.masknet, separator.encoder(torch.randn(1, RATE))
     active = torch.tensor([[True, True], [True, False]] * 2)
     use_slots([masknet], active)
@@ -176,7 +176,7 @@ def test_a_retired_slot_is_silent_and_comes_back():
 
 
 def test_slots_adapt_in_training_and_after_a_resume(music, tmp_path):
-    separator = named(STEMS)
+    separator = named(STEMS, steady_share=0.3)
     with torch.no_grad():
         separator.masknet.bin_bias[1::2] = -20  # hardly used
     start = separator.export(tmp_path / "pretrained")
@@ -208,7 +208,7 @@ def test_unlabelled_music_alone_trains(music, tmp_path):
 @pytest.fixture
 def pretrained(tmp_path):
     """A separator as a training by `command` would leave it."""
-    return named(STEMS).bfloat16().export(tmp_path / "pretrained")
+    return named(STEMS, steady_share=0.3).bfloat16().export(tmp_path / "pretrained")
 
 
 def test_a_training_starts_with_a_separator(music, tmp_path, pretrained):
