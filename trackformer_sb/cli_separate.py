@@ -22,12 +22,6 @@ from trackformer_sb.inference.files import (
 )
 from trackformer_sb.paths import shortened
 
-DESCRIPTION = """\
-Writes one file per stem (drums, bass, vocals, other), at the rate and with the
-channels of the input; together they sum to it. Music of any length takes the
-same memory. trackformer.json, beside the files, says what each was made of.
-"""
-
 EPILOG = """\
 examples:
   trackformer separate song.mp3
@@ -42,18 +36,6 @@ exit codes: 0 if all went well, 1 if a file failed (the others are done), 2 for
 a wrong usage or a model that does not load, 130 after Ctrl+C; an unfinished
 file leaves no results. Paths of written files go to the standard output, one a
 line, errors to the standard error.
-"""
-
-KARAOKE = """\
-Writes songs without their vocals, in their format or the nearest that can be
-written, with their tags and at their level: only where a peak exceeds full
-scale are they turned down.
-"""
-
-REMIX = """\
-Writes songs with other gains of their stems, in their format, with their tags:
-trackformer remix song.mp3 --vocals=-6 --drums=3 --pan other=0.3. Where the true
-peak exceeds -0.1 dB they are turned down, before an mp3, m4a or ogg is encoded.
 """
 
 # Of ``Separator.separate_file``, which make results what they are
@@ -125,15 +107,15 @@ def _add_common(parser, results):
     parser.set_defaults(run=_separate)
 
 
-def add_separate(commands):
-    """Adds ``trackformer separate``."""
-    parser = commands.add_parser(
-        "separate",
-        help="separate audio files into sources",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_separate(parser):
+    """Separate audio files into sources.
+
+    Writes one file per stem (drums, bass, vocals, other), at the rate and with
+    the channels of the input; together they sum to it. Music of any length
+    takes the same memory. trackformer.json, beside the files, says what each
+    was made of.
+    """
+    parser.epilog = EPILOG
     written = parser.add_argument_group("what is written")
     written.add_argument(
         "--format",
@@ -199,13 +181,12 @@ def add_separate(commands):
     _add_common(parser, "<file>_drums.wav, or _source0.wav without names")
 
 
-def add_karaoke(commands):
-    """Adds ``trackformer karaoke``."""
-    parser = commands.add_parser(
-        "karaoke",
-        help="write songs without their vocals",
-        description=KARAOKE,
-    )
+def add_karaoke(parser):
+    """Write songs without their vocals.
+
+    In their format or the nearest that can be written, with their tags and at
+    their level: only where a peak exceeds full scale are they turned down.
+    """
     parser.add_argument(
         "--keep-backing",
         "--keep_backing",
@@ -221,13 +202,14 @@ def add_karaoke(commands):
     parser.set_defaults(**ONE_MIX)
 
 
-def add_remix(commands):
-    """Adds ``trackformer remix``."""
-    parser = commands.add_parser(
-        "remix",
-        help="write songs with other gains of their stems",
-        description=REMIX,
-    )
+def add_remix(parser):
+    """Write songs with other gains of their stems.
+
+    In their format, with their tags:
+    trackformer remix song.mp3 --vocals=-6 --drums=3 --pan other=0.3. Where the
+    true peak exceeds -0.1 dB they are turned down, before an mp3, m4a or ogg is
+    encoded.
+    """
     # all become parts of what ``separate --remix`` takes
     for name in ("drums", "bass", "vocals", "other"):
         parser.add_argument(
@@ -374,17 +356,12 @@ def _separate(args):
     return _for_each(args, _plan(args, results_of), work)
 
 
-def add_transcribe(commands):
-    """Adds ``trackformer transcribe``."""
-    parser = commands.add_parser(
-        "transcribe",
-        help="write the notes of songs as MIDI files",
-        description=(
-            "Separates songs and writes the notes of their stems, a track "
-            "each: melodies of vocals and bass, kick, snare and hi-hat of the "
-            "drums, all notes of the others."
-        ),
-    )
+def add_transcribe(parser):
+    """Write the notes of songs as MIDI files.
+
+    A track a stem: melodies of vocals and bass, kick, snare and hi-hat of the
+    drums, all notes of the others.
+    """
     parser.add_argument(
         "--stems",
         metavar="NAMES",
