@@ -285,7 +285,11 @@ class NamedSeparation(ExperimentBrain):
         """After each epoch, measured or not, ``end_epoch``."""
         if stage == sb.Stage.TEST:
             # before the first epoch
-            self.hparams.history.add(0, **self.figures())
+            figures = self.figures()
+            self.hparams.history.add(0, **figures)
+            self.hparams.train_logger.log_stats(
+                {"epoch": 0}, valid_stats=figures
+            )
         elif stage == sb.Stage.VALID or not self.groups:
             self.end_epoch(epoch)
 
@@ -294,15 +298,14 @@ class NamedSeparation(ExperimentBrain):
         figures = self.figures()
         if self.slots_at_first:
             figures |= self.adapt_slots()
-        self.hparams.history.add(
-            epoch,
-            step=self.optimizer_step,
-            items=self.optimizer_step * self.items_per_step,
-            hours=self.hours_before + (time.monotonic() - self.begun) / 3600,
-            **figures,
-        )
+        so_far = {
+            "step": self.optimizer_step,
+            "items": self.optimizer_step * self.items_per_step,
+        }
+        hours = self.hours_before + (time.monotonic() - self.begun) / 3600
+        self.hparams.history.add(epoch, **so_far, hours=hours, **figures)
         self.hparams.train_logger.log_stats(
-            {"epoch": epoch, "step": self.optimizer_step}, valid_stats=figures
+            {"epoch": epoch, **so_far}, valid_stats=figures
         )
         if if_main_process():
             for name, value in figures.items():
