@@ -17,13 +17,8 @@ an id on the hub. A METHOD is
 - irm: ideal ratio masks |S_i| / sum_j |S_j| of the true stems.
 
 All are masks on an STFT, that of a METHOD of 2048 samples with hop 1024.
-Measures are those of `trackformer evaluate` (trackformer_sb.evaluation), and of
-whole songs, means over songs:
-
-- song_si_snri: SI-SNRi of the windows put together again;
-- museval: SDR as museval has it (BSSEval v4, images), |s|^2 / |s - s'|^2 of
-  stereo in windows of 1 s, without those in which a stem or an output is
-  digital silence; the median of a song.
+Measures are those of `trackformer evaluate` (trackformer_sb.evaluation), and
+song_si_snri: SI-SNRi of whole songs, the windows put together again.
 
 Hydrogen and Resonate_house are for choices; the other songs of
 ../shared/data/stems are looked at once for each model that is released.
@@ -43,17 +38,13 @@ from trackformer_sb import evaluation
 from trackformer_sb.data.music import Music
 from trackformer_sb.data.remix import STEM_CLASSES, stem_class, sum_by_class
 from trackformer_sb.evaluation import MASKS, averages, measure_song
+from trackformer_sb.inference.separation import separate_by_both
 from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
-from trackformer_sb.objectives.named import (
-    decode_masks,
-    named_si_snri,
-    pair_by_class,
-    time_averaged_masks,
-)
+from trackformer_sb.objectives.named import named_si_snri, pair_by_class
 from trackformer_sb.training.grid_tables import markdown
 
 CLASSES = tuple(STEM_CLASSES)
-MEASURES = (*evaluation.MEASURES, "song_si_snri", "museval")
+MEASURES = (*evaluation.MEASURES, "song_si_snri")
 COLUMNS = ("model", "masks", "class", "windows", *MEASURES)
 
 
@@ -150,10 +141,9 @@ def by_method(masks_of):
         spectrum = encoder(mix)
         true = {name: encoder(sig) for name, sig in stems.items()}
         masks, classes = masks_of(spectrum, true)
-        power = spectrum.abs().square().mean(0)
-        kinds = masks, time_averaged_masks(masks, power)
-        what = spectrum, decoder, mix.shape[-1]
-        return [decode_masks(each, *what) for each in kinds], classes
+        masks = masks.unsqueeze(1)
+        how = encoder, lambda mix_w: masks, decoder
+        return separate_by_both(mix, *how), classes
 
     return separate_window
 
@@ -168,72 +158,29 @@ def load_method(name):
 # -- whole songs
 
 
-def window_sdr(est_stems, stems, length):
-    """SDR of BSSEval v4 (images) in windows.
-
-    Its parts for spatial distortion, interference and artefacts sum to the
-    whole error, so that the 512 taps of its filters do not matter.
-
-    Arguments
-    ---------
-    est_stems, stems : torch.Tensor
-        [classes, channels, time].
-    length : int
-        Of a window, in samples.
-
-    Returns
-    -------
-    torch.Tensor
-        [classes, windows], in dB; NaN where any is digital silence.
-    """
-    est_stems, stems = (
-        sig.unfold(-1, length, length).double() for sig in (est_stems, stems)
-    )
-    energy, est_energy, error = (
-        sig.square().sum((1, 3))
-        for sig in (stems, est_stems, est_stems - stems)
-    )
-    silent = (energy == 0).any(0) | (est_energy == 0).any(0)
-    ratio = 10 * (energy / error).log10()
-    return torch.where(silent, torch.nan, ratio)
-
-
 class WholeSong:
     """Passes windows on to a ``separate_window``, and keeps what is named."""
 
-    def __init__(self, separate_window, sample_rate):
-        self.separate_window, self.sample_rate = separate_window, sample_rate
-        self.signals, self.sdr = defaultdict(list), defaultdict(list)
+    def __init__(self, separate_window):
+        self.separate_window, self.signals = separate_window, defaultdict(list)
 
     def __call__(self, mix, stems):
         kinds, classes = self.separate_window(mix, stems)
         by_class = sum_by_class(stems)
         if classes and len(by_class) > 1:
             for masks, slots in zip(MASKS, kinds):
-                names, *pair = pair_by_class(slots, classes, by_class)
+                self.names, *pair = pair_by_class(slots, classes, by_class)
                 mono = [sig.mean(1) for sig in pair]
                 self.signals[masks].append((*mono, mix.mean(0)))
-                there = [x in by_class for x in names]
-                sdr = torch.full((len(names), 1), torch.nan)
-                sdr = sdr.repeat(1, mix.shape[-1] // self.sample_rate)
-                pair = [sig[there] for sig in pair]
-                sdr[there] = window_sdr(*pair, self.sample_rate).float()
-                self.sdr[masks].append(sdr)
-                self.names = names
         return kinds, classes
 
     def measures(self):
         """Yields masks, class, measure and value, as ``measure_song``."""
         for masks, signals in self.signals.items():
             whole = [torch.cat(sig, -1) for sig in zip(*signals)]
-            sdr = torch.cat(self.sdr[masks], 1).nanquantile(0.5, 1)
-            for measure, values in (
-                ("song_si_snri", named_si_snri(*whole)),
-                ("museval", sdr),
-            ):
-                for name, value in zip(self.names, values.tolist()):
-                    if value == value:
-                        yield masks, name, measure, value
+            for name, value in zip(self.names, named_si_snri(*whole).tolist()):
+                if value == value:
+                    yield masks, name, "song_si_snri", value
 
 
 # -- the record
@@ -264,7 +211,7 @@ def main():
         for song in songs:
             for path, (separate_window, sample_rate) in methods.items():
                 name = pathlib.Path(path).name
-                whole = WholeSong(separate_window, sample_rate)
+                whole = WholeSong(separate_window)
                 values = measure_song(whole, sample_rate, song, args.seconds)
                 values += whole.measures()
                 found[name] += values

@@ -31,10 +31,10 @@ from statistics import fmean, median
 
 import torch
 from common import Record, say, table
-from quality import window_sdr
 
 from trackformer_sb.data.music import Music
 from trackformer_sb.data.remix import read_stems, sum_by_class
+from trackformer_sb.evaluation import window_sdr
 from trackformer_sb.inference.separator import Separator
 from trackformer_sb.objectives.metrics import si_snr
 from trackformer_sb.objectives.named import named_si_snri, pair_by_class

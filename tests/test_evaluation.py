@@ -17,6 +17,7 @@ from trackformer_sb.evaluation import (
     averages,
     load_evaluated,
     measure_song,
+    window_sdr,
 )
 from trackformer_sb.objectives import metrics
 
@@ -123,6 +124,34 @@ def test_stems_of_other_lengths_and_rates_and_silent_ones(data, tmp_path):
     assert all(x is None or math.isfinite(x) for x in values)
 
 
+def test_sdr_is_that_of_museval():
+    # museval 0.4.1, bss_eval(window=hop=8, filters_len=512), images: the
+    # ratio of the stem to the whole error, where nothing is silent
+    stems = torch.ones(2, 2, 24)
+    stems[1, :, 8:16] = 0
+    est_stems = stems * 1.1
+    ratio = window_sdr(est_stems, stems, 8)
+    assert ratio[0].tolist() == pytest.approx([20, math.nan, 20], nan_ok=True)
+    assert ratio[1].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "number, decibels", [(0, 20), (2, 40)], ids=["drums rest", "all sound"]
+)
+def test_museval_takes_the_median_of_seconds(data, number, decibels):
+    write_song(data / "c", 3.5, bass=(100, 2), drums=(900, 2))
+    errors = iter([0.1, 0.001, 0.01])
+
+    def separate_window(mix, stems):
+        (slots,), names = truth(mix, stems)
+        return (slots * (1 + next(errors)),), names
+
+    found = found_in(data, separate_window, number)
+    for name in ("bass", "mean"):
+        value = found["as they are", name]["museval"]
+        assert value == pytest.approx(decibels, abs=1e-3)
+
+
 def test_vocals_are_measured_by_their_name(data, monkeypatch):
     pytest.importorskip("pesq")
     heard = []
@@ -146,7 +175,12 @@ def test_a_model_with_names(data, tmp_path, capsys):
     out = tmp_path / "out.csv"
     assert command(tmp_path / "m", "--data", data, "--out", out) == 0
     table = capsys.readouterr().out
-    for words in ("si_snri", "| as they are | drums | 3 |", "| mean | - |"):
+    for words in (
+        "si_snri",
+        "museval",
+        "| as they are | drums | 3 |",
+        "| mean | - |",
+    ):
         assert words in table
     text = out.read_text("utf-8")
     assert "nan" not in (text + table).lower()

@@ -122,6 +122,26 @@ def test_karaoke_needs_vocals(run, model, tmp_path, capsys):
     song = write_song(tmp_path / "song.wav")
     assert main(["karaoke", str(song), "--model", str(folder)]) == 2
     assert "stems: this model has no names" in capsys.readouterr().err
+    folder = named(["vocals"]).export(tmp_path / "vocals")
+    assert main(["karaoke", str(song), "--model", str(folder)]) == 2
+    message = "karaoke: expected a model of more stems than vocals"
+    assert message in capsys.readouterr().err
+
+
+def test_karaoke_of_surround_sound_is_written_where_it_was_planned(
+    run, tmp_path
+):
+    song = tmp_path / "song.ogg"
+    soundfile.write(song, np.repeat(SONG, 3, 1), RATE)
+    (path,), _ = run("karaoke", song)
+    assert path == tmp_path / "out" / "song_karaoke.flac"
+    _, messages = run("karaoke", song, path, code=2)
+    assert f"{song}: its result {path} would overwrite {path}" in messages
+    # and found again there
+    words = "separate", song, "--format", "same", "--skip-existing"
+    assert [x.suffix for x in run(*words)[0]] == 3 * [".flac"]
+    _, messages = run(*words)
+    assert f"{song}: skipped, its results are there" in messages
 
 
 # --- remix -------------------------------------------------------------------

@@ -130,6 +130,10 @@ def test_adapt_shows_what_it_gains(songs, model, tmp_path, monkeypatch, capsys):
     assert run_adapt(songs, model, out) == 0
     text = capsys.readouterr().out
     assert "agreement with the first model" in text
+    # songs and minutes at once, then decibels
+    assert "\n4 songs to adapt to, 2 held out, 0.05 minutes\n" in f"\n{text}"
+    for line in ("epoch: 0 - ", "epoch: 1, step: 2, items: 8 - "):
+        assert f"{line}valid remixed_drums: " in text
     first, *_, last = rows_of(out / "run")
     gained = float(last["remixed_mean"]) > float(first["remixed_mean"])
     assert (": the adapted separator" in text) == gained
@@ -145,10 +149,13 @@ def test_adapt_shows_what_it_gains(songs, model, tmp_path, monkeypatch, capsys):
     epochs = len(rows_of(out / "run"))
     assert run_adapt(songs, model, out) == 0
     table = text[text.index("SI-SNR") :]
-    assert capsys.readouterr().out.endswith(table)
+    text = capsys.readouterr().out
+    assert "4 songs to adapt to, 2 held out, 0 minutes" in text
+    assert text.endswith(table)
     assert len(rows_of(out / "run")) == epochs
     # now it is not
-    assert run_adapt(songs, model, out, "--minutes", "0.2") == 0
+    more = 60 * float(last["hours"]) + 0.05
+    assert run_adapt(songs, model, out, "--minutes", more) == 0
     assert len(rows_of(out / "run")) > epochs
 
 

@@ -13,6 +13,7 @@ from trackformer_sb.inference.transcription import (
     Note,
     cut_notes,
     drum_notes,
+    heard_stems,
     stem_notes,
     transcribe_file,
     write_midi,
@@ -169,6 +170,28 @@ def test_a_song_and_what_has_no_notes(tmp_path, capsys):
     assert "this model has drums; got piano" in capsys.readouterr().err
 
 
+def test_a_bad_file_does_not_stop_the_others(tmp_path, capsys):
+    model = str(named(["drums"]).export(tmp_path / "model"))
+    music, out = tmp_path / "music", tmp_path / "out"
+    music.mkdir()
+    for name in ("a", "b", "c"):
+        sig = drums([(0.5, "kick")], 1.0, RATE)
+        soundfile.write(music / f"{name}.wav", sig, RATE)
+    (music / "b.wav").write_text("no audio")
+    # as where a disk is full, in the middle of a file
+    (out / ".c.mid.partial").mkdir(parents=True)
+    (out / "c.mid").write_bytes(b"of before")
+    command = ["transcribe", str(music), "--model", model, "--out", str(out)]
+    assert main([*command, "--device", "cpu"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == f"{out / 'a.mid'}\n"
+    lines = printed.err.splitlines()
+    assert len(lines) == 2
+    assert f"{music / 'b.wav'}: format not recognised" in lines[0]
+    assert f"{music / 'c.wav'}: " in lines[1]
+    assert (out / "c.mid").read_bytes() == b"of before"
+
+
 def test_what_is_missing_is_named(tmp_path, monkeypatch, caplog):
     separator = named(["drums", "bass", "other"])
     path = tmp_path / "song.wav"
@@ -181,11 +204,12 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(transcription, "stem_notes", lambda *args: [])
     without("basic_pitch")
-    tracks = transcribe_file(separator, path, tmp_path / "song.mid")
+    outputs = heard_stems(separator)
+    tracks = transcribe_file(separator, path, tmp_path / "song.mid", outputs)
     assert [*tracks] == ["drums", "bass"]
     assert "other: expected basic_pitch: pip install --no-deps" in caplog.text
     with pytest.raises(ImportError, match="other: expected basic_pitch"):
-        transcribe_file(separator, path, tmp_path / "song.mid", "other")
+        heard_stems(separator, "other")
     without("torchcrepe")
     with pytest.raises(ImportError, match=r"trackformer_sb\[transcribe\]"):
-        transcribe_file(separator, path, tmp_path / "song.mid")
+        heard_stems(separator)

@@ -1,9 +1,11 @@
 """The ``trackformer`` command.
 
-Each command imports what it needs when it runs: ``--help`` answers at once.
+Each command imports what it needs when it runs: ``--help`` answers at once,
+with the docstrings of the functions that add its arguments.
 """
 
 import argparse
+import inspect
 import logging
 import os
 import re
@@ -125,21 +127,18 @@ def build_parser():
         dest="command", metavar="COMMAND", required=True
     )
     for add in (
-        add_separate,
-        add_karaoke,
-        add_remix,
-        add_transcribe,
-        add_live,
-        add_adapt,
-        add_export,
-        add_info,
-        add_evaluate,
-        add_data,
-        add_shards,
-        add_make_music,
-        add_demo,
+        *(add_separate, add_karaoke, add_remix, add_transcribe, add_live),
+        *(add_adapt, add_export, add_info, add_evaluate),
+        *(add_data, add_shards, add_make_music, add_demo),
     ):
-        add(commands)
+        text = inspect.getdoc(add)
+        command = commands.add_parser(
+            add.__name__.removeprefix("add_").replace("_", "-"),
+            help=text.splitlines()[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add(command)
     return parser
 
 

@@ -60,17 +60,12 @@ def _music(args, **more):
         raise ValueError(f"--music: {error}") from error
 
 
-def add_data(commands):
-    """Adds ``trackformer data`` to what ``add_subparsers`` returned."""
-    parser = commands.add_parser(
-        "data",
-        help="what a training would see in a folder of music, with "
-        "audio_check: full",
-        description=(
-            "Prints songs, hours, rates, stems, medians of lengths, levels and "
-            "activity, and what is left out and why."
-        ),
-    )
+def add_data(parser):
+    """Show what a training would see in a folder of music.
+
+    Prints songs, hours, rates, stems, medians of lengths, levels and activity,
+    and what is left out and why, with audio_check: full.
+    """
     _add_music(parser)
     parser.add_argument(
         "--out",
@@ -114,21 +109,15 @@ def _report_text(report):
     return "\n".join(lines)
 
 
-def add_shards(commands):
-    """Adds ``trackformer shards make`` to what ``add_subparsers`` returned."""
-    parser = commands.add_parser(
-        "shards", help="pack music for training at scale"
-    )
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
-    parser = actions.add_parser(
-        "make",
-        help="pack a folder of music into WebDataset shards",
-        description=(
-            "Packs the segments to train on into tar files, and the songs to "
-            "evaluate on beside them; train with dataset: shards. Called "
-            "again, it goes on."
-        ),
-    )
+def add_shards(parser):
+    """Pack music for training at scale.
+
+    `make` packs the segments to train on into tar files of WebDataset, and the
+    songs to evaluate on beside them; train with dataset: shards. Called again,
+    it goes on.
+    """
+    actions = parser.add_subparsers(metavar="make", required=True)
+    parser = actions.add_parser("make", description=parser.description)
     _add_music(parser)
     parser.add_argument("out", metavar="OUT", help="folder for the shards")
     parser.add_argument(
@@ -165,17 +154,13 @@ def _shards(args):
     )
 
 
-def add_make_music(commands):
-    """Adds ``trackformer make-music``."""
-    parser = commands.add_parser(
-        "make-music",
-        help="music with stems from MIDI files, soundfonts, drum kits, speech",
-        description=(
-            "Plays General MIDI files with soundfonts, drum patterns with "
-            "Hydrogen kits, and lets a speech synthesiser sing. Train on the "
-            "result with dataset: stems. Called again, it goes on."
-        ),
-    )
+def add_make_music(parser):
+    """Make music with stems from MIDI, soundfonts, drum kits, speech.
+
+    Plays General MIDI files with soundfonts, drum patterns with Hydrogen kits,
+    and lets a speech synthesiser sing. Train on the result with dataset: stems.
+    Called again, it goes on.
+    """
     parser.add_argument("out", metavar="OUT", help="folder for the music")
     for option, name, what in (
         ("midi", "midi", "folders with General MIDI files"),

@@ -1,16 +1,10 @@
 """The ``trackformer live`` command: a stream in, one stem of it out."""
 
-import argparse
 import os
 import time
 
 from trackformer_sb.cli_data import complain
 from trackformer_sb.cli_model import MODEL
-
-DESCRIPTION = """\
-Separates sound as it comes: raw PCM (32-bit floats, channels interleaved) or a
-microphone in; as much, and less than a tenth of a second later, out.
-"""
 
 EPILOG = """\
 examples:
@@ -29,15 +23,13 @@ BUFFER_SECONDS = 0.05
 TOLD_SECONDS = 1.0  # behind, at which it is told that the machine is too slow
 
 
-def add_live(commands):
-    """Adds ``trackformer live``."""
-    parser = commands.add_parser(
-        "live",
-        help="separate a stream of sound as it comes",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_live(parser):
+    """Separate a stream of sound as it comes.
+
+    Raw PCM (32-bit floats, channels interleaved) or a microphone in; as much,
+    and less than a tenth of a second later, out.
+    """
+    parser.epilog = EPILOG
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--stems", metavar="NAMES", help="what comes out, as drums,bass in sum"

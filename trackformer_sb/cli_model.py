@@ -19,18 +19,13 @@ MODEL = {
 DEVICE = {"help": "cuda, mps or cpu (default: the first there is)"}
 
 
-def add_adapt(commands):
-    """Adds ``trackformer adapt``."""
-    parser = commands.add_parser(
-        "adapt",
-        help="let a separator learn from your own songs",
-        description=(
-            "Trains a separator further on songs as they are, without stems, "
-            "and shows what it gains on songs that were held out. A separator "
-            "that got worse is not kept. The same command goes on after an "
-            "interruption."
-        ),
-    )
+def add_adapt(parser):
+    """Let a separator learn from your own songs.
+
+    Trains a separator further on songs as they are, without stems, and shows
+    what it gains on songs that were held out. A separator that got worse is not
+    kept. The same command goes on after an interruption.
+    """
     parser.add_argument("folder", metavar="FOLDER", help="any tree of songs")
     parser.add_argument(
         "--minutes", type=positive, default=30.0, help="(default: %(default)s)"
@@ -69,16 +64,12 @@ def _adapt(args):
     print(f"\n{args.out}/separator: {kept}")
 
 
-def add_export(commands):
-    """Adds ``trackformer export``."""
-    parser = commands.add_parser(
-        "export",
-        help="make the separator folder of a training again",
-        description=(
-            "Writes the folder that trackformer and SpeechBrain load, from a "
-            "checkpoint of a training: by default the best one."
-        ),
-    )
+def add_export(parser):
+    """Make the separator folder of a training again.
+
+    Writes the folder that trackformer and SpeechBrain load, from a checkpoint
+    of a training: by default the best one.
+    """
     parser.add_argument(
         "experiment",
         metavar="RUN",
@@ -140,17 +131,12 @@ def _export(args):
         print(commit)
 
 
-def add_info(commands):
-    """Adds ``trackformer info``."""
-    parser = commands.add_parser(
-        "info",
-        help="sizes, training and speed of a separator",
-        description=(
-            "Prints sizes, rate, outputs and what the card says of the "
-            "training, and separates noise to measure memory and speed on "
-            "this machine."
-        ),
-    )
+def add_info(parser):
+    """Show sizes, training and speed of a separator.
+
+    Prints sizes, rate, outputs and what the card says of the training, and
+    separates noise to measure memory and speed on this machine.
+    """
     parser.add_argument("model", nargs="?", **MODEL)
     parser.add_argument("--device", **DEVICE)
     parser.add_argument(
@@ -178,17 +164,13 @@ def _info(args):
         print(description_text(description))
 
 
-def add_evaluate(commands):
-    """Adds ``trackformer evaluate``."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="how well a separator does on songs with stems",
-        description=(
-            "Separates the sums of stems in windows and prints means in dB: by "
-            "name, and by the best choice of outputs; what they are is said at "
-            "the head of trackformer_sb/evaluation.py."
-        ),
-    )
+def add_evaluate(parser):
+    """Measure how well a separator does on songs with stems.
+
+    Separates the sums of stems in windows and prints means in dB: by name, and
+    by the best choice of outputs; what they are is said at the head of
+    trackformer_sb/evaluation.py.
+    """
     parser.add_argument("model", nargs="?", **MODEL)
     parser.add_argument(
         "--library",
@@ -259,17 +241,13 @@ def _evaluate(args):
     return failed
 
 
-def add_demo(commands):
-    """Adds ``trackformer demo``."""
-    parser = commands.add_parser(
-        "demo",
-        help="a page in the browser: drop music in, hear its sources",
-        description=(
-            "Serves a page on which to separate music, to hear its stems with "
-            "mute, solo, gain and pan, and to download them. Ctrl+C ends it "
-            "and removes the files it made."
-        ),
-    )
+def add_demo(parser):
+    """Open a page in the browser: drop music in, hear its sources.
+
+    Serves a page on which to separate music, to hear its stems with mute, solo,
+    gain and pan, and to download them. Ctrl+C ends it and removes the files it
+    made.
+    """
     parser.add_argument("model", nargs="?", **MODEL)
     parser.add_argument("--device", **DEVICE)
     parser.add_argument(

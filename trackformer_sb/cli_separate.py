@@ -22,12 +22,6 @@ from trackformer_sb.inference.files import (
 )
 from trackformer_sb.paths import shortened
 
-DESCRIPTION = """\
-Writes one file per stem (drums, bass, vocals, other), at the rate and with the
-channels of the input; together they sum to it. Music of any length takes the
-same memory. trackformer.json, beside the files, says what each was made of.
-"""
-
 EPILOG = """\
 examples:
   trackformer separate song.mp3
@@ -44,23 +38,9 @@ file leaves no results. Paths of written files go to the standard output, one a
 line, errors to the standard error.
 """
 
-KARAOKE = """\
-Writes songs without their vocals, in their format or the nearest that can be
-written, with their tags and at their level: only where a peak exceeds full
-scale are they turned down.
-"""
-
-REMIX = """\
-Writes songs with other gains of their stems, in their format, with their tags:
-trackformer remix song.mp3 --vocals=-6 --drums=3 --pan other=0.3. Where the true
-peak exceeds -0.1 dB they are turned down, before an mp3, m4a or ogg is encoded.
-"""
-
 # Of ``Separator.separate_file``, which make results what they are
-OPTIONS = (
-    *("outputs", "remix", "ranked", "figure", "file_format", "song_folders"),
-    *("chunk_seconds", "overlap", "spatial"),
-)
+OPTIONS = "outputs remix ranked figure file_format song_folders".split()
+HOW = "chunk_seconds overlap spatial".split()
 
 # Of ``trackformer separate``, as karaoke and remix have them
 ONE_MIX = {
@@ -78,7 +58,7 @@ def share(text):
 
 
 def _add_common(parser, results):
-    """What separate, karaoke and remix have in common."""
+    """What all four commands have in common."""
     parser.add_argument(
         "files",
         metavar="FILE",
@@ -127,15 +107,15 @@ def _add_common(parser, results):
     parser.set_defaults(run=_separate)
 
 
-def add_separate(commands):
-    """Adds ``trackformer separate``."""
-    parser = commands.add_parser(
-        "separate",
-        help="separate audio files into sources",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_separate(parser):
+    """Separate audio files into sources.
+
+    Writes one file per stem (drums, bass, vocals, other), at the rate and with
+    the channels of the input; together they sum to it. Music of any length
+    takes the same memory. trackformer.json, beside the files, says what each
+    was made of.
+    """
+    parser.epilog = EPILOG
     written = parser.add_argument_group("what is written")
     written.add_argument(
         "--format",
@@ -201,13 +181,12 @@ def add_separate(commands):
     _add_common(parser, "<file>_drums.wav, or _source0.wav without names")
 
 
-def add_karaoke(commands):
-    """Adds ``trackformer karaoke``."""
-    parser = commands.add_parser(
-        "karaoke",
-        help="write songs without their vocals",
-        description=KARAOKE,
-    )
+def add_karaoke(parser):
+    """Write songs without their vocals.
+
+    In their format or the nearest that can be written, with their tags and at
+    their level: only where a peak exceeds full scale are they turned down.
+    """
     parser.add_argument(
         "--keep-backing",
         "--keep_backing",
@@ -223,13 +202,14 @@ def add_karaoke(commands):
     parser.set_defaults(**ONE_MIX)
 
 
-def add_remix(commands):
-    """Adds ``trackformer remix``."""
-    parser = commands.add_parser(
-        "remix",
-        help="write songs with other gains of their stems",
-        description=REMIX,
-    )
+def add_remix(parser):
+    """Write songs with other gains of their stems.
+
+    In their format, with their tags:
+    trackformer remix song.mp3 --vocals=-6 --drums=3 --pan other=0.3. Where the
+    true peak exceeds -0.1 dB they are turned down, before an mp3, m4a or ogg is
+    encoded.
+    """
     # all become parts of what ``separate --remix`` takes
     for name in ("drums", "bass", "vocals", "other"):
         parser.add_argument(
@@ -272,18 +252,63 @@ def _fingerprint(separator):
     return digest.hexdigest()[:12]
 
 
-def _prepare(args):
-    """The separator, options of ``separate_file``, and file -> its results."""
+def _plan(args, results_of):
+    """Each file -> its results, none in the place of a file or of others.
+
+    ``results_of`` takes the file, the folder and what their names begin with.
+    """
     from trackformer_sb.audio import AUDIO_EXTENSIONS, UNREAD_MUSIC
-    from trackformer_sb.inference.remix import chosen_stems
-    from trackformer_sb.inference.separator import AUTO, load_separator
-    from trackformer_sb.inference.writing import format_of, output_paths
 
     files = find_files(args.files, args.out, AUDIO_EXTENSIONS)
     folders = filter(os.path.isdir, args.files)
     for path in find_files(folders, args.out, tuple(UNREAD_MUSIC)):
         if reason := UNREAD_MUSIC.get(Path(path).suffix.lower()):
             complain(args, f"{path}: left out: {reason}")
+    results = {
+        path: results_of(
+            path, Path(args.out, folder), shortened(Path(path).stem)
+        )
+        for path, folder in zip(files, place_files(files))
+    }
+    check_overwriting(results)
+    os.makedirs(args.out, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.out).close()  # it can be written
+    return results
+
+
+def _for_each(args, results, work):
+    """Works on file after file; returns the exit code.
+
+    ``work`` takes a file and its planned results, and gives those it wrote and
+    what is to be said. A file that fails is named in a line and stops no other.
+    """
+    from tqdm import tqdm
+
+    failed = 0
+    quiet = not sys.stderr.isatty() or len(results) < 2
+    for path, paths in tqdm(results.items(), unit="file", disable=quiet):
+        try:
+            written, message = work(path, paths)
+        except (OSError, ValueError, RuntimeError) as error:
+            # soundfile's and torch's errors are RuntimeErrors
+            written, message = [], str(error)
+            if path not in message:
+                message = f"{path}: {message}"
+            failed = 1
+        if written:
+            with tqdm.external_write_mode():
+                print(*written, sep="\n", flush=True)
+        if message:
+            with tqdm.external_write_mode(sys.stderr):
+                complain(args, message)
+    return failed
+
+
+def _separate(args):
+    from trackformer_sb.inference.remix import chosen_stems
+    from trackformer_sb.inference.separator import AUTO, load_separator
+    from trackformer_sb.inference.writing import format_of, output_paths
+
     if args.command == "remix" and not args.remix:
         raise ValueError("remix: expected a gain or a place, as --vocals=-6")
     separator = load_separator(args.model, args.device)
@@ -294,114 +319,76 @@ def _prepare(args):
         outputs = chosen_stems(args.stems, separator.groups)
     remix = args.remix and ",".join(args.remix)
     names, *_ = separator.mixes(outputs, remix)
-    results = {
-        path: output_paths(
-            Path(args.out, folder),
-            shortened(Path(path).stem),
-            names,
-            format_of(path, args.file_format),
-            args.figure,
-            args.song_folders,
-        )
-        for path, folder in zip(files, place_files(files))
-    }
-    check_overwriting(results)
-    os.makedirs(args.out, exist_ok=True)
-    tempfile.TemporaryFile(dir=args.out).close()  # it can be written
-    options = {name: getattr(args, name) for name in OPTIONS}
+    options = {name: getattr(args, name) for name in (*OPTIONS, *HOW)}
     options |= {"outputs": outputs, "remix": remix}
-    return separator, options, results
-
-
-def _separate(args):
-    from tqdm import tqdm
-
-    separator, options, results = _prepare(args)
     model = {"version": __version__, "model": _fingerprint(separator)}
     made = {**model, **options}
-    shown = sys.stderr.isatty()
-    failed = 0
-    for path, paths in tqdm(
-        results.items(), unit="file", disable=not shown or len(results) < 2
-    ):
+
+    def results_of(path, folder, stem):
+        kind = format_of(path, args.file_format)
+        what = names, kind, args.figure, args.song_folders
+        return output_paths(folder, stem, *what)
+
+    def work(path, paths):
         folder = paths[0].parents[1 if args.song_folders else 0]
         place = os.path.relpath(folder / shortened(Path(path).stem), args.out)
-        message = ""
-        try:
-            known = args.skip_existing and read_record(args.out).get(place)
-            # what was counted is beside it
-            if known and known | describe(path, paths, made) == known:
-                message = f"{path}: skipped, its results are there"
-            else:
-                counts = {}
-                written = separator.separate_file(
-                    path,
-                    folder,
-                    batch_size=args.batch,
-                    progressbar=shown,
-                    on_count=partial(counts.__setitem__, "count"),
-                    **options,
-                )
-                for stale in (
-                    {*paths} - {*written} if args.stems == "auto" else ()
-                ):
-                    # of a separation in which more stems sounded
-                    stale.unlink(missing_ok=True)
-                if args.command == "separate":
-                    description = describe(path, paths, made) | counts
-                    add_record(args.out, place, description)
-                with tqdm.external_write_mode():
-                    print(*written, sep="\n", flush=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            # soundfile's and torch's errors are RuntimeErrors
-            message = str(error)
-            if path not in message:
-                message = f"{path}: {message}"
-            failed += 1
-        if message:
-            with tqdm.external_write_mode(sys.stderr):
-                complain(args, message)
-    return 1 if failed else 0
+        known = args.skip_existing and read_record(args.out).get(place)
+        # what was counted is beside it
+        if known and known | describe(path, paths, made) == known:
+            return [], f"{path}: skipped, its results are there"
+        counts = {}
+        written = separator.separate_file(
+            path,
+            folder,
+            batch_size=args.batch,
+            progressbar=sys.stderr.isatty(),
+            on_count=partial(counts.__setitem__, "count"),
+            **options,
+        )
+        for stale in {*paths} - {*written} if args.stems == AUTO else ():
+            # of a separation in which more stems sounded
+            stale.unlink(missing_ok=True)
+        if args.command == "separate":
+            description = describe(path, paths, made) | counts
+            add_record(args.out, place, description)
+        return written, ""
+
+    return _for_each(args, _plan(args, results_of), work)
 
 
-def add_transcribe(commands):
-    """Adds ``trackformer transcribe``."""
-    parser = commands.add_parser(
-        "transcribe",
-        help="write the notes of a song as a MIDI file",
-        description=(
-            "Separates a song and writes the notes of its stems, a track each: "
-            "melodies of vocals and bass, kick, snare and hi-hat of the drums, "
-            "all notes of the others."
-        ),
-    )
-    parser.add_argument("file", metavar="FILE", help="audio file")
-    parser.add_argument("--model", **MODEL)
+def add_transcribe(parser):
+    """Write the notes of songs as MIDI files.
+
+    A track a stem: melodies of vocals and bass, kick, snare and hi-hat of the
+    drums, all notes of the others.
+    """
     parser.add_argument(
         "--stems",
         metavar="NAMES",
         help="those to transcribe, as vocals,bass (default: all)",
     )
-    parser.add_argument(
-        "--out",
-        default=".",
-        metavar="DIR",
-        help="folder for <file>.mid (default: this folder)",
-    )
-    parser.add_argument("--device", **DEVICE)
+    _add_common(parser, "<file>.mid")
     parser.set_defaults(run=_transcribe)
 
 
 def _transcribe(args):
     from trackformer_sb.inference.separator import load_separator
-    from trackformer_sb.inference.transcription import transcribe_file
-
-    result = Path(args.out, f"{shortened(Path(args.file).stem)}.mid")
-    os.makedirs(args.out, exist_ok=True)
-    separator = load_separator(args.model, args.device)
-    tracks = transcribe_file(
-        separator, args.file, result, args.stems, sys.stderr.isatty()
+    from trackformer_sb.inference.transcription import (
+        heard_stems,
+        transcribe_file,
     )
-    print(result)
-    if not any(tracks.values()):
-        complain(args, f"{args.file}: no notes found, {result} has none")
+
+    separator = load_separator(args.model, args.device)
+    outputs = heard_stems(separator, args.stems)
+    options = {name: getattr(args, name) for name in HOW}
+    options |= {"batch_size": args.batch, "progressbar": sys.stderr.isatty()}
+
+    def work(path, paths):
+        tracks = transcribe_file(separator, path, *paths, outputs, **options)
+        silent = f"{path}: no notes found, {paths[0]} has none"
+        return paths, "" if any(tracks.values()) else silent
+
+    def results_of(path, folder, stem):
+        return [folder / f"{stem}.mid"]
+
+    return _for_each(args, _plan(args, results_of), work)

@@ -8,7 +8,10 @@ By name, the outputs of a class against its stem (``remix.STEM_CLASSES``; where
 a song has no bass, bass and other against other), nothing chosen: `si_snri`,
 the improvement of SI-SNR over the mixture, `si_sdr` and `sdr` of the `windows`
 in which the stem has between 0.1 % and 98 % of the mixture's energy; `leakage`,
-how far the output is below the mixture where the stem is silent (-60 dB of it).
+how far the output is below the mixture where the stem is silent (-60 dB of it);
+`museval`, SDR as museval has it (BSSEval v4, images), of all channels: the
+median of the song's seconds, without those in which a stem or an output is
+digital silence, and of several songs the mean.
 
 Chosen by the truth, for single stems: `one_to_one` and `grouped`, SI-SNR
 improvement as of ``metrics.si_snri`` and ``si_snri_grouped``, `si_sdr` and
@@ -23,25 +26,24 @@ from collections import defaultdict
 from itertools import product
 from pathlib import Path
 from pickle import UnpicklingError
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 from speechbrain.inference.separation import SepformerSeparation
 
 from trackformer_sb.data.remix import STEM_CLASSES, read_stems, sum_by_class
-from trackformer_sb.inference.separation import separate
+from trackformer_sb.inference.separation import separate_by_both
 from trackformer_sb.inference.separator import find_device, load_separator
 from trackformer_sb.objectives import metrics
 from trackformer_sb.objectives.named import (
     leakage,
     named_si_snri,
     pair_by_class,
-    time_averaged_masks,
 )
 
 MEASURES = (
     *("si_snri", "leakage", "one_to_one", "grouped", "si_sdr", "sdr"),
-    *["pesq"] * metrics.HAS_PESQ,
+    *("museval", *["pesq"] * metrics.HAS_PESQ),
 )
 COLUMNS = ("masks", "class", "windows", *MEASURES)
 MASKS = ("as they are", "averaged")
@@ -53,15 +55,11 @@ def by_masks(separator):
     groups, classes = separator.groups or {}, None
     if groups and groups.keys() <= STEM_CLASSES.keys():
         classes = [name for name, slots in groups.items() for _ in slots]
-    encoder, decoder = separator.encoder, separator.decoder
-    how = decoder, separator.mixture_consistency
+    parts = separator.encoder, separator.masknet, separator.decoder
 
     def separate_window(mix, stems):
-        mix = mix.to(separator.device)
-        slots, masks = separate(mix[None], encoder, separator.masknet, *how)
-        masks = time_averaged_masks(masks, encoder(mix).abs().square().mean(0))
-        averaged, _ = separate(mix[None], encoder, lambda mix_w: masks, *how)
-        return (slots[0], averaged[0]), classes
+        how = *parts, separator.mixture_consistency
+        return separate_by_both(mix.to(separator.device), *how), classes
 
     return separate_window
 
@@ -110,6 +108,28 @@ def load_evaluated(source, library="trackformer", device=None):
         ) from error
 
 
+def window_sdr(est_stems, stems, length):
+    """SDR of BSSEval v4 (images) in windows of `length` samples.
+
+    |s|^2 / |s - s'|^2: its parts for spatial distortion, interference and
+    artefacts sum to the whole error, so that the 512 taps of its filters do not
+    matter. Of [classes, channels, time], [classes, windows] in dB, within
+    +-120; NaN where any is digital silence.
+    """
+    length = min(length, stems.shape[-1])
+    est_stems, stems = (
+        sig.unfold(-1, length, length).double() for sig in (est_stems, stems)
+    )
+    energy, est_energy, error = (
+        sig.square().sum((1, 3))
+        for sig in (stems, est_stems, est_stems - stems)
+    )
+    silent = (energy == 0).any(0) | (est_energy == 0).any(0)
+    ratio = 10 * (energy / error).log10()
+    ratio = ratio.clamp(-metrics.LIMIT_DB, metrics.LIMIT_DB)
+    return torch.where(silent, torch.nan, ratio)
+
+
 def _measure_window(slots, slot_classes, files, sample_rate):
     """Yields class, measure and value, None or NaN for what does not count."""
     single = torch.stack([sig.mean(0) for sig in files.values()])
@@ -121,8 +141,12 @@ def _measure_window(slots, slot_classes, files, sample_rate):
     yield CHOSEN, "si_sdr", metrics.si_sdr(mono, single)
     yield CHOSEN, "sdr", metrics.sdr(mono, single)
     if slot_classes and len(stems) > 1:
-        names, est_stems, true = pair_by_class(slots, slot_classes, stems)
-        est_stems, true = est_stems.mean(1), true.mean(1)
+        names, *pair = pair_by_class(slots, slot_classes, stems)
+        there = [i for i, name in enumerate(names) if name in stems]
+        seconds = window_sdr(*(sig[there] for sig in pair), sample_rate)
+        for i, values in zip(there, seconds.tolist()):
+            yield from ((names[i], "museval", value) for value in values)
+        est_stems, true = (sig.mean(1) for sig in pair)
         gained = named_si_snri(est_stems, true, mix)
         below = leakage(est_stems, true, mix)
         for i, name in enumerate(names):
@@ -147,18 +171,21 @@ def measure_song(separate_window, sample_rate, song, seconds=3.0):
     it has masks, averaged; and the class of each slot, None without names.
     Returns a list of (masks, class or "chosen", measure, value).
     """
-    found = []
+    found, of_seconds = [], defaultdict(list)
     for number in range(int(song.seconds // seconds)):
         files = read_stems(song, number * seconds, seconds, sample_rate)
         kinds, classes = separate_window(sum(files.values()), files)
         for masks, slots in zip(MASKS, kinds):
             what = slots.cpu(), classes, files, sample_rate
-            found += [
-                (masks, name, measure, float(value))
-                for name, measure, value in _measure_window(*what)
-                if value is not None and value == value
-            ]
-    return found
+            for name, measure, value in _measure_window(*what):
+                if value is None or value != value:
+                    continue
+                if measure == "museval":
+                    of_seconds[masks, name, measure].append(value)
+                else:
+                    found.append((masks, name, measure, float(value)))
+    medians = [(*what, median(some)) for what, some in of_seconds.items()]
+    return found + medians
 
 
 def averages(found, measures=MEASURES):

@@ -127,6 +127,12 @@ def read_record(out):
 def add_record(out, place, description):
     """Records the results at a place, whatever else was recorded meanwhile."""
     record = {**read_record(out), place: description}
-    growing = Path(out, f".{RECORD}.partial")
-    growing.write_text(json.dumps(record, indent=1), "ascii")
-    os.replace(growing, Path(out, RECORD))
+    write_whole(Path(out, RECORD), json.dumps(record, indent=1).encode())
+
+
+def write_whole(path, content):
+    """Writes bytes as a file in its folder, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    growing = path.with_name(f".{path.name}.partial")
+    growing.write_bytes(content)
+    os.replace(growing, path)

@@ -27,6 +27,24 @@ def group_masks(est_mask, groups):
     return torch.stack([est_mask[list(x)].sum(0) for x in groups])
 
 
+def time_averaged_masks(masks, power):
+    """Masks that do not change in time: means over the frames by power.
+
+    ``sum_t m P / sum_t P`` in every bin. What separation loses by it, it gains
+    by following the music. Masks [..., freq, frames] and the mixture's power,
+    [freq, frames], give masks [..., freq, frames], the same in all frames.
+
+    Example
+    -------
+    >>> masks, power = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 3.0]])
+    >>> time_averaged_masks(masks, power)
+    tensor([[0.7500, 0.7500]])
+    """
+    power = power + 1e-20  # plain means where the mixture is silent
+    mean = (masks * power).sum(-1, keepdim=True) / power.sum(-1, keepdim=True)
+    return mean.expand_as(masks)
+
+
 def distribute_residual(mix, est_source):
     """Adds what the sources [sources, ...] lack of the mixture evenly to them.
 
@@ -145,3 +163,17 @@ def separate(
     if mix.dim() == 2:
         est_source = est_source.squeeze(2)
     return est_source, est_mask
+
+
+def separate_by_both(mix, encoder, masknet, decoder, mixture_consistency=False):
+    """Sources by masks as they are, and by ``time_averaged_masks``.
+
+    Each [sources, channels, time], of a mixture [channels, time]; the rest is
+    as of ``separate``.
+    """
+    how = decoder, mixture_consistency
+    est_source, masks = separate(mix[None], encoder, masknet, *how)
+    power = encoder(mix).abs().square().mean(0)
+    masks = time_averaged_masks(masks, power)
+    averaged, _ = separate(mix[None], encoder, lambda mix_w: masks, *how)
+    return est_source[0], averaged[0]

@@ -389,8 +389,12 @@ class Separator(
         elif outputs == ALL:
             outputs = None
         elif outputs in (KARAOKE, KEEP_BACKING):
-            _, rest = chosen_stems("vocals", self.groups).values()
-            outputs = {KARAOKE: rest}
+            _, *rest = chosen_stems("vocals", self.groups).values()
+            if not rest:
+                raise ValueError(
+                    "karaoke: expected a model of more stems than vocals"
+                )
+            outputs = {KARAOKE: rest[0]}
         outputs = check_outputs(outputs, self.num_spks)
         stems = check_outputs(self.groups, self.num_spks)
         return mix_gains(outputs, remix, self.num_spks, stems)

@@ -16,6 +16,7 @@ from scipy.ndimage import maximum_filter1d, median_filter, uniform_filter1d
 from speechbrain.utils.logger import get_logger
 
 from trackformer_sb.audio import audio_info, resample
+from trackformer_sb.inference.files import write_whole
 from trackformer_sb.inference.remix import chosen_stems
 from trackformer_sb.nnet.stft import STFTEncoder
 
@@ -182,34 +183,13 @@ def stem_notes(name, sig, sample_rate):
     return method(sig, sample_rate) if sig.abs().max() > SILENT else []
 
 
-def transcribe_file(separator, path, result, stems=None, progressbar=True):
-    """Writes the notes of a song as a MIDI file, a track a stem.
+def heard_stems(separator, stems=None):
+    """Which outputs of a separator to transcribe: name -> their numbers.
 
-    Arguments
-    ---------
-    separator : Separator
-        Of named stems.
-    path : str or Path
-        Audio file.
-    result : str or Path
-        The file to write.
-    stems : str, optional
-        Names, as in "vocals,bass"; by default all, but without Basic Pitch none
-        that it would hear: a warning says how to install it.
-    progressbar : bool or callable
-        As of ``Separator.separate_file``.
-
-    Returns
-    -------
-    dict
-        Name -> list of Note.
-
-    Raises
-    ------
-    ImportError
-        If a package is missing.
-    ValueError
-        If the separator has no such stem.
+    Of the names in `stems`, as "vocals,bass"; by default of all, but without
+    Basic Pitch none that it would hear: a warning says how to install it.
+    Raises an ImportError if another package is missing, a ValueError if the
+    separator has no such stem.
     """
     names = ",".join(separator.groups or METHODS)
     outputs = chosen_stems(stems or names, separator.groups)
@@ -223,9 +203,31 @@ def transcribe_file(separator, path, result, stems=None, progressbar=True):
                 raise ImportError(message)
             logger.warning(f"left out {message}")
             del outputs[name]
-    sources = separator.separate_file(
-        path, outputs=outputs, progressbar=progressbar
-    )
+    return outputs
+
+
+def transcribe_file(separator, path, result, outputs, **options):
+    """Writes the notes of a song as a MIDI file, a track a stem.
+
+    Arguments
+    ---------
+    separator : Separator
+        Of named stems.
+    path : str or Path
+        Audio file.
+    result : str or Path
+        The file to write.
+    outputs : dict
+        As of ``heard_stems``.
+    **options
+        Of ``Separator.separate_file``.
+
+    Returns
+    -------
+    dict
+        Name -> list of Note.
+    """
+    sources = separator.separate_file(path, outputs=outputs, **options)
     rate = audio_info(path).sample_rate
     tracks = {
         name: stem_notes(name, sig, rate) for name, sig in zip(outputs, sources)
@@ -257,4 +259,4 @@ def write_midi(path, tracks):
             now = tick
         body += bytes([0, 0xFF, 0x2F, 0])
         chunks += [b"MTrk", struct.pack(">I", len(body)), body]
-    Path(path).write_bytes(b"".join(chunks))
+    write_whole(Path(path), b"".join(chunks))

@@ -4,7 +4,7 @@ import io
 import itertools
 import os
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import av
@@ -13,7 +13,7 @@ import soundfile
 import soxr
 from speechbrain.utils.logger import get_logger
 
-from trackformer_sb.audio import name_of
+from trackformer_sb.audio import UnreadableAudio, name_of, open_audio
 from trackformer_sb.ffmpeg import FFmpegWriter, read_tags
 from trackformer_sb.inference.remix import REMIX
 
@@ -47,7 +47,13 @@ def format_of(path, file_format):
         return file_format
     ending = Path(path).suffix.lower()
     found = [x for x in NEAREST if ending in NEAREST[x].split()]
-    return found[0] if found else "m4a"
+    nearest = found[0] if found else "m4a"
+    # of what cannot be read it is said where it is separated
+    with suppress(UnreadableAudio, av.FFmpegError):
+        with open_audio(path, counted=False) as reader:
+            if not _fits(nearest, reader, read_tags(path)):
+                return "flac"  # of surround sound
+    return nearest
 
 
 def output_paths(out_folder, stem, names, file_format, figure, song_folders):
@@ -102,8 +108,6 @@ def write_sources(
     subtype = reader.subtype if file_format == SAME else None
     limited = file_format != "wav"  # whose float samples hold what exceeds it
     file_format = format_of(path, file_format)
-    if subtype and not _fits(file_format, reader, tags):
-        file_format = "flac"  # of surround sound
     if subtype and not path.lower().endswith(f".{file_format}"):
         logger.warning(f"{path}: written as {file_format}, the nearest")
     paths = output_paths(

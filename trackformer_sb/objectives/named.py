@@ -164,35 +164,6 @@ def leakage(est_stems, stems, mix):
     return torch.where(silent, -10 * share.log10(), torch.nan)
 
 
-def time_averaged_masks(masks, power):
-    """Masks that do not change in time: means over the frames by power.
-
-    ``sum_t m P / sum_t P`` in every bin. What separation loses by it, it gains
-    by following the music. Masks [..., freq, frames] and the mixture's power,
-    [freq, frames], give masks [..., freq, frames], the same in all frames.
-
-    Example
-    -------
-    >>> masks, power = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 3.0]])
-    >>> time_averaged_masks(masks, power)
-    tensor([[0.7500, 0.7500]])
-    """
-    power = power + 1e-20  # plain means where the mixture is silent
-    mean = (masks * power).sum(-1, keepdim=True) / power.sum(-1, keepdim=True)
-    return mean.expand_as(masks)
-
-
-def decode_masks(masks, spectrum, decoder, length):
-    """The mixture through masks that its channels share.
-
-    Masks [slots, freq, frames] of a spectrum [channels, freq, frames] give
-    [slots, channels, time] of `length` samples.
-    """
-    separated = masks.unsqueeze(1) * spectrum
-    sig = decoder(separated.flatten(0, 1))[:, :length]
-    return sig.unflatten(0, separated.shape[:2])
-
-
 def pair_by_class(slots, slot_classes, stems):
     """Adds the slots of each class, beside the true stem of that class.
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from speechbrain.utils.logger import get_logger
 
 import trackformer_sb
 from trackformer_sb.audio import read_segment
@@ -27,10 +26,9 @@ from trackformer_sb.training.self_training import (
     stems_and_agreement,
 )
 
-logger = get_logger(__name__)
-
 # Gentler than a training from scratch, and with some validations on the way.
-SETTINGS = {"lr": 0.0003, "ema_decay": 0.99, "epoch_items": 400}
+SETTINGS = {"lr": 0.0003, "ema_decay": 0.99}
+SETTINGS |= {"epoch_items": 400, "log_steps": 25}
 
 LEAST_SONGS = 4  # two to train on, two to measure on
 SPLIT_RATIO = 80, 20
@@ -180,17 +178,23 @@ def adapt(folder, out, minutes=30.0, model="default", stems=None, device=None):
     what = {"folder": os.path.abspath(folder), "model": str(model)}
     _claim(out, what | {"stems": stems and os.path.abspath(stems)})
     with locked(out):
-        splits = split_songs(songs, SPLIT_RATIO, seed=0)
-        _link(splits["train"], out / "songs")
-        if stems:
-            _link(Music(stems, "stems").songs(SECONDS), held_out)
-        elif not held_out.is_dir():
-            write_remixed(separator, splits["valid"], held_out)
         spent = 0.0
         if (run / "curve.csv").is_file():
             _, rows = _measured(run)
             spent = 60 * float(rows[-1]["hours"])
         left = minutes - spent
+        splits = split_songs(songs, SPLIT_RATIO, seed=0)
+        train, valid = splits["train"], splits["valid"]
+        print(
+            f"{len(train)} songs to adapt to, {len(valid)} held out, "
+            f"{max(left, 0):.3g} minutes",
+            flush=True,
+        )
+        _link(train, out / "songs")
+        if stems:
+            _link(Music(stems, "stems").songs(SECONDS), held_out)
+        elif not held_out.is_dir():
+            write_remixed(separator, valid, held_out)
         if left > 0:
             settings = {
                 **SETTINGS,

@@ -12,16 +12,14 @@ from speechbrain.utils.distributed import ddp_broadcast, if_main_process
 
 from trackformer_sb.data.music import Music
 from trackformer_sb.data.remix import NamedWindows
-from trackformer_sb.inference.separation import apply_masks
+from trackformer_sb.inference.separation import apply_masks, separate_by_both
 from trackformer_sb.inference.separator import Separator, load_separator
 from trackformer_sb.objectives.mixit import mixit_loss
 from trackformer_sb.objectives.named import (
     absent_loss,
-    decode_masks,
     named_loss,
     named_si_snri,
     pair_by_class,
-    time_averaged_masks,
 )
 from trackformer_sb.training import self_training
 from trackformer_sb.training.brain import ExperimentBrain
@@ -185,16 +183,14 @@ class NamedSeparation(ExperimentBrain):
         [1, 2, freq, frames] and class -> stem [2, time]: class -> dB of the
         masks, and of their average over time.
         """
-        masks, mix_w = est_mask[:, 0].float(), mix_w[0].mean(0, keepdim=True)
+        est_mask, mix_w = est_mask.float(), mix_w[0].mean(0, keepdim=True)
         stems = {
             name: stem.mean(0, keepdim=True) for name, stem in stems.items()
         }
-        mix = sum(stems.values())
-        static, found = time_averaged_masks(masks, mix_w[0].abs().square()), []
-        for each in (masks, static):
-            slots = decode_masks(
-                each, mix_w, self.modules.decoder, mix.shape[-1]
-            )
+        mix, found = sum(stems.values()), []
+        encoder, masknet = lambda sig: mix_w, lambda mix_w: est_mask
+        decoder = self.modules.decoder
+        for slots in separate_by_both(mix, encoder, masknet, decoder):
             names, est, true = pair_by_class(
                 slots.cpu(), self.slot_classes, stems
             )
@@ -289,7 +285,11 @@ class NamedSeparation(ExperimentBrain):
         """After each epoch, measured or not, ``end_epoch``."""
         if stage == sb.Stage.TEST:
             # before the first epoch
-            self.hparams.history.add(0, **self.figures())
+            figures = self.figures()
+            self.hparams.history.add(0, **figures)
+            self.hparams.train_logger.log_stats(
+                {"epoch": 0}, valid_stats=figures
+            )
         elif stage == sb.Stage.VALID or not self.groups:
             self.end_epoch(epoch)
 
@@ -298,15 +298,14 @@ class NamedSeparation(ExperimentBrain):
         figures = self.figures()
         if self.slots_at_first:
             figures |= self.adapt_slots()
-        self.hparams.history.add(
-            epoch,
-            step=self.optimizer_step,
-            items=self.optimizer_step * self.items_per_step,
-            hours=self.hours_before + (time.monotonic() - self.begun) / 3600,
-            **figures,
-        )
+        so_far = {
+            "step": self.optimizer_step,
+            "items": self.optimizer_step * self.items_per_step,
+        }
+        hours = self.hours_before + (time.monotonic() - self.begun) / 3600
+        self.hparams.history.add(epoch, **so_far, hours=hours, **figures)
         self.hparams.train_logger.log_stats(
-            {"epoch": epoch, "step": self.optimizer_step}, valid_stats=figures
+            {"epoch": epoch, **so_far}, valid_stats=figures
         )
         if if_main_process():
             for name, value in figures.items():
