@@ -89,12 +89,6 @@ class SelfAttention(nn.Module):
     ValueError
         For an unknown kind of attention or a ``d_model`` that the heads do
         not divide.
-
-    Example
-    -------
-    >>> attention = SelfAttention(d_model=64, nhead=4)
-    >>> attention(torch.randn(2, 100, 64)).shape
-    torch.Size([2, 100, 64])
     """
 
     def __init__(
@@ -127,13 +121,6 @@ class SelfAttention(nn.Module):
         )
         log_decay = forgetting(nhead).float() if causal else None
         self.register_buffer("log_decay", log_decay, persistent=False)
-
-    def extra_repr(self):
-        """What is no weight, for ``print``."""
-        return (
-            f"nhead={self.nhead}, attention={self.attention}, "
-            f"causal={self.causal}"
-        )
 
     def forward(self, x, key_padding_mask=None, memory=None):
         """[batch, frames, d_model] -> [batch, frames, d_model].
@@ -175,12 +162,6 @@ class PerformerLayer(nn.Module):
     """LayerNorm, attention, residual; LayerNorm, feed-forward, residual.
 
     Arguments are those of ``PerformerEncoder``.
-
-    Example
-    -------
-    >>> layer = PerformerLayer(d_model=64, d_ffn=128, nhead=4)
-    >>> layer(torch.randn(2, 100, 64)).shape
-    torch.Size([2, 100, 64])
     """
 
     def __init__(self, d_model, d_ffn, dropout=0.0, **attention):
