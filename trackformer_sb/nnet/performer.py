@@ -83,12 +83,6 @@ class SelfAttention(nn.Module):
     exponentially and 256 features estimate nothing. What is causal lets the
     past fade: quickly in the first head, slowly in the last. Arguments are
     those of ``PerformerEncoder``.
-
-    Raises
-    ------
-    ValueError
-        For an unknown kind of attention or a ``d_model`` that the heads do
-        not divide.
     """
 
     def __init__(
