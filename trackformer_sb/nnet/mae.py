@@ -152,11 +152,6 @@ class AudioMAE(nn.Module):
                 f"expected decoder_layers from {least} with mask_mode "
                 f"{mask_mode}, got {decoder_layers}"
             )
-        if d_decoder % 2 or not features.encoder.layers:
-            raise ValueError(
-                "expected an even d_decoder and an encoder with layers, got "
-                f"{d_decoder} and {len(features.encoder.layers)} layers"
-            )
         if d_decoder % decoder_nhead:
             raise ValueError(
                 "decoder_nhead must divide d_decoder, got decoder_nhead="

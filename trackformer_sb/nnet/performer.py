@@ -109,10 +109,8 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
         # sigmoid(0) * 2: a temperature of 1 to begin with
         self.temperature = nn.Parameter(torch.zeros(nhead))
-        self.register_buffer(
-            "projection",
-            favor.draw_projection(n_features, d_model // nhead),
-        )
+        projection = favor.draw_projection(n_features, d_model // nhead)
+        self.register_buffer("projection", projection)
         log_decay = forgetting(nhead).float() if causal else None
         self.register_buffer("log_decay", log_decay, persistent=False)
 
@@ -205,12 +203,6 @@ class PerformerEncoder(nn.Module):
         layer a second time in the backward pass ("Training Deep Nets with
         Sublinear Memory Cost", arXiv 1604.06174): less memory, a third more
         computing, the same gradients.
-
-    Example
-    -------
-    >>> encoder = PerformerEncoder(d_model=64, nhead=4, num_layers=2)
-    >>> encoder(torch.randn(2, 100, 64)).shape
-    torch.Size([2, 100, 64])
     """
 
     def __init__(
