@@ -254,8 +254,6 @@ def test_damaged_shard_is_named_and_the_rest_goes_on(shards, rows, how):
     words = f"{path}: damaged after {6 - len(lost)} of 6 segments"
     for file, reason in itertools.chain(*(x["skipped"] for x in items)):
         assert file == str(path) and reason.startswith(words)
-    with pytest.raises(UnreadableAudio, match=words):
-        list(dataset_of(shards, max_failures=1))
 
 
 def rewrite(path, damaged):

@@ -71,7 +71,9 @@ def songs(tmp_path_factory):
 
 @pytest.fixture
 def model(tmp_path):
-    return named(CLASSES, steady_share=0.3).bfloat16().export(tmp_path / "model")
+    return (
+        named(CLASSES, steady_share=0.3).bfloat16().export(tmp_path / "model")
+    )
 
 
 def rows_of(run):

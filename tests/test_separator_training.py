@@ -208,7 +208,11 @@ def test_unlabelled_music_alone_trains(music, tmp_path):
 @pytest.fixture
 def pretrained(tmp_path):
     """A separator as a training by `command` would leave it."""
-    return named(STEMS, steady_share=0.3).bfloat16().export(tmp_path / "pretrained")
+    return (
+        named(STEMS, steady_share=0.3)
+        .bfloat16()
+        .export(tmp_path / "pretrained")
+    )
 
 
 def test_a_training_starts_with_a_separator(music, tmp_path, pretrained):

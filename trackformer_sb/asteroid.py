@@ -17,16 +17,6 @@ class AsteroidMaskNet(nn.Module):
     masker : torch.nn.Module
         [batch, channels, frames] -> [batch, n_src, channels, frames], like
         ``asteroid.masknn.convolutional.TDConvNet``.
-
-    Example
-    -------
-    >>> from torch import nn
-    >>> class Halves(nn.Module):
-    ...     def forward(self, mix_w):
-    ...         return 0.5 * mix_w.new_ones(len(mix_w), 2, *mix_w.shape[1:])
-    >>> import torch
-    >>> AsteroidMaskNet(Halves())(torch.randn(3, 16, 10)).shape
-    torch.Size([2, 3, 16, 10])
     """
 
     def __init__(self, masker):

@@ -171,9 +171,11 @@ class FileCache:
             )
             for path, value in zip(unknown, values):
                 found[path] = value
+                if isinstance(value, np.ndarray):
+                    value = base64.b64encode(value.tobytes()).decode()
                 if not isinstance(value, UnreadableAudio):
                     line = [kind, path, self.listing[path], value]
-                    file.write(json.dumps(line, default=_as_text) + "\n")
+                    file.write(json.dumps(line) + "\n")
         return found
 
     def _opened(self):
@@ -187,10 +189,6 @@ class FileCache:
                 f"cache_folder: what is read is read again next time: {error}"
             )
             return open(os.devnull, "w", encoding="ascii")
-
-
-def _as_text(codes):
-    return base64.b64encode(codes.tobytes()).decode()
 
 
 def audio_fingerprint(path):

@@ -16,6 +16,8 @@ from trackformer_sb.data.manifest import Manifest
 # above the noise that lossy codecs leave in a rest.
 SILENCE_RMS = 1e-4
 
+MAX_FAILURES = 20  # unreadable segments in one item, which are an error
+
 # The channel a mono model hears; "random" draws left or right for a mixture.
 CHANNELS = ("mean", "left", "right", "random")
 
@@ -96,8 +98,6 @@ class MixtureOfMixtures:
         Changes each mixture, not in evaluation.
     with_stems : bool
         For evaluation: returns the stems of mixture 0 and ignores `set_epoch`.
-    max_failures : int
-        Unreadable segments in one item that are an error.
 
     Raises
     ------
@@ -135,7 +135,6 @@ class MixtureOfMixtures:
         channel="mean",
         augmentation=None,
         with_stems=False,
-        max_failures=20,
     ):
         shares = (single_stem_share, silent_share)
         if min(shares) < 0 or sum(shares) > 1:
@@ -164,7 +163,6 @@ class MixtureOfMixtures:
         if with_stems:
             self.augmentation = Augmentation()
         self.with_stems = with_stems
-        self.max_failures = max_failures
         self.epoch = 0
         if self.rows.num_songs < 2:
             raise ValueError(
@@ -202,7 +200,7 @@ class MixtureOfMixtures:
         Raises
         ------
         UnreadableAudio
-            After `max_failures` unreadable segments.
+            After 20 unreadable segments.
         """
         index = self.rows.index(segment_id)
         rng = np.random.default_rng((self.seed, self.epoch, index, self.rank))
@@ -228,7 +226,7 @@ class MixtureOfMixtures:
                     skipped,
                 )
             except UnreadableAudio:
-                if not self.with_stems or self.max_failures == 1:
+                if not self.with_stems:
                     raise
                 # an evaluation goes on with the song alone, and tells
                 return mixtures, stems * gains[0], skipped
@@ -258,7 +256,7 @@ class MixtureOfMixtures:
                 return index, read(self.rows.row(index))
             except UnreadableAudio as error:
                 skipped.append((error.path, str(error)))
-                if len(skipped) >= self.max_failures:
+                if len(skipped) >= MAX_FAILURES:
                     reasons = dict.fromkeys(reason for _, reason in skipped)
                     raise UnreadableAudio(
                         f"no readable segment found after {len(skipped)} "

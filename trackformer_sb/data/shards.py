@@ -394,8 +394,7 @@ class ShardedMixtures(torch.utils.data.IterableDataset):
                 )
                 empty = 0
             skip, empty = 0, empty + 1
-            strict = self.options.get("max_failures") == 1
-            if empty > len(order) or (problems and strict):
+            if empty > len(order):
                 raise UnreadableAudio(problems[-1][1])
 
 

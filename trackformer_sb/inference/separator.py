@@ -240,8 +240,8 @@ class Separator(
     ... ).eval()
     >>> song = torch.randn(2, 5000)
     >>> stems = separator.separate(song)
-    >>> {name: stem.shape for name, stem in stems.items()}
-    {'vocals': torch.Size([2, 5000]), 'rest': torch.Size([2, 5000])}
+    >>> list(stems)
+    ['vocals', 'rest']
     >>> torch.allclose(stems["vocals"] + stems["rest"], song, atol=1e-5)
     True
     """

@@ -83,8 +83,6 @@ class PerformerSeparation(Pretrained):
     ... )
     >>> mix = torch.randn(2, 5000)
     >>> est_source = separator.separate_batch(mix)
-    >>> est_source.shape
-    torch.Size([2, 5000, 4])
     >>> torch.allclose(est_source.sum(-1), mix, atol=1e-5)
     True
     """

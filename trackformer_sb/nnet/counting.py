@@ -32,15 +32,6 @@ class Counter(nn.Module):
         Number of classes, in the order of the separator's.
     thresholds : list of float, optional
         Of each class: the probability above which a song has it; else 0.5.
-
-    Example
-    -------
-    >>> counter = Counter(in_channels=513, num_spks=4, num_classes=2)
-    >>> mix_w = torch.randn(1, 2, 513, 80, dtype=torch.complex64)
-    >>> est_mask = torch.full((4, 1, 513, 80), 0.25)
-    >>> count, logits = counter(mix_w, est_mask)
-    >>> count.shape, logits.shape
-    (torch.Size([1, 10]), torch.Size([1, 2, 10]))
     """
 
     def __init__(self, in_channels, num_spks, num_classes, thresholds=None):

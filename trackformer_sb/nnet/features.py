@@ -114,12 +114,6 @@ class SpectrogramEncoder(nn.Module):
     ------
     ValueError
         For an unknown option, or an input with another number of channels.
-
-    Example
-    -------
-    >>> model = SpectrogramEncoder(65, d_model=32, nhead=2, num_layers=1)
-    >>> model(torch.randn(2, 65, 50, dtype=torch.complex64)).shape
-    torch.Size([2, 50, 32])
     """
 
     def __init__(

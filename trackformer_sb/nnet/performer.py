@@ -83,18 +83,6 @@ class SelfAttention(nn.Module):
     exponentially and 256 features estimate nothing. What is causal lets the
     past fade: quickly in the first head, slowly in the last. Arguments are
     those of ``PerformerEncoder``.
-
-    Raises
-    ------
-    ValueError
-        For an unknown kind of attention or a ``d_model`` that the heads do
-        not divide.
-
-    Example
-    -------
-    >>> attention = SelfAttention(d_model=64, nhead=4)
-    >>> attention(torch.randn(2, 100, 64)).shape
-    torch.Size([2, 100, 64])
     """
 
     def __init__(
@@ -121,19 +109,10 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
         # sigmoid(0) * 2: a temperature of 1 to begin with
         self.temperature = nn.Parameter(torch.zeros(nhead))
-        self.register_buffer(
-            "projection",
-            favor.draw_projection(n_features, d_model // nhead),
-        )
+        projection = favor.draw_projection(n_features, d_model // nhead)
+        self.register_buffer("projection", projection)
         log_decay = forgetting(nhead).float() if causal else None
         self.register_buffer("log_decay", log_decay, persistent=False)
-
-    def extra_repr(self):
-        """What is no weight, for ``print``."""
-        return (
-            f"nhead={self.nhead}, attention={self.attention}, "
-            f"causal={self.causal}"
-        )
 
     def forward(self, x, key_padding_mask=None, memory=None):
         """[batch, frames, d_model] -> [batch, frames, d_model].
@@ -175,12 +154,6 @@ class PerformerLayer(nn.Module):
     """LayerNorm, attention, residual; LayerNorm, feed-forward, residual.
 
     Arguments are those of ``PerformerEncoder``.
-
-    Example
-    -------
-    >>> layer = PerformerLayer(d_model=64, d_ffn=128, nhead=4)
-    >>> layer(torch.randn(2, 100, 64)).shape
-    torch.Size([2, 100, 64])
     """
 
     def __init__(self, d_model, d_ffn, dropout=0.0, **attention):
@@ -230,12 +203,6 @@ class PerformerEncoder(nn.Module):
         layer a second time in the backward pass ("Training Deep Nets with
         Sublinear Memory Cost", arXiv 1604.06174): less memory, a third more
         computing, the same gradients.
-
-    Example
-    -------
-    >>> encoder = PerformerEncoder(d_model=64, nhead=4, num_layers=2)
-    >>> encoder(torch.randn(2, 100, 64)).shape
-    torch.Size([2, 100, 64])
     """
 
     def __init__(

@@ -24,10 +24,6 @@ class _STFT(nn.Module):
         self.n_fft = n_fft
         self.hop_length = hop_length
 
-    def extra_repr(self):
-        """Sizes, for ``print``."""
-        return f"n_fft={self.n_fft}, hop_length={self.hop_length}"
-
 
 def edges(n_fft, hop_length):
     """Zeros before and after the signal; an odd number is not halved."""

@@ -273,11 +273,6 @@ def get_mixit(targets, predictions, objective="snr", snr_max=30.0):
     -------
     torch.Tensor
         [batch], lower is better.
-
-    Example
-    -------
-    >>> get_mixit(torch.randn(2, 100, 2), torch.randn(2, 100, 4)).shape
-    torch.Size([2])
     """
     loss, _ = mixit_loss(
         predictions.transpose(1, 2),

@@ -8,11 +8,7 @@ output for drums is compared with the drums, whether or not another is closer.
 
 import torch
 
-from trackformer_sb.objectives.metrics import (
-    LIMIT_DB,
-    SILENT_ENERGY,
-    si_snr,
-)
+from trackformer_sb.objectives.metrics import LIMIT_DB, SILENT_ENERGY, si_snr
 
 # Of frequencies f the loss weighs 1 / (f + 300 Hz): octaves count, not bins.
 PIVOT_HZ = 300.0

@@ -15,7 +15,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from trackformer_sb.data.files import write_json
 from trackformer_sb.data.manifest import MappedManifest
-from trackformer_sb.data.mixtures import MixtureOfMixtures
+from trackformer_sb.data.mixtures import MAX_FAILURES, MixtureOfMixtures
 from trackformer_sb.data.music import REPORT
 from trackformer_sb.training.experiment import must_be_same
 
@@ -127,13 +127,13 @@ def _check_packed(hparams):
         )
 
 
-def _lost(max_failures, tracks, skipped):
+def _lost(tracks, skipped):
     """Whether a segment was itself replaced, or got no partner at all."""
     files = set()
     for paths in tracks.values():
         files |= {paths} if isinstance(paths, str) else {*paths}
     own = any(path in files for path, _ in skipped)
-    return own or len(skipped) >= max_failures
+    return own or len(skipped) >= MAX_FAILURES
 
 
 def dataio_prep(hparams, rank=0, world_size=1):
@@ -175,9 +175,7 @@ def dataio_prep(hparams, rank=0, world_size=1):
         )
         dataset.add_dynamic_item(list, takes="tracks", provides="names")
         dataset.add_dynamic_item(
-            functools.partial(_lost, pairs.max_failures),
-            takes=["tracks", "skipped"],
-            provides="lost",
+            _lost, takes=["tracks", "skipped"], provides="lost"
         )
         keys = ["id", "mixtures", "skipped"]
         if split == "train":

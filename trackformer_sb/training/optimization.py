@@ -9,6 +9,8 @@ import torch
 # "Muon: An optimizer for hidden layers in neural networks", 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+LEAST_SIDE = 32  # of a matrix for Muon
+MUON_SCALE, MOMENTUM = 2.0, 0.95  # its learning rate, in those of AdamW
 
 
 def cosine_schedule(optimizer, num_steps, lr_final, warmup_steps=0):
@@ -198,49 +200,23 @@ class MuonAdamW(torch.optim.AdamW):
     """AdamW whose matrices take orthogonalised momentum steps (Muon).
 
     A parameter is a matrix if, with all dimensions after the first flattened,
-    both sides have at least `least_side` entries; so convolutions are. Its step
-    is ``lr * muon_scale * 0.2 * sqrt(longer side)`` times the orthogonalised
-    Nesterov momentum: at the same scale as AdamW's (Liu et al., arXiv
-    2502.16982).
-
-    Arguments
-    ---------
-    params : iterable of torch.nn.Parameter
-        What to train.
-    lr : float
-        Learning rate of AdamW.
-    muon_scale : float
-        That of Muon in multiples of `lr`.
-    momentum : float
-        Of Muon.
-    least_side : int
-        See above.
-    **options : dict
-        Others of ``torch.optim.AdamW``.
+    both sides have at least 32 entries; so convolutions are. Its step is
+    ``2 * lr * 0.2 * sqrt(longer side)`` times the orthogonalised Nesterov
+    momentum: at the same scale as AdamW's (Liu et al., arXiv 2502.16982).
+    Arguments are those of ``torch.optim.AdamW``.
     """
 
-    def __init__(
-        self,
-        params,
-        lr=8e-4,
-        muon_scale=2.0,
-        momentum=0.95,
-        least_side=32,
-        **options,
-    ):
+    def __init__(self, params, lr=8e-4, **options):
         groups = {True: [], False: []}
         for parameter in params:
             sides = parameter.flatten(1).shape if parameter.dim() > 1 else (1,)
-            groups[min(sides) >= least_side].append(parameter)
+            groups[min(sides) >= LEAST_SIDE].append(parameter)
         groups = [
             {"params": group, "muon": muon}
             for muon, group in groups.items()
             if group
         ]
         super().__init__(groups, lr=lr, **options)
-        for group in self.param_groups:
-            group.setdefault("muon_scale", muon_scale)
-            group.setdefault("momentum", momentum)
 
     @torch.no_grad()
     def step(self):
@@ -264,10 +240,10 @@ class MuonAdamW(torch.optim.AdamW):
             state["muon_momentum"] = torch.zeros_like(parameter)
             state["step"] = torch.tensor(0.0)  # AdamW looks for it
         momentum, gradient = state["muon_momentum"], parameter.grad
-        momentum.lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(momentum, group["momentum"]).flatten(1)
+        momentum.lerp_(gradient, 1 - MOMENTUM)
+        update = gradient.lerp(momentum, MOMENTUM).flatten(1)
         update = orthogonalise(update)
-        rate = group["lr"] * group["muon_scale"]
+        rate = group["lr"] * MUON_SCALE
         parameter.mul_(1 - rate * group["weight_decay"])
         step = rate * 0.2 * max(update.shape) ** 0.5
         parameter.add_(update.view_as(parameter), alpha=-step)
