@@ -183,7 +183,7 @@ def test_what_cannot_be_streamed_is_refused():
         stream_of().process(torch.zeros(2, 9, dtype=torch.int16))
     with pytest.raises(ValueError, match="expected a causal separator, as hpa"):
         StreamingSeparator(named())
-    with pytest.raises(ValueError, match="expected 1 for a causal net, got 2"):
+    with pytest.raises(ValueError, match="patch_frames 1 and steady_share 0"):
         FusionMaskNet(257, 4, causal=True)
     streaming = stream_of()
     with pytest.raises(ValueError, match=r"1 or 2 channels, got \[100\]"):
