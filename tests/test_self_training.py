@@ -137,8 +137,9 @@ def test_adapt_shows_what_it_gains(songs, model, tmp_path, monkeypatch, capsys):
     for line in ("epoch: 0 - ", "epoch: 1, step: 2, items: 8 - "):
         assert f"{line}valid remixed_drums: " in text
     first, *_, last = rows_of(out / "run")
-    gained = float(last["remixed_mean"]) > float(first["remixed_mean"])
-    assert (": the adapted separator" in text) == gained
+    gained = float(last["remixed_mean"]) - float(first["remixed_mean"])
+    kept = gained >= adapt.GAIN_DB
+    assert (": the adapted separator" in text) == kept
     table = [line.split() for line in text.splitlines()]
     before = f"{float(first['remixed_mean']):.2f}"
     assert ["mean", before, f"{float(last['remixed_mean']):.2f}"] in table
@@ -195,3 +196,13 @@ def test_adapt_names_what_it_lacks(songs, model, tmp_path, capsys):
     (out / "adapt.json").write_text('{"folder": "other"}')
     assert run_adapt(songs, model, out) == 2
     assert "is of another adaptation" in capsys.readouterr().err
+    # the folder stays free for the right path
+    out = tmp_path / "new"
+    assert run_adapt(songs, model, out, "--stems", songs / "stem") == 2
+    assert f"{songs / 'stem'} is not a folder" in capsys.readouterr().err
+    assert not out.exists()
+    alone = tmp_path / "stems" / "song" / "drums.wav"
+    alone.parent.mkdir(parents=True)
+    alone.write_bytes((songs / "stems" / "song" / "drums.wav").read_bytes())
+    assert run_adapt(songs, model, out, "--stems", tmp_path / "stems") == 2
+    assert "songs in which two classes sound" in capsys.readouterr().err

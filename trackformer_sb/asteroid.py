@@ -29,16 +29,7 @@ class AsteroidMaskNet(nn.Module):
 
 
 class AsteroidMasker(nn.Module):
-    """A SpeechBrain masknet, ours for one, in Asteroid's masker slot.
-
-    Example
-    -------
-    >>> import torch
-    >>> from trackformer_sb.nnet.masknet import PerformerMaskNet
-    >>> masknet = PerformerMaskNet(16, 4, d_model=32, num_layers=1)
-    >>> AsteroidMasker(masknet)(torch.randn(3, 16, 10)).shape
-    torch.Size([3, 4, 16, 10])
-    """
+    """A SpeechBrain masknet, ours for one, in Asteroid's masker slot."""
 
     def __init__(self, masknet):
         super().__init__()
@@ -66,20 +57,10 @@ class SeparatorModel(base_models.BaseModel):
 
     @classmethod
     def from_pretrained(cls, source, **hub):
-        """Loads a model strictly.
+        """Loads a folder, a hub id, or what ``serialize`` returned, strictly.
 
-        Arguments
-        ---------
-        source : str, Path or dict
-            Folder of a separator or its id on the hub, of which no code is
-            run; or what ``serialize`` returned.
-        **hub : dict
-            ``revision``, ``token`` and so on, see ``Separator``.
-
-        Returns
-        -------
-        SeparatorModel
-            In evaluation mode.
+        No code of the hub is run; `hub` is as of ``Separator``. The model is in
+        evaluation mode.
         """
         if isinstance(source, dict):
             return super().from_pretrained(source).eval()

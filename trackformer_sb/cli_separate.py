@@ -207,8 +207,7 @@ def add_remix(parser):
 
     In their format, with their tags:
     trackformer remix song.mp3 --vocals=-6 --drums=3 --pan other=0.3. Where the
-    true peak exceeds -0.1 dB they are turned down, before an mp3, m4a or ogg is
-    encoded.
+    true peak exceeds -1 dB they are turned down.
     """
     # all become parts of what ``separate --remix`` takes
     for name in ("drums", "bass", "vocals", "other"):

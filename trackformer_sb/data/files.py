@@ -57,8 +57,7 @@ def list_audio(folder, findings, with_unread=True):
     """
     if not folder or not os.path.isdir(folder):
         raise FileNotFoundError(
-            f"folder={folder} is not a folder, expected one with music (or "
-            "dataset: demo, which needs none)"
+            f"folder={folder} is not a folder, expected one with music"
         )
     listing, visited, unread = {}, {}, defaultdict(list)
     for parent, folders, files in os.walk(

@@ -51,14 +51,6 @@ class PerformerFeatures(
         Names of what it was trained on, so that nobody tests on it.
     **encoder : dict
         Arguments of ``SpectrogramEncoder`` but ``in_channels``.
-
-    Example
-    -------
-    >>> features = PerformerFeatures(
-    ...     44100, n_fft=128, hop_length=32, d_model=32, num_layers=1
-    ... )
-    >>> features.encode_batch(torch.randn(2, 320)).shape
-    torch.Size([2, 10, 32])
     """
 
     def __init__(

@@ -461,7 +461,7 @@ class Separator(
         remix : str or dict, optional
             Gains in dB of outputs or stems, ``"0:-inf,3:+3"``: writes their sum
             to ``song_remix.wav``, turned down, with a warning, where its true
-            peak exceeds -0.1 dB. Outputs not named stay as they are. In the
+            peak exceeds -1 dB. Outputs not named stay as they are. In the
             text, ``"other@0.5"`` moves a stem in all that is written, -1 to
             the left, 1 to the right, see ``pan_matrix``; mono becomes stereo.
         figure : bool

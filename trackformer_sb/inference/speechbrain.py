@@ -66,25 +66,6 @@ class PerformerSeparation(Pretrained):
         have names.
     **kwargs : dict
         ``run_opts`` and ``freeze_params`` of ``Pretrained``.
-
-    Example
-    -------
-    >>> import torch
-    >>> from trackformer_sb.nnet.masknet import PerformerMaskNet
-    >>> from trackformer_sb.nnet.stft import STFTDecoder, STFTEncoder
-    >>> separator = PerformerSeparation(
-    ...     modules={
-    ...         "encoder": STFTEncoder(),
-    ...         "masknet": PerformerMaskNet(513, 4, d_model=32, num_layers=1),
-    ...         "decoder": STFTDecoder(),
-    ...     },
-    ...     hparams={"sample_rate": 44100, "num_spks": 4},
-    ...     run_opts={"device": "cpu"},
-    ... )
-    >>> mix = torch.randn(2, 5000)
-    >>> est_source = separator.separate_batch(mix)
-    >>> torch.allclose(est_source.sum(-1), mix, atol=1e-5)
-    True
     """
 
     MODULES_NEEDED = ("encoder", "masknet", "decoder")
@@ -103,18 +84,9 @@ class PerformerSeparation(Pretrained):
         )
 
     def separate_batch(self, mix):
-        """Separates a batch of mixtures at the rate of the model.
+        """Mixtures [batch, time] to [batch, time, sources], nothing is scaled.
 
-        Arguments
-        ---------
-        mix : torch.Tensor
-            [batch, time].
-
-        Returns
-        -------
-        torch.Tensor
-            [batch, time, sources], as of ``SepformerSeparation``; nothing is
-            scaled.
+        That is the order of ``SepformerSeparation``.
         """
         return self.separator(mix).transpose(1, 2)
 

@@ -209,23 +209,8 @@ def heard_stems(separator, stems=None):
 def transcribe_file(separator, path, result, outputs, **options):
     """Writes the notes of a song as a MIDI file, a track a stem.
 
-    Arguments
-    ---------
-    separator : Separator
-        Of named stems.
-    path : str or Path
-        Audio file.
-    result : str or Path
-        The file to write.
-    outputs : dict
-        As of ``heard_stems``.
-    **options
-        Of ``Separator.separate_file``.
-
-    Returns
-    -------
-    dict
-        Name -> list of Note.
+    `outputs` are as of ``heard_stems``, `options` those of
+    ``Separator.separate_file``. Returns name -> list of Note.
     """
     sources = separator.separate_file(path, outputs=outputs, **options)
     rate = audio_info(path).sample_rate

@@ -30,8 +30,8 @@ NEAREST = {
     "mp3": ".mp3",
 }
 
-# True peak of a remix at most, -0.1 dB: measures of it differ by less.
-CEILING = 10 ** (-0.1 / 20)
+# True peak of a remix at most, -1 dB (EBU R 128): lossy formats add to it.
+CEILING = 10 ** (-1 / 20)
 
 # libsndfile ends the process where it closes a Vorbis file of a higher rate.
 MAX_OGG_RATE = 200_000

@@ -194,8 +194,6 @@ class FusionMaskNet(StreamingMasks, nn.Module):
     ... )
     >>> mix_w = torch.randn(3, 2, 257, 50, dtype=torch.complex64)
     >>> masks = masknet(mix_w)
-    >>> masks.shape
-    torch.Size([4, 3, 257, 50])
     >>> torch.allclose(masks.sum(0), torch.ones(3, 257, 50))
     True
     """

@@ -41,8 +41,6 @@ class PerformerMaskNet(StreamingMasks, SpectrogramEncoder):
     ... )
     >>> mix_w = torch.randn(2, 65, 50, dtype=torch.complex64)
     >>> masks = masknet(mix_w)
-    >>> masks.shape
-    torch.Size([4, 2, 65, 50])
     >>> torch.allclose(masks.sum(0), torch.ones(2, 65, 50))
     True
     """

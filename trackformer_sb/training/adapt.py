@@ -35,6 +35,7 @@ SPLIT_RATIO = 80, 20
 # What is measured where no song has stems: windows of so many seconds, in which
 # the first model's stems are mixed anew, and how sure they have to be, in dB.
 WINDOWS, SECONDS, SURE_DB = 24, 3.0, 9.0
+GAIN_DB = 0.1  # from which on the adapted separator is kept
 MEASURED, REMIXED = "stems", "remixed"  # names of the folders
 RECORD = "adapt.json"  # of what is adapted to what
 
@@ -175,6 +176,7 @@ def adapt(folder, out, minutes=30.0, model="default", stems=None, device=None):
         )
     if Path(folder).resolve() in out.resolve().parents:
         raise ValueError(f"{out}: expected a folder outside of {folder}")
+    measured = stems and Music(stems, "stems").songs(SECONDS)
     what = {"folder": os.path.abspath(folder), "model": str(model)}
     _claim(out, what | {"stems": stems and os.path.abspath(stems)})
     with locked(out):
@@ -192,7 +194,7 @@ def adapt(folder, out, minutes=30.0, model="default", stems=None, device=None):
         )
         _link(train, out / "songs")
         if stems:
-            _link(Music(stems, "stems").songs(SECONDS), held_out)
+            _link(measured, held_out)
         elif not held_out.is_dir():
             write_remixed(separator, valid, held_out)
         if left > 0:
@@ -222,7 +224,7 @@ def adapt(folder, out, minutes=30.0, model="default", stems=None, device=None):
             with load_experiment([yaml, *arguments], ("loss",)) as experiment:
                 named.train(experiment)
         (before, after), _ = _measured(run)
-        better = after["mean"] > before["mean"]
+        better = after["mean"] - before["mean"] >= GAIN_DB
         if better:
             # what the model has beside them, a counter, stays
             adapted = Separator.from_pretrained(run / "separator")

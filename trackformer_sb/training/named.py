@@ -286,6 +286,11 @@ class NamedSeparation(ExperimentBrain):
         if stage == sb.Stage.TEST:
             # before the first epoch
             figures = self.figures()
+            if not figures:
+                raise ValueError(
+                    "valid_folders: expected songs in which two classes sound "
+                    f"at once, of {self.hparams.classes}; there are none"
+                )
             self.hparams.history.add(0, **figures)
             self.hparams.train_logger.log_stats(
                 {"epoch": 0}, valid_stats=figures
